@@ -1,0 +1,71 @@
+# Granary. Two commands on a fresh machine: `make demo` and `make test`. `make help` lists the rest.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+PY := .venv/bin/python
+
+# What `make harvest` is asked to do
+MODEL ?= black-forest-labs/FLUX.1-schnell
+LAYERS ?= all
+STREAMS ?= img,txt
+PROMPTS ?=
+IMAGES ?=
+RESOLUTION ?=
+OUT ?= data/$(subst /,--,$(MODEL))
+FLAGS ?=
+
+DEMO ?= demo
+DEMO_TRAIN ?= 1024
+DEMO_VAL ?= 512
+DEMO_TRAINING ?=
+
+.PHONY: help setup demo test test-all check format bench harvest tiny-flux clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+setup: .venv/installed ## create .venv with the locked dependencies
+
+.venv/installed: requirements.lock
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Granary needs Python 3.11 or newer; say PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --disable-pip-version-check --quiet --requirement requirements.lock
+	@touch $@
+
+demo: .venv/installed ## prompts -> stores -> packs -> dictionaries -> report, on tiny-flux, in DEMO=demo
+	$(PY) -m harvest --model tiny-flux --prompts builtin:shapes --split train --images $(DEMO_TRAIN) --pictures none --out $(DEMO)/store-train
+	$(PY) -m harvest --model tiny-flux --prompts builtin:shapes --split val --images $(DEMO_VAL) --pictures png --out $(DEMO)/store-val
+	$(PY) -m store pack $(DEMO)/store-train --sites all --split train --out $(DEMO)/pack-train
+	$(PY) -m store pack $(DEMO)/store-val --sites all --split val --out $(DEMO)/pack-val
+	$(PY) -m train --pack $(DEMO)/pack-train --val $(DEMO)/pack-val --sites all --kind transcoder $(DEMO_TRAINING) --out $(DEMO)/dictionaries
+	$(PY) -m analyze scores --store $(DEMO)/store-val --dictionaries $(DEMO)/dictionaries --out $(DEMO)/analysis
+	$(PY) -m analyze truth --store $(DEMO)/store-val --dictionaries $(DEMO)/dictionaries --out $(DEMO)/analysis
+	$(PY) -m analyze report --store $(DEMO)/store-val --dictionaries $(DEMO)/dictionaries --out $(DEMO)/analysis
+
+harvest: .venv/installed ## run FLUX over prompts: make harvest LAYERS=0-15 [STREAMS= MODEL= PROMPTS= IMAGES= RESOLUTION= OUT= FLAGS=]
+	$(PY) -m harvest --model "$(MODEL)" --layers "$(LAYERS)" --streams "$(STREAMS)" --out "$(OUT)" \
+	  $(if $(PROMPTS),--prompts "$(PROMPTS)") $(if $(IMAGES),--images $(IMAGES)) $(if $(RESOLUTION),--resolution $(RESOLUTION)) $(FLAGS)
+
+test: .venv/installed ## the tests that need no GPU and no network
+	$(PY) -m pytest -m "not slow and not gpu"
+
+test-all: .venv/installed ## the slow tests as well
+	$(PY) -m pytest -m "not gpu"
+
+check: .venv/installed ## format, lint, types
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+format: .venv/installed ## put the code into shape
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+bench: .venv/installed ## speed, as ratios against named alternatives
+	$(PY) -m bench
+
+tiny-flux: .venv/installed ## train the embedded model again (about half an hour on 2 cores; resumable)
+	$(PY) -m harvest.tiny_flux
+
+clean: ## remove what the demo and the builds wrote
+	rm -rf demo demo.runs build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,90 @@
+"""Run records beside a store: who ran what, when, how fast.  No byte of the store depends on them.
+
+`STORE.runs/settings.json` is what `--resume STORE` reads; `STORE.runs/TIME-PID.json` is one run.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import sys
+import time
+import types
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from harvest.settings import HarvestSettings
+from store import layout
+from store.errors import UsageError
+from store.files import write_json
+
+
+def resumed(settings: HarvestSettings) -> HarvestSettings:
+    """The settings that an unfinished store was begun with; `UsageError` when they are not beside it."""
+    assert settings.resume is not None
+    changed = [
+        f.name
+        for f in dataclasses.fields(settings)
+        if f.name not in ("resume", "out", "parts") and getattr(settings, f.name) != f.default
+    ]
+    if changed:
+        flags = ", ".join("--" + name.replace("_", "-") for name in changed)
+        raise UsageError(
+            f"--resume takes the settings from the store's first run; leave out {flags}, or give all flags with --out {settings.resume}"
+        )
+    layout.read_meta(settings.resume)
+    file = layout.runs_folder(settings.resume) / "settings.json"
+    try:
+        saved = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        raise UsageError(
+            f"{file} is missing or damaged, so --resume cannot know the settings: give the flags of the first run with --out {settings.resume}"
+        ) from None
+    kinds = typing.get_type_hints(HarvestSettings)
+    values = {name: _restored(value, kinds[name]) for name, value in saved.items() if name in kinds}
+    return HarvestSettings(**{**values, "out": settings.resume, "resume": None, "parts": settings.parts})
+
+
+def _restored(value: Any, kind: Any) -> Any:
+    is_path = kind is Path or (isinstance(kind, types.UnionType) and Path in typing.get_args(kind))
+    return Path(value) if is_path and value is not None else value
+
+
+@contextmanager
+def record(settings: HarvestSettings, images: int) -> Iterator[Callable[[int, float, bool], None]]:
+    """Write this run's record when it begins, and again with its figures through the function handed out."""
+    assert settings.out is not None
+    folder = layout.runs_folder(settings.out)
+    saved = {
+        f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.name not in ("resume", "parts")
+    }
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in saved.items()}
+    if settings.prompts is not None and Path(settings.prompts).exists():
+        plain["prompts"] = str(Path(settings.prompts).resolve())
+    if Path(settings.model).exists():
+        plain["model"] = str(Path(settings.model).resolve())
+    if not (folder / "settings.json").exists():
+        write_json(folder / "settings.json", plain)
+    begun = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    file = folder / f"{begun}-{os.getpid()}.json"
+    facts: dict[str, Any] = {
+        "command": sys.argv,
+        "settings": plain,
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "begun": begun,
+        "images_planned": images,
+    }
+    write_json(file, facts)
+
+    def note(done: int, seconds: float, finished: bool) -> None:
+        rate = done / seconds if seconds else None
+        write_json(
+            file,
+            {**facts, "images_done": done, "seconds": seconds, "images_per_second": rate, "store_finished": finished},
+        )
+
+    yield note

@@ -1,0 +1,76 @@
+"""Draws a batch of pictures and hands over what the MLPs did, step by step.
+
+Each image has its own generator, seeded by its own seed, so its noise does not depend on the batch it
+is in.  The pipeline's own loop runs; at the end of each step it calls back, and that call says which
+step it was.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from harvest.capture import Captured, capture
+from harvest.text import encode
+from store.sites import Site
+
+if TYPE_CHECKING:
+    from diffusers import FluxPipeline
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a batch gave besides activations: sigmas (image, step) as received and as scheduled, and the pictures."""
+
+    sigma: np.ndarray
+    scheduler_sigma: np.ndarray
+    pictures: list[Image.Image] | None
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a harvest draws: the pipeline, the sites that are read, and the sampler's settings."""
+
+    pipe: "FluxPipeline"
+    sites: tuple[Site, ...]
+    height: int
+    width: int
+    num_inference_steps: int
+    max_sequence_length: int
+    guidance: float
+    pictures: bool
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int], on_step: Callable[[int, Captured], None]) -> Drawn:
+        """Draw one picture a prompt; `on_step(step, captured)` is called as each denoising step ends."""
+        embeds, pooled = encode(self.pipe, prompts, self.max_sequence_length)
+        sigmas: list[np.ndarray] = []
+
+        def step_ended(_pipe: "FluxPipeline", step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
+            taken = captured.take()
+            assert taken.sigma is not None, "the transformer ran without a timestep"
+            sigmas.append(taken.sigma.cpu().numpy())
+            on_step(step, taken)
+            return {}
+
+        with capture(self.pipe.transformer, self.sites) as captured, torch.inference_mode():
+            output = self.pipe(
+                prompt_embeds=embeds,
+                pooled_prompt_embeds=pooled,
+                height=self.height,
+                width=self.width,
+                num_inference_steps=self.num_inference_steps,
+                guidance_scale=self.guidance,
+                max_sequence_length=self.max_sequence_length,
+                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+                output_type="pil" if self.pictures else "latent",
+                callback_on_step_end=step_ended,
+            )
+        scheduled = self.pipe.scheduler.sigmas[: self.num_inference_steps].float().cpu().numpy()
+        return Drawn(
+            sigma=np.stack(sigmas, axis=1).astype(np.float32),
+            scheduler_sigma=np.tile(scheduled.astype(np.float32), (len(prompts), 1)),
+            pictures=list(output.images) if self.pictures else None,
+        )

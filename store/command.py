@@ -1,0 +1,98 @@
+"""How a program of ours runs: settings from the command line, one message for a failure, an exit code.
+
+Every program is a table of commands, each a frozen dataclass of settings and the function that takes
+it.  `python -m train --pack …` and `train.run(TrainSettings(pack=…))` are the same thing.
+"""
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import tyro
+
+from store.errors import GranaryError, Interrupted
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of a program: its settings class, what runs it, and one line of help."""
+
+    settings: type[Any]
+    run: Callable[[Any], Any]
+    help: str
+
+
+def program(
+    name: str, commands: Mapping[str, Command], argv: Sequence[str] | None = None, default: str | None = None
+) -> int:
+    """Run `python -m NAME [COMMAND] FLAGS` and return its exit code: 0 done, 1 failed, 2 wrong usage.
+
+    `default` names the command that is meant when the first word is a flag.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    chosen = words.pop(0) if words and words[0] in commands else default
+    if chosen is None or (default is None and words[:1] in (["-h"], ["--help"])):
+        return _usage(name, commands, words)
+    if default is not None and len(commands) > 1 and words[:1] in (["-h"], ["--help"]) and chosen == default:
+        _usage(name, commands, words)
+    command = commands[chosen]
+    prog = f"python -m {name}" + ("" if chosen == default else f" {chosen}")
+    try:
+        settings = tyro.cli(command.settings, prog=prog, description=command.help, args=words)
+    except SystemExit as stop:  # tyro has explained itself
+        return stop.code if isinstance(stop.code, int) else 2
+    except GranaryError as error:  # settings that contradict each other
+        return _fail(error)
+    return guarded(lambda: command.run(settings))
+
+
+def guarded(work: Callable[[], Any]) -> int:
+    """Run `work`; a failure that we foresaw becomes one message on stderr and an exit code, never a traceback."""
+    previous = signal.signal(signal.SIGTERM, _terminated)
+    try:
+        work()
+    except GranaryError as error:
+        return _fail(error)
+    except KeyboardInterrupt:
+        return _fail(Interrupted("interrupted. What was committed is safe: the same command goes on from there."))
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        return _fail(
+            GranaryError(
+                f"{error.strerror}: {error.filename or 'while writing'}. What was committed is safe: make room or choose another folder, then run the same command again."
+            )
+        )
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return 0
+
+
+def _terminated(_signal: int, _frame: FrameType | None) -> None:
+    raise Interrupted("terminated by SIGTERM. What was committed is safe: the same command goes on from there.")
+
+
+def _fail(error: GranaryError) -> int:
+    sys.stdout.flush()
+    print(f"error: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def _usage(name: str, commands: Mapping[str, Command], words: Sequence[str]) -> int:
+    asked = words[:1] in (["-h"], ["--help"])
+    out = sys.stdout if asked else sys.stderr
+    if words and not asked:
+        print(f"error: python -m {name} has no command {words[0]!r}; it has: {', '.join(commands)}", file=out)
+    print(f"usage: python -m {name} COMMAND …   (python -m {name} COMMAND --help lists its flags)\n", file=out)
+    for command_name, command in commands.items():
+        print(f"  {command_name:<12} {command.help}", file=out)
+    print(file=out)
+    return 0 if asked else 2

@@ -1,0 +1,106 @@
+"""Files that are either whole or absent: publish by temporary file, fsync, rename, fsync of the folder.
+
+Nothing here knows what the bytes mean.  The order matters: the data is on the disk before the name
+is, and the name is on the disk before anything that trusts it is written.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from store.errors import DamagedError, ForeignError
+
+READ_BLOCK = 1 << 20
+
+
+def fsync_file(path: Path) -> None:
+    """Put a file that somebody else wrote onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+fsync_folder = fsync_file  # a folder is opened and synced like a file: its names are its content
+
+
+def publish(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, then make it appear under its name, whole.
+
+    A crash at any moment leaves either no `path` or the old one; a temporary file left behind by a
+    killed process starts with a dot, ends in `.tmp`, and is nobody's.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        write(temporary)
+        fsync_file(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Publish `data` as the file `path`."""
+    publish(path, lambda temporary: _dump(temporary, data))
+
+
+def _dump(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def json_bytes(value: Any) -> bytes:
+    """The one way that we write JSON: sorted keys, so that equal content is equal bytes; NaN is refused."""
+    return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Publish `value` as JSON with sorted keys."""
+    write_bytes(path, json_bytes(value))
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; `DamagedError` when it is missing, `ForeignError` when it is not JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DamagedError(f"{path} is missing") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ForeignError(f"{path} is not the JSON file that was expected there: {error}") from None
+
+
+def sha256_bytes(data: bytes) -> str:
+    """SHA-256 of `data`, in hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's content, in hex, reading 1 MiB at a time."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(READ_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def self_checked(content: dict[str, Any]) -> dict[str, Any]:
+    """`content` with its own SHA-256 under `sha256`: a file that can say whether it is whole."""
+    body = {key: value for key, value in content.items() if key != "sha256"}
+    return {**body, "sha256": sha256_bytes(json_bytes(body))}
+
+
+def read_self_checked(path: Path) -> dict[str, Any]:
+    """A JSON object written from `self_checked`; `DamagedError` when it was changed since."""
+    content = read_json(path)
+    if not isinstance(content, dict) or "sha256" not in content:
+        raise ForeignError(f"{path} holds no checksum of its own: it was not written by Granary")
+    if self_checked(content)["sha256"] != content["sha256"]:
+        raise DamagedError(f"{path} differs from the checksum that it carries: it was damaged or edited")
+    return content

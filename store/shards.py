@@ -1,0 +1,236 @@
+"""Reads a pack: memory-mapped columns of shuffled rows, without Zarr and without torch.
+
+    PACK/manifest.json                    what the pack is; written last, carries its own SHA-256
+    PACK/img_0/shard-00000.safetensors    columns: mlp_in, mlp_out (row, d_model); sigma (row,) float32; image, token
+                                          (row,) int32; step (row,) int16; for txt also real (row,) uint8
+    PACK/img_0/means.safetensors          float64 means of the split: `mlp_in/step.0/all`; for txt also `…/real`, `…/padding`
+
+Row r of a shard is the same (image, step, token) at every site of a stream.  Before a shard is mapped
+its length and its header are checked, because a truncated map reads as zeros.
+"""
+
+import json
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import google_crc32c
+import ml_dtypes
+import numpy as np
+
+from store.errors import DamagedError, ForeignError, MismatchError, UnfinishedError, UsageError
+from store.files import READ_BLOCK, read_self_checked
+from store.sites import Point, Site, Stream
+
+FORMAT = "granary-pack"
+FORMAT_VERSION = 1
+MANIFEST, JOURNAL, MEANS = "manifest.json", "journal.json", "means.safetensors"
+METADATA_KEY = "granary"  # one key alone: the safetensors library writes several in random order
+REPACK = "Remove the pack and make it again with: python -m store pack"
+
+Group = Literal["all", "real", "padding"]
+"""which rows of a stream: `real` and `padding` tell text tokens apart, and exist for txt only"""
+
+_DTYPES: dict[str, Any] = {
+    "BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64,
+    "I16": np.int16, "I32": np.int32, "U8": np.uint8,
+}  # fmt: skip
+PROVENANCE: dict[str, Any] = {"sigma": np.float32, "image": np.int32, "step": np.int16, "token": np.int32}
+
+
+def columns_of(stream: Stream, points: tuple[Point, ...], dtype: Any) -> dict[str, Any]:
+    """Name and dtype of the columns of a shard."""
+    extra = {"real": np.uint8} if stream == "txt" else {}
+    return {**dict.fromkeys(points, dtype), **PROVENANCE, **extra}
+
+
+def shard_file(site: Site, index: int) -> str:
+    """`img_0/shard-00000.safetensors`"""
+    return f"{site}/shard-{index:05d}.safetensors"
+
+
+def means_file(site: Site) -> str:
+    return f"{site}/{MEANS}"
+
+
+def mean_name(point: Point, step: int, group: Group) -> str:
+    """`mlp_in/step.0/all`"""
+    return f"{point}/step.{step}/{group}"
+
+
+def crc32c_of(path: Path) -> str:
+    """CRC-32C of a file, 8 hex digits."""
+    checksum = google_crc32c.Checksum()
+    with path.open("rb") as file:
+        while block := file.read(READ_BLOCK):
+            checksum.update(block)
+    return checksum.hexdigest().decode()
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard of one site, not read yet."""
+
+    pack: "Pack"
+    site: Site
+    index: int
+
+    @property
+    def rows(self) -> int:
+        return self.pack.shard_rows(self.site.stream)[self.index]
+
+    @property
+    def path(self) -> Path:
+        return self.pack.path / shard_file(self.site, self.index)
+
+    def columns(self, *names: str) -> dict[str, np.ndarray]:
+        """The named columns (all of them when none is named) as read-only memory maps.
+
+        `DamagedError` for a missing, truncated or unreadable shard, `MismatchError` for one of another pack or place.
+        """
+        entry = self.pack.files[shard_file(self.site, self.index)]
+        header, start = read_header(self.path, entry["bytes"])
+        about = json.loads(header.get("__metadata__", {}).get(METADATA_KEY, "{}"))
+        expected = {"pack": self.pack.key, "site": str(self.site), "shard": self.index}
+        if about != expected:
+            raise MismatchError(
+                f"{self.path} is a shard of another pack or place: it says {about}, expected {expected}. {REPACK}"
+            )
+        dtypes = columns_of(self.site.stream, self.pack.points, self.pack.dtype)
+        wanted = names or tuple(dtypes)
+        return {name: self._map(name, dtypes[name], header, start) for name in wanted}
+
+    def _map(self, name: str, dtype: Any, header: dict[str, Any], start: int) -> np.ndarray:
+        shape: tuple[int, ...] = (self.rows, self.pack.d_model) if name in self.pack.points else (self.rows,)
+        found = header.get(name)
+        if found is None or _DTYPES.get(found["dtype"]) is not dtype or tuple(found["shape"]) != shape:
+            raise DamagedError(
+                f"{self.path}: column {name} is {found}, expected {np.dtype(dtype).name} {shape}. {REPACK}"
+            )
+        return np.memmap(self.path, dtype=dtype, mode="r", offset=start + found["data_offsets"][0], shape=shape)
+
+
+class Pack:
+    """A complete pack, its manifest checked; `open_pack` is the way to one."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path, self.manifest = path, manifest
+        self.id = f"sha256-{manifest['sha256']}"
+        """content id: the manifest covers every shard"""
+        plan = manifest["plan"]
+        self.key: str = manifest["key"]
+        self.store_id: str = plan["store"]
+        self.model: dict[str, Any] = plan["model"]
+        self.split: str = plan["split"]
+        self.seed: int = plan["seed"]
+        self.d_model: int = plan["d_model"]
+        self.points: tuple[Point, ...] = tuple(plan["points"])
+        self.steps: tuple[int, ...] = tuple(plan["steps"])
+        self.sites: tuple[Site, ...] = tuple(Site.parse(name) for name in plan["sites"])
+        self.dtype: Any = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}[plan["dtype"]]
+        self.files: dict[str, dict[str, Any]] = manifest["files"]
+
+    def require(self, site: Site, *points: Point) -> None:
+        """`UsageError`, naming what there is, unless the pack has `points` of `site`."""
+        if site not in self.sites:
+            raise UsageError(f"{self.path} has no site {site}; it has {', '.join(map(str, self.sites))}")
+        missing = [point for point in points if point not in self.points]
+        if missing:
+            raise UsageError(
+                f"{self.path} has no {', '.join(missing)}; it has {', '.join(self.points)}: pack again with --points {','.join(points)}"
+            )
+
+    def shard_rows(self, stream: Stream) -> tuple[int, ...]:
+        """Rows of each shard, the same at every site of a stream."""
+        return tuple(self.manifest["streams"][stream]["shards"])
+
+    def rows(self, site: Site) -> int:
+        """Rows of a site."""
+        return sum(self.shard_rows(site.stream))
+
+    def shards(self, site: Site) -> tuple[Shard, ...]:
+        """The shards of a site, in order."""
+        self.require(site)
+        return tuple(Shard(self, site, index) for index in range(len(self.shard_rows(site.stream))))
+
+    def mean(self, site: Site, step: int, point: Point, group: Group = "all") -> np.ndarray | None:
+        """The float64 mean (d_model,) over this split's rows of a step; None when the group has no row there.
+
+        `real` and `padding` (txt only) are the means over those tokens alone.
+        """
+        self.require(site, point)
+        return self._means(site).get(mean_name(point, step, group))
+
+    def _means(self, site: Site) -> dict[str, np.ndarray]:
+        if site not in self._loaded:
+            path = self.path / means_file(site)
+            header, start = read_header(path, self.files[means_file(site)]["bytes"])
+            data = path.read_bytes()
+            self._loaded[site] = {
+                name: np.frombuffer(data, np.float64, self.d_model, start + entry["data_offsets"][0])
+                for name, entry in header.items()
+                if name != "__metadata__"
+            }
+        return self._loaded[site]
+
+    @cached_property
+    def _loaded(self) -> dict[Site, dict[str, np.ndarray]]:
+        return {}
+
+    def verify(self) -> None:
+        """Read every byte; `DamagedError` names the first file that differs from the manifest."""
+        for name, entry in self.files.items():
+            path = self.path / name
+            read_header(path, entry["bytes"])
+            if crc32c_of(path) != entry["crc32c"]:
+                raise DamagedError(f"{path} differs from the checksum in {MANIFEST}. {REPACK}")
+
+
+def open_pack(path: str | Path) -> Pack:
+    """The pack at `path`; its manifest is checked now, each shard when it is mapped.
+
+    Errors: `UsageError` (no such folder), `UnfinishedError`, `ForeignError` (not ours, other version), `DamagedError`.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UsageError(f"there is no pack at {path}: make one with python -m store pack STORE --out {path}")
+    if not (path / MANIFEST).exists():
+        if (path / JOURNAL).exists():
+            raise UnfinishedError(
+                f"{path} is not finished: run the same python -m store pack again, it goes on where it was"
+            )
+        raise ForeignError(f"{path} is no pack: it has no {MANIFEST}")
+    manifest = read_self_checked(path / MANIFEST)
+    if manifest.get("format") != FORMAT or manifest.get("format_version") != FORMAT_VERSION:
+        found = f"format {manifest.get('format')!r} version {manifest.get('format_version')!r}"
+        raise ForeignError(f"{path} has {found}; this Granary reads {FORMAT} version {FORMAT_VERSION}. {REPACK}")
+    return Pack(path, manifest)
+
+
+def read_header(path: Path, expected: int) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file of `expected` bytes and where its data begins; `DamagedError` otherwise."""
+    try:
+        length = path.stat().st_size
+    except FileNotFoundError:
+        raise DamagedError(f"{path} is missing. {REPACK}") from None
+    if length != expected:
+        raise DamagedError(f"{path} has {length} bytes where the manifest names {expected}. {REPACK}")
+    with path.open("rb") as file:
+        try:
+            (size,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(size)) if size < length else None
+            if not isinstance(header, dict):
+                raise ValueError("no header")
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (struct.error, ValueError, TypeError, KeyError) as error:
+            raise DamagedError(f"{path} has no readable safetensors header ({error}). {REPACK}") from None
+    if 8 + size + max(ends, default=0) != length:
+        raise DamagedError(
+            f"{path} is {length} bytes long, its header promises {8 + size + max(ends, default=0)}. {REPACK}"
+        )
+    return header, 8 + size
+
+
+GROUPS: dict[Stream, tuple[Group, ...]] = {"img": ("all",), "joint": ("all",), "txt": get_args(Group)}

@@ -1,0 +1,69 @@
+"""Which tokens of an image and step are kept.
+
+The draw is a pure function of (store seed, image, step, stream), the same for every layer, so that a
+row of one layer has its counterpart in every other:
+
+1. SHA-256 of `granary-tokens-1:seed:image:step:stream` keys a Philox generator.
+2. Its raw 64-bit output, one number a position, ranks the positions; NumPy guarantees that stream for
+   ever, which it does not for `choice` or `permutation`.
+3. The lowest `n` are kept, in ascending order of position.
+
+Without replacement, unbiased, and independent of how many other images or steps there are.
+"""
+
+import hashlib
+import re
+
+import numpy as np
+
+from store.errors import UsageError
+from store.format import EMPTY_TOKEN, StreamTokens
+from store.sites import Stream
+
+
+def image_policy(text: str, total: int) -> StreamTokens:
+    """`all`, or a number of image tokens to draw; `UsageError` when there are fewer."""
+    if text == "all":
+        return StreamTokens("all", total, total)
+    if not text.isdecimal() or not 1 <= int(text) <= total:
+        raise UsageError(
+            f"--tokens {text!r}: write all, or a number from 1 to {total} (the image tokens at this resolution)"
+        )
+    return StreamTokens("sample", int(text), total)
+
+
+def text_policy(text: str, total: int, longest: int) -> StreamTokens:
+    """`all`, `real` or `real+N`; `longest` is the greatest text_length of the prompts at hand."""
+    if text == "all":
+        return StreamTokens("all", total, total)
+    match = re.fullmatch(r"real(?:\+(\d+))?", text)
+    if match is None:
+        raise UsageError(f"--text-tokens {text!r}: write all, real, or real+N (N padding tokens beside the real ones)")
+    extra = int(match[1] or 0)
+    return StreamTokens(f"real+{extra}", min(longest + extra, total), total)
+
+
+def kept_positions(
+    policy: StreamTokens, seed: int, image: int, step: int, stream: Stream, text_length: int
+) -> np.ndarray:
+    """The kept positions, int32, ascending, `policy.kept` slots; unused slots at the end are -1.
+
+    Slots stay empty only for text, where prompts differ in length.
+    """
+    slots = np.full(policy.kept, EMPTY_TOKEN, dtype=np.int32)
+    if policy.policy == "all":
+        return np.arange(policy.total, dtype=np.int32)
+    if policy.policy == "sample":
+        slots[:] = _draw(policy.total, policy.kept, seed, image, step, stream)
+        return slots
+    real = min(text_length, policy.total)
+    extra = min(int(policy.policy.removeprefix("real+")), policy.total - real)
+    slots[:real] = np.arange(real)
+    slots[real : real + extra] = real + _draw(policy.total - real, extra, seed, image, step, stream)
+    return slots
+
+
+def _draw(total: int, count: int, seed: int, image: int, step: int, stream: Stream) -> np.ndarray:
+    digest = hashlib.sha256(f"granary-tokens-1:{seed}:{image}:{step}:{stream}".encode()).digest()
+    raw = np.random.Philox(key=np.frombuffer(digest[:16], dtype="<u8")).random_raw(total)
+    return np.sort(np.argsort(raw, kind="stable")[:count]).astype(np.int32)
