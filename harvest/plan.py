@@ -50,10 +50,12 @@ class Plan:
         files = meta.n_parts * (len(meta.sites) * len(meta.steps) * len(meta.points) + 3)
         lines = [
             f"harvest {meta.model['id']} -> {out}",
-            f"  {meta.n_images} images of {meta.height}x{meta.width} pixels, {meta.num_inference_steps} steps (steps kept: {', '.join(map(str, meta.steps))}), "
+            f"  {meta.n_images} images of {meta.height}x{meta.width} pixels, {meta.num_inference_steps} steps "
+            f"(steps kept: {', '.join(map(str, meta.steps))}), "
             f"prompts: {meta.prompts['source']} ({meta.prompts['count']} prompts, split {meta.prompts['split']})",
             f"  {len(meta.sites)} sites ({', '.join(meta.sites)}), {kept}, {meta.store_dtype}",
-            f"  {meta.bytes_per_image / 1e6:.2f} MB an image, {meta.bytes_per_image * meta.n_images / 1e9:.3f} GB of activations in {files} files",
+            f"  {meta.bytes_per_image / 1e6:.2f} MB an image, {meta.bytes_per_image * meta.n_images / 1e9:.3f} GB of "
+            f"activations in {files} files",
         ]
         cut, clip_cut = sum(t.cut for t in self.tokenized), sum(t.clip_cut for t in self.tokenized)
         if cut or clip_cut:
@@ -143,8 +145,8 @@ def choose_sites(settings: HarvestSettings, geometry: Geometry) -> tuple[Site, .
         raise UsageError(f"--layers {text!r}: write all, 0-15, or double:0-15")
     if "single" in kinds:
         raise UsageError(
-            f"--layers {text!r}: single-stream blocks are not harvested yet; {settings.model} has double blocks 0 to {geometry.double_blocks - 1} "
-            f"beside its {geometry.single_blocks} single ones"
+            f"--layers {text!r}: single-stream blocks are not harvested yet; {settings.model} has "
+            f"double blocks 0 to {geometry.double_blocks - 1} beside its {geometry.single_blocks} single ones"
         )
     text = text.replace("double:", "")
     try:

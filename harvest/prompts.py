@@ -204,6 +204,7 @@ def _dataset(name: str) -> Iterator[Prompt]:
         if isinstance(error, GranaryError):
             raise
         raise UsageError(
-            f"{name!r} is neither a file here nor a dataset that can be read from the hub ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            f"{name!r} is neither a file here nor a dataset that can be read from the hub "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}). "
             f"Give a prompt file, a dataset id, or {BUILTIN_SHAPES}"
         ) from None

@@ -8,7 +8,7 @@
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def run(settings: HarvestSettings) -> Summary:
                     bar.total -= len(plan.meta.part_images(part))
                     continue
                 if part in writer.missing():
-                    writer.write_part(part, _Filler(plan, part).fill(bar))
+                    writer.write_part(part, fill_part(plan, part, bar.update))
         finished = writer.seal()
         seconds = time.monotonic() - begun
         note(bar.n, seconds, finished)
@@ -82,7 +82,10 @@ def _closing(summary: Summary, writer: StoreWriter) -> str:
         state = f"finished: {writer.meta.n_images} images"
     else:
         state = f"not finished: {len(writer.missing())} of {writer.meta.n_parts} parts are still missing"
-    return f"{summary.store}: {summary.images} images harvested{rate}; the store is {state}.\nLook at it: python -m store info {summary.store}"
+    return (
+        f"{summary.store}: {summary.images} images harvested{rate}; the store is {state}.\n"
+        f"Look at it: python -m store info {summary.store}"
+    )
 
 
 def _refuse_full_disk(out: Path, meta: StoreMeta, images: int) -> None:
@@ -93,6 +96,11 @@ def _refuse_full_disk(out: Path, meta: StoreMeta, images: int) -> None:
             f"{out}: {needed / 1e9:.2f} GB are still to be written and the disk has {free / 1e9:.2f} GB free. "
             "Keep fewer tokens (--tokens 64), layers, steps or images, or choose a larger disk."
         )
+
+
+def fill_part(plan: Plan, part: int, advance: Callable[[int], object] | None = None) -> Part:
+    """The content of one part, drawn batch by batch; `advance` is told the images of each batch as it ends."""
+    return _Filler(plan, part).fill(advance)
 
 
 class _Filler:
@@ -116,8 +124,7 @@ class _Filler:
             for step in self.meta.steps
         }
 
-    def fill(self, bar: "tqdm[None]") -> Part:
-        """The part's content; advances `bar` by each batch drawn."""
+    def fill(self, advance: Callable[[int], object] | None) -> Part:
         prompts, count = self.plan.prompts, len(self.images)
         sigma: list[np.ndarray] = []
         scheduled: list[np.ndarray] = []
@@ -132,7 +139,8 @@ class _Filler:
             sigma.append(drawn.sigma)
             scheduled.append(drawn.scheduler_sigma)
             pictures += drawn.pictures or [None] * len(batch)
-            bar.update(len(batch))
+            if advance is not None:
+                advance(len(batch))
         return Part(
             self.activations, self.positions, *self._tables(np.concatenate(sigma), np.concatenate(scheduled), pictures)
         )

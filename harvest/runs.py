@@ -41,7 +41,8 @@ def resumed(settings: HarvestSettings) -> HarvestSettings:
         saved = json.loads(file.read_bytes())
     except (OSError, ValueError):
         raise UsageError(
-            f"{file} is missing or damaged, so --resume cannot know the settings: give the flags of the first run with --out {settings.resume}"
+            f"{file} is missing or damaged, so --resume cannot know the settings: "
+            f"give the flags of the first run with --out {settings.resume}"
         ) from None
     kinds = typing.get_type_hints(HarvestSettings)
     values = {name: _restored(value, kinds[name]) for name, value in saved.items() if name in kinds}

@@ -24,7 +24,8 @@ class HarvestSettings:
     revision: str | None = None
     """branch, tag or commit of a Hugging Face model"""
     prompts: str | None = None
-    """builtin:shapes; a text, CSV, JSONL or Parquet file; or a Hugging Face dataset. Default: builtin:shapes for tiny-flux, yvdao/midjourney-v6 otherwise"""
+    """builtin:shapes; a text, CSV, JSONL or Parquet file; or a Hugging Face dataset.
+    Default: builtin:shapes for tiny-flux, yvdao/midjourney-v6 otherwise"""
     split: Literal["all", "train", "val"] = "all"
     """take only prompts of this split (5 percent of all prompts are val, by a hash of their text)"""
     images: int | None = None

@@ -68,7 +68,8 @@ def guarded(work: Callable[[], Any]) -> int:
             raise
         return _fail(
             GranaryError(
-                f"{error.strerror}: {error.filename or 'while writing'}. What was committed is safe: make room or choose another folder, then run the same command again."
+                f"{error.strerror}: {error.filename or 'while writing'}. What was committed is safe: make room or "
+                "choose another folder, then run the same command again."
             )
         )
     finally:

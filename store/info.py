@@ -47,7 +47,8 @@ def describe(store: Store) -> str:
         ),
         (
             "sampler",
-            f"{meta.num_inference_steps} steps of {meta.scheduler['class']}, steps kept: {', '.join(map(str, meta.steps))}{_sigmas(store)}",
+            f"{meta.num_inference_steps} steps of {meta.scheduler['class']}, "
+            f"steps kept: {', '.join(map(str, meta.steps))}{_sigmas(store)}",
         ),
         ("tokens", ", ".join(f"{stream}: {t.kept} of {t.total} ({t.policy})" for stream, t in meta.tokens.items())),
         ("numbers", f"d_model {meta.d_model}, computed in {meta.dtype} on {meta.device}, stored as {meta.store_dtype}"),
@@ -79,6 +80,7 @@ def _site_table(store: Store) -> list[str]:
         for step in store.steps:
             before, after = (merged(store.statistics(site, step, point)) for point in ("mlp_in", "mlp_out"))  # type: ignore[arg-type]
             lines.append(
-                f"{site!s:>8} {step:>5} {before['rows']:>10,}   {before['rms']:>10.4f} {before['max']:>9.3f}   {after['rms']:>11.4f} {after['max']:>9.3f}"
+                f"{site!s:>8} {step:>5} {before['rows']:>10,}   {before['rms']:>10.4f} {before['max']:>9.3f}   "
+                f"{after['rms']:>11.4f} {after['max']:>9.3f}"
             )
     return lines

@@ -10,7 +10,6 @@
 Equal store and settings give equal bytes, whatever the memory and however often the pack was killed.
 """
 
-import hashlib
 import re
 import shutil
 from collections.abc import Iterator
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import google_crc32c
-import ml_dtypes
 import numpy as np
 import safetensors.numpy
 import tyro
@@ -33,23 +31,31 @@ from store.reader import Store
 from store.shards import (
     FORMAT,
     FORMAT_VERSION,
-    GROUPS,
     JOURNAL,
     MANIFEST,
     METADATA_KEY,
-    Group,
     Pack,
     columns_of,
     crc32c_of,
-    mean_name,
     means_file,
     open_pack,
     shard_file,
 )
+from store.shuffle import Means, Order
 from store.sites import POINTS, Point, Site, Stream, choose_sites
 from store.split import Split
 
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+UNITS = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
 
 
 @dataclass(frozen=True)
@@ -92,63 +98,10 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
-def human_size(size: float) -> str:
+def human_size(size: float | int) -> str:
     """`1.34 GB`: three digits, powers of ten."""
     unit = max((u for u in ("B", "KB", "MB", "GB", "TB") if size >= UNITS[u]), key=UNITS.__getitem__, default="B")
     return f"{size / UNITS[unit]:.3g} {unit}"
-
-
-class Order:
-    """The rows of a stream in one split: which there are, and where the shuffle sends each."""
-
-    def __init__(self, store: Store, stream: Stream, settings: PackSettings) -> None:
-        table = store.prompts().select(["image", "split", "sigma", "text_length"])
-        chosen = np.array([split == settings.split for split in table.column("split").to_pylist()], dtype=bool)
-        self.stream, self.steps = stream, store.steps
-        self.member = np.full(store.n_images, -1, np.int64)
-        """image -> its place among the images of the split, -1 for the other split"""
-        self.member[chosen] = np.arange(chosen.sum())
-        self.image = np.array(table.column("image"), np.int32)[chosen]
-        sigma = np.array(table.column("sigma").to_pylist(), np.float32)
-        self.sigma = sigma.reshape(len(chosen), -1)[chosen][:, list(self.steps)]
-        self.text_length = np.array(table.column("text_length"), np.int32)[chosen]
-        self.tokens = np.stack([store.tokens(stream, step)[chosen] for step in self.steps], axis=1)
-        """(image of the split, step, slot) -> token, -1 for an empty slot"""
-        self.destination = np.full(self.tokens.shape, -1, np.int64)
-        """(image of the split, step, slot) -> row of the pack, -1 for an empty slot"""
-        kept = self.tokens >= 0
-        self.rows = int(kept.sum())
-        digest = hashlib.sha256(f"granary-pack-1:{settings.seed}:{settings.split}:{stream}".encode()).digest()
-        raw = np.random.Philox(key=np.frombuffer(digest[:16], dtype="<u8")).random_raw(self.rows)
-        self.destination[kept] = np.argsort(raw, kind="stable")  # raw output, because NumPy keeps that stream for ever
-
-    @cached_property
-    def real(self) -> np.ndarray:
-        """(image, step, slot): whether a row is a real token of the prompt and not padding."""
-        return (self.tokens >= 0) & (self.tokens < self.text_length[:, None, None])
-
-    def members(self, group: Group) -> np.ndarray:
-        """(image, step, slot): which slots are rows of `group`."""
-        kept = self.destination >= 0
-        return kept if group == "all" else self.real if group == "real" else kept & ~self.real
-
-    def provenance(self, first: int, last: int) -> dict[str, np.ndarray]:
-        """The columns that say where rows `first` to `last` of the pack come from."""
-        image, step, slot = np.nonzero((self.destination >= first) & (self.destination < last))
-        place = self.destination[image, step, slot] - first
-        sources = {
-            "sigma": self.sigma[image, step],
-            "image": self.image[image],
-            "step": np.array(self.steps, np.int16)[step],
-            "token": self.tokens[image, step, slot].astype(np.int32),
-        }
-        if self.stream == "txt":
-            sources["real"] = self.real[image, step, slot].astype(np.uint8)
-        columns = {}
-        for name, source in sources.items():
-            columns[name] = np.empty(last - first, source.dtype)
-            columns[name][place] = source
-        return columns
 
 
 class Packing:
@@ -162,12 +115,14 @@ class Packing:
         self.points: tuple[Point, ...] = tuple(point for point in POINTS if point in settings.points.split(","))
         missing = [point for point in self.points if point not in store.points]
         if missing:
-            raise UsageError(f"{settings.store} has no {', '.join(missing)}; it has {', '.join(store.points)}: use --points")
+            raise UsageError(
+                f"{settings.store} has no {', '.join(missing)}; it has {', '.join(store.points)}: use --points"
+            )
         splits = store.prompts().column("split").to_pylist()
         if settings.split not in splits:
             raise UsageError(
-                f"none of the {len(splits)} images of {settings.store} is in the split {settings.split!r} (5 % of all prompts "
-                "are val, by a hash of their text): harvest more prompts"
+                f"none of the {len(splits)} images of {settings.store} is in the split {settings.split!r} (5 % of all "
+                "prompts are val, by a hash of their text): harvest more prompts"
             )
         self.dtype = np.dtype(store.meta.carrier.logical).type
         self.plan = {
@@ -181,11 +136,13 @@ class Packing:
     @cached_property
     def orders(self) -> dict[Stream, Order]:
         streams = dict.fromkeys(site.stream for site in self.sites)
-        return {stream: Order(self.store, stream, self.settings) for stream in streams}
+        return {stream: Order(self.store, stream, self.settings.split, self.settings.seed) for stream in streams}
 
     def row_bytes(self, stream: Stream) -> int:
         columns = columns_of(stream, self.points, self.dtype)
-        return sum(np.dtype(t).itemsize * (self.store.meta.d_model if name in POINTS else 1) for name, t in columns.items())
+        return sum(
+            np.dtype(t).itemsize * (self.store.meta.d_model if name in POINTS else 1) for name, t in columns.items()
+        )
 
     def cuts(self, stream: Stream) -> np.ndarray:
         """Where shards begin, and at last where they end: equal shards, but for one row."""
@@ -202,15 +159,17 @@ class Packing:
         store, order = self.store, self.orders[stream]
         shard = int(np.diff(self.cuts(stream)).max()) * self.row_bytes(stream)
         index = sum(o.destination.size * 24 for o in self.orders.values())  # tokens, destinations, masks, sorting
-        chunk = 10 * store.chunk_images * order.tokens.shape[2] * store.meta.row_bytes  # as read, twice in float32, selected
+        chunk = (
+            10 * store.chunk_images * order.tokens.shape[2] * store.meta.row_bytes
+        )  # as read, twice in float32, selected
         fixed = index + chunk + shard  # the shard that is being published exists twice
         if self.memory < fixed + shard:
             raise UsageError(
-                f"--memory {self.settings.memory} is too little for stream {stream}: the row order takes {human_size(index)}, a chunk of "
-                f"the store {human_size(chunk)}, a shard twice {human_size(2 * shard)}; use --memory {-(-(fixed + shard) // 10**6)}MB "
-                "or more, a smaller --shard-mb, or fewer images"
+                f"--memory {self.settings.memory} is too little for stream {stream}: the row order "
+                f"takes {human_size(index)}, a chunk of the store {human_size(chunk)}, a shard twice "
+                f"{human_size(2 * shard)}; use --memory {-(-(fixed + shard) // 10**6)}MB or more, a smaller --shard-mb, or fewer images"
             )
-        return max((self.memory - fixed) // max(shard, 1), 1)
+        return max(int(self.memory - fixed) // max(shard, 1), 1)
 
     def announce(self) -> None:
         """Print what will be written; refuse a disk that is too small."""
@@ -221,9 +180,14 @@ class Packing:
             parts.append(f"{sites} {stream} sites of {order.rows:,} rows in {shards} shards each ({readings} readings)")
         print(f"plan: {human_size(self.total_bytes)} for {self.settings.split}: " + "; ".join(parts), flush=True)
         left = self.total_bytes - sum(entry["bytes"] for entry in self.files.values())
-        free = shutil.disk_usage(next(parent for parent in (self.out, *self.out.absolute().parents) if parent.exists())).free
+        free = shutil.disk_usage(
+            next(parent for parent in (self.out, *self.out.absolute().parents) if parent.exists())
+        ).free
         if free < left:
-            raise StoreError(f"{self.out}: {human_size(left)} are to be written and {human_size(free)} are free on that disk: make room")
+            raise StoreError(
+                f"{self.out}: {human_size(left)} are to be written and {human_size(free)} are free on that disk: "
+                "make room, or choose another --out"
+            )
 
     def write(self) -> None:
         """Publish what is missing, the manifest last."""
@@ -239,7 +203,13 @@ class Packing:
             | ({"real_rows": int(order.real.sum())} if stream == "txt" else {})
             for stream, order in self.orders.items()
         }
-        content = {"format": FORMAT, "format_version": FORMAT_VERSION, "key": self.key, "plan": self.plan, "streams": streams}
+        content = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "key": self.key,
+            "plan": self.plan,
+            "streams": streams,
+        }
         write_json(self.out / MANIFEST, self_checked({**content, "files": self.files}))
         (self.out / JOURNAL).unlink()
 
@@ -260,7 +230,9 @@ class Packing:
     def _pass(self, site: Site, first: int, last: int, bar: "tqdm[Any]") -> None:
         order, cuts = self.orders[site.stream], self.cuts(site.stream)
         low, high = int(cuts[first]), int(cuts[last])
-        columns = {point: np.empty((high - low, self.store.meta.d_model), self.dtype) for point in self.points}
+        columns: dict[str, np.ndarray] = {
+            point: np.empty((high - low, self.store.meta.d_model), self.dtype) for point in self.points
+        }
         means = None if means_file(site) in self.files else Means(order, self.store.meta.d_model)
         for step_index, step in enumerate(order.steps):
             for point in self.points:
@@ -276,12 +248,12 @@ class Packing:
         for index in range(first, last):
             rows = slice(int(cuts[index]) - low, int(cuts[index + 1]) - low)
             about = json_bytes({"pack": self.key, "site": str(site), "shard": index}).decode()
-            shard = {name: column[rows] for name, column in {**columns, **provenance}.items()}
+            shard = {name: column[rows] for name, column in (columns | provenance).items()}
             self._publish(shard_file(site, index), safetensors.numpy.save(shard, {METADATA_KEY: about}))
             bar.update(sum(column.nbytes for column in shard.values()))
 
     def _chunks(self, site: Site, step_index: int, step: int, point: Point) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Activations (image, slot, d_model) of the split's images, a chunk of the store at a time, and their places."""
+        """Activations (image, slot, d_model) of the split's images and their places, a chunk of the store at a time."""
         store, member = self.store, self.orders[site.stream].member
         for start in range(0, store.n_images, store.chunk_images):
             stop = min(start + store.chunk_images, store.n_images)
@@ -318,44 +290,17 @@ class Packing:
         return False
 
     def _refuse_other(self, there: dict[str, Any]) -> None:
-        lines = [f"  {key}: there {there.get(key)!r}, asked for {self.plan[key]!r}" for key in self.plan if there.get(key) != self.plan[key]]
+        lines = [
+            f"  {key}: there {there.get(key)!r}, asked for {self.plan[key]!r}"
+            for key in self.plan
+            if there.get(key) != self.plan[key]
+        ]
         if lines:
-            raise UsageError(f"{self.out} holds another pack; it differs in\n" + "\n".join(lines) + "\nChoose another --out, or remove it.")
-
-
-class Means:
-    """Float64 sums of a site's rows, a step, point and group each, added chunk after chunk."""
-
-    def __init__(self, order: Order, d_model: int) -> None:
-        self.order, self.groups = order, GROUPS[order.stream]
-        self.members = {group: order.members(group) for group in self.groups}
-        self.sums: dict[tuple[Point, int, Group], np.ndarray] = {}
-        self.d_model = d_model
-
-    def add(self, values: np.ndarray, places: np.ndarray, step_index: int, point: Point) -> None:
-        """Add activations (image, slot, d_model) of the images at `places`."""
-        exact = to_float32(values)
-        for group in self.groups:
-            chosen = self.members[group][places, step_index]
-            rows = exact.reshape(-1, self.d_model) if chosen.all() else exact[chosen]
-            total = self.sums.setdefault((point, step_index, group), np.zeros(self.d_model))
-            total += np.add.reduce(rows, axis=0, dtype=np.float64)
-
-    def result(self) -> dict[str, np.ndarray]:
-        """Means by name, without those of groups that have no row."""
-        counts = {(i, group): int(self.members[group][:, i].sum()) for i in range(len(self.order.steps)) for group in self.groups}
-        return {
-            mean_name(point, self.order.steps[i], group): total / counts[i, group]
-            for (point, i, group), total in self.sums.items()
-            if counts[i, group]
-        }
-
-
-def to_float32(values: np.ndarray) -> np.ndarray:
-    """The same numbers in float32; bfloat16 is widened by its bits, ten times as fast as by `astype`."""
-    if values.dtype == ml_dtypes.bfloat16:
-        return (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float32)
+            raise UsageError(
+                f"{self.out} holds another pack; it differs in\n"
+                + "\n".join(lines)
+                + "\nChoose another --out, or remove it."
+            )
 
 
 def run(settings: PackSettings) -> Pack:

@@ -124,7 +124,7 @@ class Store:
         return self._read(tokens_path(stream, step), first, last)
 
     def prompts(self) -> pa.Table:
-        """One row an image: image, prompt, seed, split, text_ids, text_pieces, text_length, sigma, scheduler_sigma, and the prompt file's own columns."""
+        """One row an image: the columns of FORMAT.md (prompt, seed, split, text_length, sigma, …) and the prompt file's own."""
         return self._prompts
 
     @cached_property

@@ -3,7 +3,8 @@
     PACK/manifest.json                    what the pack is; written last, carries its own SHA-256
     PACK/img_0/shard-00000.safetensors    columns: mlp_in, mlp_out (row, d_model); sigma (row,) float32; image, token
                                           (row,) int32; step (row,) int16; for txt also real (row,) uint8
-    PACK/img_0/means.safetensors          float64 means of the split: `mlp_in/step.0/all`; for txt also `…/real`, `…/padding`
+    PACK/img_0/means.safetensors          float64 means of the split: `mlp_in/step.0/all`; for txt also
+                                          `…/real` and `…/padding`
 
 Row r of a shard is the same (image, step, token) at every site of a stream.  Before a shard is mapped
 its length and its header are checked, because a truncated map reads as zeros.
@@ -66,7 +67,7 @@ def crc32c_of(path: Path) -> str:
     with path.open("rb") as file:
         while block := file.read(READ_BLOCK):
             checksum.update(block)
-    return checksum.hexdigest().decode()
+    return str(checksum.hexdigest().decode())
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,9 @@ class Shard:
             raise DamagedError(
                 f"{self.path}: column {name} is {found}, expected {np.dtype(dtype).name} {shape}. {REPACK}"
             )
-        return np.memmap(self.path, dtype=dtype, mode="r", offset=start + found["data_offsets"][0], shape=shape)
+        first: int = start + found["data_offsets"][0]
+        column: np.ndarray = np.memmap(self.path, dtype=np.dtype(dtype), mode="r", offset=first, shape=shape)
+        return column
 
 
 class Pack:
@@ -139,7 +142,8 @@ class Pack:
         missing = [point for point in points if point not in self.points]
         if missing:
             raise UsageError(
-                f"{self.path} has no {', '.join(missing)}; it has {', '.join(self.points)}: pack again with --points {','.join(points)}"
+                f"{self.path} has no {', '.join(missing)}; it has {', '.join(self.points)}: "
+                f"pack again with --points {','.join(points)}"
             )
 
     def shard_rows(self, stream: Stream) -> tuple[int, ...]:

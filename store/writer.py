@@ -12,7 +12,8 @@ CRC-32C, and the CRC of any message followed by its CRC is one and the same numb
 
 import fcntl
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ from store.files import fsync_file, fsync_folder, publish, self_checked, sha256_
 from store.format import StoreMeta, array_path, part_files, part_name, to_carrier, tokens_path
 from store.sites import Point, Site, Stream
 from store.statistics import array_statistics
+
+SETTLING_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -86,12 +89,8 @@ class StoreWriter:
             file = self.path / "weights" / meta.weights["file"]
             write_bytes(file, weights)
             created.append(file)
-        for file in created:
-            fsync_file(file)
-        for folder in {file.parent for file in created}:
-            fsync_folder(folder)
         self._clear_leftovers("zarr.", ".")
-        files = {str(file.relative_to(self.path)): _entry(file) for file in sorted(created)}
+        files = {str(file.relative_to(self.path)): entry for file, entry in _settled(sorted(created)).items()}
         write_json(layout.store_commit(self.path), self_checked({"files": files, "parts": meta.n_parts}))
 
     def missing(self) -> list[int]:
@@ -127,14 +126,11 @@ class StoreWriter:
         if content.pictures is not None:
             write_table(self.path / "images" / f"{part_name(part)}.parquet", content.pictures)
         files = [self.path / name for name in part_files(self.meta, part)]
-        for file in files:
-            fsync_file(file)
-        for folder in {file.parent for file in files}:
-            fsync_folder(folder)
+        entries = _settled(files)
         commit = {
             "part": part,
             "images": [images.start, images.stop],
-            "files": {str(file.relative_to(self.path)): _entry(file) for file in files},
+            "files": {str(file.relative_to(self.path)): entry for file, entry in entries.items()},
             "statistics": statistics,
         }
         write_json(layout.part_commit(self.path, part), self_checked(commit))
@@ -192,7 +188,17 @@ def write_table(path: Path, table: pa.Table) -> None:
     publish(path, lambda temporary: pq.write_table(table, temporary, compression="zstd"))
 
 
-def _entry(file: Path) -> dict[str, Any]:
+def _settled(files: Sequence[Path]) -> dict[Path, dict[str, Any]]:
+    """Length and SHA-256 of files that are on the disk now, names included; several at a time, as both wait outside Python."""
+    with ThreadPoolExecutor(SETTLING_THREADS) as pool:
+        entries = dict(zip(files, pool.map(_settle, files), strict=True))
+    for folder in sorted({file.parent for file in files}):
+        fsync_folder(folder)
+    return entries
+
+
+def _settle(file: Path) -> dict[str, Any]:
+    fsync_file(file)
     return {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
 
 

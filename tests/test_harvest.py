@@ -71,7 +71,10 @@ def test_the_store_holds_the_picture_that_the_plain_pipeline_draws(plain: Store,
 
 def test_mlp_out_is_the_mlp_of_mlp_in(tmp_path: Path, pipe: Any) -> None:
     store = harvest(tmp_path / "store", store_dtype="float32", images=3)
-    for site, mlp in ((IMG, pipe.transformer.transformer_blocks[1].ff), (TXT, pipe.transformer.transformer_blocks[1].ff_context)):
+    for site, mlp in (
+        (IMG, pipe.transformer.transformer_blocks[1].ff),
+        (TXT, pipe.transformer.transformer_blocks[1].ff_context),
+    ):
         for step in store.steps:
             with torch.inference_mode():
                 expected = mlp(torch.from_numpy(store.read(site, step, "mlp_in"))).numpy()
@@ -126,7 +129,21 @@ def test_equal_settings_give_equal_bytes(plain: Store, tmp_path: Path) -> None:
 
 
 def arguments(out: Path) -> list[str]:
-    return [sys.executable, "-m", "harvest", "--images", "160", "--layers", "1", "--threads", "1", "--batch-size", "16", "--out", str(out)]
+    return [
+        sys.executable,
+        "-m",
+        "harvest",
+        "--images",
+        "160",
+        "--layers",
+        "1",
+        "--threads",
+        "1",
+        "--batch-size",
+        "16",
+        "--out",
+        str(out),
+    ]
 
 
 def interrupted(out: Path, how: signal.Signals, after: float) -> int:
@@ -143,7 +160,10 @@ def interrupted(out: Path, how: signal.Signals, after: float) -> int:
 def test_a_harvest_killed_at_any_time_goes_on_and_ends_in_the_same_store(tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     subprocess.run(arguments(whole), cwd=ROOT, check=True, capture_output=True)
-    codes = [interrupted(broken, how, after) for how, after in ((signal.SIGKILL, 0.01), (signal.SIGTERM, 2.5), (signal.SIGKILL, 0.5))]
+    codes = [
+        interrupted(broken, how, after)
+        for how, after in ((signal.SIGKILL, 0.01), (signal.SIGTERM, 2.5), (signal.SIGKILL, 0.5))
+    ]
     assert codes[0] == -signal.SIGKILL
     assert codes[1] in (0, 1)
     summary = run(HarvestSettings(resume=broken))
@@ -152,7 +172,15 @@ def test_a_harvest_killed_at_any_time_goes_on_and_ends_in_the_same_store(tmp_pat
 
 
 def test_parts_filled_by_several_processes_make_the_same_store(tmp_path: Path) -> None:
-    options = {"images": 130, "layers": "1", "streams": "txt", "steps": "0", "batch_size": 32, "pictures": "none", "num_inference_steps": 1}
+    options = {
+        "images": 130,
+        "layers": "1",
+        "streams": "txt",
+        "steps": "0",
+        "batch_size": 32,
+        "pictures": "none",
+        "num_inference_steps": 1,
+    }
     whole = harvest(tmp_path / "whole", **options)
     for parts in ("2", "0-1"):
         run(HarvestSettings(out=tmp_path / "split", **{"threads": 1, **options, "parts": parts}))  # type: ignore[arg-type]
@@ -172,14 +200,22 @@ def test_copied_weights_recompute_mlp_out(tmp_path: Path) -> None:
     store = harvest(tmp_path / "store", weights="copy", images=2, store_dtype="float32")
     weights = load_file(store.path / "weights" / store.meta.weights["file"])
     x = torch.from_numpy(store.read(IMG, 0, "mlp_in"))
-    hidden = torch.nn.functional.gelu(x @ weights["img_1.net.0.proj.weight"].T + weights["img_1.net.0.proj.bias"], approximate="tanh")
+    hidden = torch.nn.functional.gelu(
+        x @ weights["img_1.net.0.proj.weight"].T + weights["img_1.net.0.proj.bias"], approximate="tanh"
+    )
     y = hidden @ weights["img_1.net.2.weight"].T + weights["img_1.net.2.bias"]
     np.testing.assert_allclose(store.read(IMG, 0, "mlp_out"), y.numpy(), atol=2e-5)
 
 
 def test_any_real_prompt_harvests_without_a_warning(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "prompts.txt"
-    prompts = ["portrait of an élan vital, 8k, octane render, " * 12, "日本の風景 🌸 — ultra-wide", "A", "x" * 700, "tab\there :: 2"]
+    prompts = [
+        "portrait of an élan vital, 8k, octane render, " * 12,
+        "日本の風景 🌸 — ultra-wide",
+        "A",
+        "x" * 700,
+        "tab\there :: 2",
+    ]
     file.write_text("\n".join(prompts))
     store = harvest(tmp_path / "store", prompts=str(file), images=None, max_sequence_length=64)
     assert store.prompts().column("prompt").to_pylist() == [" ".join(p.split(" ")).strip() for p in prompts]

@@ -81,7 +81,10 @@ def test_the_draw_is_uniform_and_differs_by_image_step_and_stream() -> None:
     counts = np.bincount(np.concatenate([kept_positions(policy, 0, i, 0, "img", 0) for i in range(4000)]), minlength=64)
     assert abs(counts / 4000 - 8 / 64).max() < 0.03
     first = kept_positions(policy, 0, 0, 0, "img", 0).tolist()
-    others = [kept_positions(policy, *args, 0).tolist() for args in ((1, 0, 0, "img"), (0, 1, 0, "img"), (0, 0, 1, "img"), (0, 0, 0, "txt"))]
+    others = [
+        kept_positions(policy, *args, 0).tolist()
+        for args in ((1, 0, 0, "img"), (0, 1, 0, "img"), (0, 0, 1, "img"), (0, 0, 0, "txt"))
+    ]
     assert first not in others
 
 

@@ -81,7 +81,9 @@ def test_a_split_of_a_file_takes_its_prompts_only(tmp_path: Path) -> None:
         ("p.parquet", b"PAR1 but not really", "no Parquet file"),
     ],
 )
-def test_a_file_that_holds_no_prompts_is_refused_in_one_sentence(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_a_file_that_holds_no_prompts_is_refused_in_one_sentence(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
     file = tmp_path / name
     file.write_bytes(content)
     with pytest.raises(UsageError, match=message):

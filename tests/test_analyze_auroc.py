@@ -1,0 +1,84 @@
+"""AUROC against counting every pair, and choosing columns without looking at the rows they are scored on."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from scipy import sparse
+
+from analyze.auroc import auroc
+from analyze.choosing import choose_columns
+from analyze.probes import best_channel, ridge_probe
+from store.errors import NonFiniteError
+
+
+def naive(values: np.ndarray, positive: np.ndarray) -> float:
+    """The chance that a positive value exceeds a negative one, counted pair by pair."""
+    a, b = values[positive], values[~positive]
+    if not len(a) or not len(b):
+        return float("nan")
+    return float(sum((x > y) + 0.5 * (x == y) for x in a for y in b) / (len(a) * len(b)))
+
+
+tables = st.integers(1, 9).flatmap(
+    lambda n: st.tuples(
+        arrays.arrays(np.float32, (n, 3), elements=st.sampled_from([-2.5, -1.0, 0.0, 0.0, 1e-20, 0.5, 0.5, 3.0])),
+        arrays.arrays(np.bool_, (n, 2)),
+    )
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(tables)
+def test_auroc_counts_every_pair_with_ties_half(table: tuple[np.ndarray, np.ndarray]) -> None:
+    values, positive = table
+    expected = np.asarray([[naive(values[:, f], positive[:, a]) for f in range(3)] for a in range(2)])
+    np.testing.assert_allclose(auroc(values, positive), expected, atol=1e-12)
+    np.testing.assert_allclose(auroc(sparse.csr_array(values), positive), expected, atol=1e-12)
+
+
+def test_auroc_of_an_infinity_or_a_nan_is_refused() -> None:
+    for bad in (np.nan, np.inf):
+        values = np.asarray([[1.0], [bad]], np.float32)
+        with pytest.raises(NonFiniteError, match="NaN or an infinity"):
+            auroc(values, np.asarray([[True], [False]]))
+
+
+def test_a_column_is_chosen_on_one_half_and_scored_on_the_other() -> None:
+    rng = np.random.default_rng(0)
+    shown = rng.random((400, 1)) < 0.5
+    choose = np.arange(400) < 200
+    values = rng.random((400, 50)).astype(np.float32)
+    values[:, 7] += np.where(choose, shown[:, 0], ~shown[:, 0])  # tells the truth on the first half and lies on the second
+    choice = choose_columns(values, shown, choose)
+    assert choice.column[0] == 7
+    assert choice.selection[0] > 0.99
+    assert choice.scored[0] < 0.01
+
+
+def test_a_label_with_too_few_rows_is_not_judged() -> None:
+    shown = np.zeros((40, 2), bool)
+    shown[:2, 0] = True
+    shown[::2, 1] = True
+    choice = choose_columns(np.random.default_rng(0).random((40, 3)).astype(np.float32), shown, np.arange(40) < 20)
+    assert np.isnan(choice.selection[0])
+    assert np.isnan(choice.scored[0])
+    assert not np.isnan(choice.scored[1])
+
+
+def test_the_ridge_probe_reads_a_direction_that_no_channel_holds() -> None:
+    rng = np.random.default_rng(1)
+    direction = rng.choice([-1.0, 1.0], 24) / 24**0.5
+    shown = rng.random((900, 1)) < 0.5
+    x = (rng.standard_normal((900, 24)) + np.outer(4 * (shown[:, 0] - 0.5), direction)).astype(np.float32)
+    part = np.repeat([0, 1, 2], 300)
+    probe, channel = ridge_probe(x, shown, part), best_channel(x, shown, part)
+    assert probe.scored[0] > 0.95
+    assert 0.5 < channel.scored[0] < 0.8
+
+
+def test_the_best_channel_may_be_of_either_sign() -> None:
+    shown = np.random.default_rng(2).random((60, 1)) < 0.5
+    x = np.where(shown, -3.0, 3.0).astype(np.float32)
+    assert best_channel(x, shown, np.repeat([0, 1, 2], 20)).scored[0] == 1.0
