@@ -11,6 +11,8 @@ from store import open_store
 from store.reader import Store
 from store.statistics import merged
 
+COLUMNS = 5
+
 
 @dataclass(frozen=True)
 class InfoSettings:
@@ -73,14 +75,25 @@ def _sigmas(store: Store) -> str:
 
 
 def _site_table(store: Store) -> list[str]:
+    """A line a site: rows a step, and the RMS of both points over the steps, which shows a dead or exploding site at once."""
     if not store.committed_parts:
         return ["no part is committed yet"]
-    lines = [f"{'site':>8} {'step':>5} {'rows':>10}   {'mlp_in rms':>10} {'max':>9}   {'mlp_out rms':>11} {'max':>9}"]
+    steps = _spread(store.steps)
+    heads = " ".join(f"{f'step {step}':>8}" for step in steps)
+    lines = [
+        f"{'':>8} {'':>12}   {'RMS of mlp_in':<{len(heads)}}   {'RMS of mlp_out':<{len(heads)}}   {'greatest':>8}",
+        f"{'site':>8} {'rows a step':>12}   {heads}   {heads}   {'|value|':>8}",
+    ]
     for site in store.sites:
-        for step in store.steps:
-            before, after = (merged(store.statistics(site, step, point)) for point in ("mlp_in", "mlp_out"))  # type: ignore[arg-type]
-            lines.append(
-                f"{site!s:>8} {step:>5} {before['rows']:>10,}   {before['rms']:>10.4f} {before['max']:>9.3f}   "
-                f"{after['rms']:>11.4f} {after['max']:>9.3f}"
-            )
+        found = {point: [merged(store.statistics(site, step, point)) for step in steps] for point in store.points}
+        rms = ["   " + " ".join(f"{each['rms']:>8.4f}" for each in found[point]) for point in store.points]
+        greatest = max(each["max"] for point in store.points for each in found[point])
+        lines.append(f"{site!s:>8} {found[store.points[0]][0]['rows']:>12,}{''.join(rms)}   {greatest:>8.2f}")
     return lines
+
+
+def _spread(steps: tuple[int, ...]) -> list[int]:
+    """At most `COLUMNS` of the steps, evenly spread, first and last among them."""
+    if len(steps) <= COLUMNS:
+        return list(steps)
+    return [steps[round(i * (len(steps) - 1) / (COLUMNS - 1))] for i in range(COLUMNS)]

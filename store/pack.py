@@ -73,7 +73,8 @@ class PackSettings:
     points: str = "mlp_in,mlp_out"
     """what to pack; mlp_out alone makes a pack for SAEs, of half the size"""
     memory: str = "2GB"
-    """bound on the memory used; less memory means more readings of the store, and the same bytes"""
+    """bound on the arrays held at once (Python and its libraries come on top: about 150 MB); less memory means more
+    readings of the store, and the same bytes"""
     shard_mb: int = 256
     """greatest size of a shard in MB (10^6 bytes)"""
     seed: int = 0
@@ -167,7 +168,8 @@ class Packing:
             raise UsageError(
                 f"--memory {self.settings.memory} is too little for stream {stream}: the row order "
                 f"takes {human_size(index)}, a chunk of the store {human_size(chunk)}, a shard twice "
-                f"{human_size(2 * shard)}; use --memory {-(-(fixed + shard) // 10**6)}MB or more, a smaller --shard-mb, or fewer images"
+                f"{human_size(2 * shard)}; use --memory {-(-(fixed + shard) // 10**6)}MB or more, "
+                "a smaller --shard-mb, or fewer images"
             )
         return max(int(self.memory - fixed) // max(shard, 1), 1)
 

@@ -3,6 +3,7 @@
 import hashlib
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,11 @@ def test_means_are_those_of_the_split_and_of_real_and_padding_tokens_apart(a_sto
 def test_bytes_depend_on_neither_memory_nor_shape_of_the_run(tmp_path: Path) -> None:
     path = toy_store(tmp_path / "s", n_images=300, sites=("img_0", "txt_0"), img_tokens=256, d_model=8, chunk_images=32)
     roomy = make(path, tmp_path / "roomy", shard_mb=1, sites="img_0,txt_0")
+    tracemalloc.start()
     tight = make(path, tmp_path / "tight", shard_mb=1, sites="txt_0,img_0", memory="7MB")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 7e6
     assert digests(roomy.path) == digests(tight.path)
     rows = roomy.shard_rows("img")
     assert len(rows) > 5 and max(rows) - min(rows) <= 1

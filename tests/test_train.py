@@ -113,10 +113,18 @@ def test_a_killed_training_goes_on_and_ends_in_the_same_bytes(
         with pytest.raises(UnfinishedError, match="did not finish"):
             load_dictionary(tmp_path / "killed" / "transcoder_img_0")
     monkeypatch.undo()
+    (tmp_path / "killed" / "transcoder_img_0" / ".resume.safetensors.0badf00d.tmp").write_bytes(b"torn")
     with pytest.raises(UsageError, match="--seed: there 0, asked for 9"):
         small_run(packs, tmp_path / "killed", seed=9, **changes)
     small_run(packs, tmp_path / "killed", checkpoint_steps=20, **changes)
     assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
+
+
+def test_a_folder_of_somebody_else_is_not_written_into(packs: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "transcoder_img_0").mkdir()
+    (tmp_path / "transcoder_img_0" / "notes.txt").touch()
+    with pytest.raises(UsageError, match="is no dictionary of ours"):
+        small_run(packs, tmp_path)
 
 
 def test_a_finished_dictionary_is_loaded_and_other_settings_are_refused(
@@ -309,9 +317,12 @@ def test_the_command_line_equals_python_and_imports_neither_diffusers_nor_zarr(
 def test_a_failure_on_the_command_line_is_one_message_and_an_exit_code(
     packs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for extra, reason in ((["--sites", "img_7"], "no img_7"), (["--activation", "relu"], "add --activation topk")):
-        assert program("train", COMMANDS, [*command_line(packs, tmp_path / "out"), *extra], default="train") == 2
-        assert capsys.readouterr().err.startswith("error: ") and not (tmp_path / "out").exists(), reason
+    flags = command_line(packs, tmp_path / "out")
+    assert program("train", COMMANDS, [*flags, "--sites", "img_7"], default="train") == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    assert program("train", COMMANDS, [*flags, "--activation", "relu"], default="train") == 2
+    assert "--activation topk" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def command_line(packs: tuple[Path, Path], out: Path) -> list[str]:

@@ -1,0 +1,18 @@
+"""Dictionaries of FLUX activations, trained from a pack: no FLUX weights, no diffusers, mostly no GPU."""
+
+from train.checkpoint import load_dictionaries, load_dictionary
+from train.config import DictionaryConfig
+from train.dictionary import SAE, Dictionary, Transcoder
+from train.settings import TrainSettings
+from train.trainer import run
+
+__all__ = [
+    "SAE",
+    "Dictionary",
+    "DictionaryConfig",
+    "TrainSettings",
+    "Transcoder",
+    "load_dictionaries",
+    "load_dictionary",
+    "run",
+]

@@ -1,0 +1,17 @@
+"""`python -m train --pack PACK --out DIR`, and `import`, `export` of published files."""
+
+import sys
+
+from store.command import Command, program
+from train.published import ExportSettings, ImportSettings, run_export, run_import
+from train.settings import TrainSettings
+from train.trainer import run
+
+COMMANDS = {
+    "train": Command(TrainSettings, run, "train one dictionary a site from a pack (the default)"),
+    "import": Command(ImportSettings, run_import, "turn a published .pt file into a dictionary folder"),
+    "export": Command(ExportSettings, run_export, "write a dictionary as the .pt file that the published code loads"),
+}
+
+if __name__ == "__main__":
+    sys.exit(program("train", COMMANDS, default="train"))

@@ -1,0 +1,229 @@
+"""A dictionary on disk: a folder that is whole or says that it is not.
+
+    transcoder_img_6/
+      weights.safetensors   the parameters, float32, under their published names
+      metrics.json          figures on held-out rows, or null
+      log.jsonl             loss, L0, learning rate while training; no times
+      config.json           everything else, length and SHA-256 of the others, and its own; written last
+      resume.safetensors    only while training: parameters, AdamW moments, position, log so far, in one file
+
+No byte depends on path, time or host.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from store.errors import DamagedError, ForeignError, UnfinishedError, UsageError
+from store.files import json_bytes, read_self_checked, self_checked, sha256_bytes, sha256_file, write_bytes, write_json
+from train.config import DictionaryConfig
+from train.dictionary import Dictionary, build
+
+CONFIG, WEIGHTS, METRICS, LOG, RESUME = (
+    "config.json",
+    "weights.safetensors",
+    "metrics.json",
+    "log.jsonl",
+    "resume.safetensors",
+)
+COVERED = (WEIGHTS, METRICS, LOG)
+METADATA_KEY = "granary"  # one key alone: the order of several differs from run to run
+
+LogLine = dict[str, float | int]
+
+
+@dataclass
+class Progress:
+    """Where a training stands: all that is needed to go on bit for bit."""
+
+    step: int = 0
+    log: list[LogLine] = field(default_factory=list)
+
+
+def save_dictionary(
+    folder: Path, dictionary: Dictionary, metrics: Mapping[str, Any] | None, log: list[LogLine]
+) -> None:
+    """Publish a finished dictionary as `folder`; `config.json` comes last and makes it loadable."""
+    contents = {
+        WEIGHTS: safetensors.torch.save(_parameters(dictionary)),
+        METRICS: json_bytes(metrics),
+        LOG: "".join(json.dumps(line, sort_keys=True) + "\n" for line in log).encode(),
+    }
+    for name, content in contents.items():
+        write_bytes(folder / name, content)
+    files = {name: {"bytes": len(content), "sha256": sha256_bytes(content)} for name, content in contents.items()}
+    write_json(folder / CONFIG, self_checked({**dictionary.config.to_json(), "files": files}))
+    (folder / RESUME).unlink(missing_ok=True)
+
+
+def read_config(folder: Path) -> DictionaryConfig:
+    """What the dictionary in `folder` says about itself; its weights are not read."""
+    return _read(folder)[0]
+
+
+def load_dictionary(folder: str | Path) -> Dictionary:
+    """The dictionary in `folder`, float32 on the CPU, in eval mode, without gradients.
+
+    Errors: `UsageError` where there is no such folder, `UnfinishedError` for one whose training did not end,
+    `ForeignError` for what is not ours or of another version, `DamagedError` for a file that differs from its checksum.
+    """
+    folder = Path(folder)
+    config, files = _read(folder)
+    for name in COVERED:
+        _check(folder / name, files[name])
+    metrics = json.loads((folder / METRICS).read_bytes())
+    dictionary = build(config, metrics)
+    fill(dictionary, safetensors.torch.load_file(folder / WEIGHTS), str(folder / WEIGHTS))
+    return frozen(dictionary)
+
+
+def load_dictionaries(folder: str | Path) -> list[Dictionary]:
+    """Every dictionary in `folder`, by name: our folders, and published files such as `transcoder_img_6.pt`.
+
+    A folder that is itself a dictionary gives that one.  `UsageError` when there is none.
+    """
+    from train.published import import_file, is_published_name
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UsageError(
+            f"there is no folder {folder}: --dictionaries names a folder of dictionaries, as train --out made it"
+        )
+    if (folder / CONFIG).exists():
+        return [load_dictionary(folder)]
+    inside = sorted(folder.iterdir())
+    unfinished = [path.name for path in inside if (path / RESUME).exists() and not (path / CONFIG).exists()]
+    if unfinished:
+        raise UnfinishedError(
+            f"{folder}: {', '.join(unfinished)} did not finish training: run the same train command again"
+        )
+    found = [load_dictionary(path) for path in inside if (path / CONFIG).exists()]
+    found += [import_file(path) for path in inside if path.is_file() and is_published_name(path.name)]
+    if not found:
+        raise UsageError(
+            f"{folder} holds no dictionary: neither folders such as transcoder_img_6/ "
+            "nor files such as transcoder_img_6.pt"
+        )
+    names = [dictionary.name for dictionary in found]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UsageError(f"{folder} holds {', '.join(twice)} twice, as a folder and as a .pt file: remove one of them")
+    return sorted(found, key=lambda dictionary: (dictionary.config.kind, dictionary.site))
+
+
+def frozen(dictionary: Dictionary) -> Dictionary:
+    """The same dictionary in eval mode, without gradients of its parameters."""
+    dictionary.eval().requires_grad_(False)
+    return dictionary
+
+
+def fill(dictionary: Dictionary, state: Mapping[str, Tensor], where: str) -> None:
+    """Load parameters; `ForeignError` names those that are missing, unknown, or of another shape."""
+    expected = {name: tuple(value.shape) for name, value in dictionary.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in state.items()}
+    if expected != found:
+        differing = [name for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)]
+        odd = [
+            f"{name}: found {found.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}"
+            for name in differing
+        ]
+        raise ForeignError(f"{where} does not hold the parameters of {dictionary.name}: " + "; ".join(odd))
+    dictionary.load_state_dict({name: value.float() for name, value in state.items()})
+
+
+def save_progress(folder: Path, dictionary: Dictionary, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+    """Publish the state of a training in one file, so that no crash can tear weights from moments."""
+    tensors = {f"parameter.{name}": value for name, value in _parameters(dictionary).items()}
+    for name, parameter in dictionary.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{key}.{name}"] = value.detach().contiguous()
+    about = {"config": dictionary.config.to_json(), "step": progress.step, "log": progress.log}
+    write_bytes(folder / RESUME, safetensors.torch.save(tensors, {METADATA_KEY: json.dumps(about, sort_keys=True)}))
+
+
+def load_progress(folder: Path, dictionary: Dictionary, optimizer: torch.optim.Optimizer) -> Progress:
+    """Bring dictionary and optimizer to where `save_progress` left them; a fresh `Progress` when it never ran.
+
+    `UsageError` when the folder holds the training of another dictionary.
+    """
+    path = folder / RESUME
+    if not path.exists():
+        return Progress()
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {})[METADATA_KEY])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        refuse_other(folder, DictionaryConfig.from_json(about["config"], str(path)), dictionary.config)
+        with torch.no_grad():
+            for name, parameter in dictionary.named_parameters():
+                parameter.copy_(tensors[f"parameter.{name}"])
+                moments = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+                optimizer.state[parameter] = moments
+    except (safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise DamagedError(
+            f"{path} cannot be read ({error}): remove it to train {dictionary.name} from the start"
+        ) from None
+    return Progress(about["step"], about["log"])
+
+
+def refuse_other(folder: Path, found: DictionaryConfig, asked: DictionaryConfig) -> None:
+    """`UsageError` naming every difference, unless both are the same training."""
+    there, here = (config.trained(0, 0).to_json() for config in (found, asked))
+    differing = [key for key in here if there[key] != here[key]]
+    if not differing:
+        return
+    lines = []
+    for key in differing:
+        if key == "training" and isinstance(there[key], dict):
+            names = sorted({*there[key], *here[key]})
+            pairs = [(f"--{n}".replace("_", "-"), there[key].get(n), here[key].get(n)) for n in names]
+            lines += [f"  {name}: there {old!r}, asked for {new!r}" for name, old, new in pairs if old != new]
+        else:
+            lines.append(f"  {key}: there {there[key]!r}, asked for {here[key]!r}")
+    raise UsageError(
+        f"{folder} holds another dictionary; it differs in\n"
+        + "\n".join(lines)
+        + "\nChoose another --out, or remove that folder."
+    )
+
+
+def _parameters(dictionary: Dictionary) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous() for name, value in dictionary.state_dict().items()}
+
+
+def _read(folder: Path) -> tuple[DictionaryConfig, dict[str, Any]]:
+    path = folder / CONFIG
+    if not folder.is_dir():
+        raise UsageError(f"there is no dictionary {folder}")
+    if not path.exists() and (folder / RESUME).exists():
+        raise UnfinishedError(
+            f"{folder} did not finish training: run the same train command again, it goes on where it was"
+        )
+    if not path.exists():
+        raise ForeignError(f"{folder} is no dictionary: it has no {CONFIG}")
+    content = read_self_checked(path)
+    files = content.pop("files", None)
+    del content["sha256"]
+    config = DictionaryConfig.from_json(content, str(path))
+    if not isinstance(files, dict) or set(files) != set(COVERED):
+        raise ForeignError(f"{path} does not list {', '.join(COVERED)}")
+    return config, files
+
+
+def _check(path: Path, entry: dict[str, Any]) -> None:
+    if not path.exists():
+        raise DamagedError(f"{path} is missing: train or import the dictionary again")
+    length = path.stat().st_size
+    if length != entry["bytes"]:
+        raise DamagedError(
+            f"{path} has {length} bytes where {entry['bytes']} were written: train or import the dictionary again"
+        )
+    if sha256_file(path) != entry["sha256"]:
+        raise DamagedError(f"{path} differs from the checksum in {CONFIG}: train or import the dictionary again")

@@ -1,0 +1,205 @@
+"""The `.pt` files of the two published systems, read and written.
+
+Files are told apart by their keys: DifFRACT's is a bare state dict, FLUX-SAE's is
+`{model_state_dict, config{use_topk, topk_k, input_dim, hidden_dim, l1_coeff}}`.  They are loaded with
+`weights_only=True`, always: a pickle that holds code is refused.
+"""
+
+import io
+import pickle
+import re
+import warnings
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from torch import Tensor
+
+from store.errors import ForeignError, UsageError
+from store.files import write_bytes
+from store.sites import Site
+from train.checkpoint import CONFIG, fill, frozen, load_dictionary, save_dictionary
+from train.config import DictionaryConfig, Kind
+from train.dictionary import Dictionary, build
+
+_NAME = re.compile(r"(transcoder|sae)_((?:img|txt|joint)_\d+)\.pt")
+_CONDITIONED = {"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"} | {
+    f"{layer}.{part}" for layer in ("time_mlp.0", "time_mlp.2", "mod_linear") for part in ("weight", "bias")
+}
+_PRE_BIAS = {"pre_bias", "encoder.weight", "encoder.bias", "decoder.weight"}
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """Write a dictionary as the `.pt` file that the published code loads."""
+
+    dictionary: tyro.conf.Positional[Path]
+    """folder of the dictionary"""
+    out: Path
+    """the file to write, such as transcoder_img_6.pt"""
+
+
+@dataclass(frozen=True)
+class ImportSettings:
+    """Turn a published `.pt` file into a dictionary folder."""
+
+    file: tyro.conf.Positional[Path]
+    """a file such as transcoder_img_6.pt or sae_best.pt"""
+    out: Path
+    """folder in which the dictionary's own folder is made"""
+    site: Annotated[str | None, tyro.conf.arg(metavar="img_6")] = None
+    """the site it belongs to, where the file's name does not say it"""
+    kind: Kind | None = None
+    """transcoder or sae, where neither the file's name nor its keys say it"""
+
+
+def is_published_name(name: str) -> bool:
+    """Whether a file is named as published dictionaries are: `transcoder_img_6.pt`."""
+    return _NAME.fullmatch(name) is not None
+
+
+def run_export(settings: ExportSettings) -> None:
+    """Write `settings.out`; nothing is written when the layout cannot say what the dictionary is."""
+    dictionary = load_dictionary(settings.dictionary)
+    write_bytes(settings.out, to_bytes(dictionary))
+    print(f"{settings.out}: {dictionary.name} in the layout of {dictionary.config.family}")
+
+
+def run_import(settings: ImportSettings) -> None:
+    """Write the dictionary folder below `settings.out`."""
+    dictionary = import_file(settings.file, settings.site, settings.kind)
+    folder = settings.out / dictionary.name
+    if folder.exists() and not _same(folder, dictionary):
+        raise UsageError(f"{folder} exists and holds something else: choose another --out, or remove it")
+    save_dictionary(folder, dictionary, None, [])
+    config = dictionary.config
+    print(
+        f"{folder}: d_model {config.d_model}, {config.n_features} features, {config.activation}, "
+        f"layout of {config.family}"
+    )
+
+
+def to_bytes(dictionary: Dictionary) -> bytes:
+    """The `.pt` file of a dictionary; `UsageError` says why where the published layout has no words for it."""
+    config = dictionary.config
+    state = OrderedDict(
+        (name, value.detach().cpu().contiguous().clone()) for name, value in dictionary.state_dict().items()
+    )
+    content: Any = state
+    if config.family == "flux-sae":
+        l1 = (config.training or {}).get("l1")
+        about = {
+            "use_topk": config.activation == "topk",
+            "topk_k": config.k or 0,
+            "l1_coeff": l1 if isinstance(l1, float) else 0.0,
+        }
+        content = {
+            "model_state_dict": state,
+            "config": {**about, "input_dim": config.d_model, "hidden_dim": config.n_features},
+        }
+    elif config.activation != "relu":
+        raise UsageError(
+            f"{dictionary.name} cannot be exported: DifFRACT's layout is a bare state dict, its readers apply ReLU, "
+            f"and this dictionary is {config.activation} (k = {config.k}). Share its folder instead."
+        )
+    elif config.time_embed_dim is None:
+        raise UsageError(
+            f"{dictionary.name} cannot be exported: DifFRACT's layout needs time_mlp and mod_linear, and this "
+            "dictionary is not conditioned on the timestep. Share its folder instead."
+        )
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def import_file(path: Path, site: str | None = None, kind: Kind | None = None) -> Dictionary:
+    """The dictionary in a published `.pt` file; its parent is unknown and its metrics are None.
+
+    `site` and `kind` are only needed where the name does not say them.  `ForeignError` for a file that is
+    neither layout, or that holds more than tensors and plain values.
+    """
+    content = _load(path)
+    named = _NAME.fullmatch(path.name)
+    if site is None and named is None:
+        raise UsageError(
+            f"{path.name} does not say which site it belongs to: add --site img_6 (or rename it to sae_img_6.pt)"
+        )
+    place = Site.parse(site if site is not None else named[2])  # type: ignore[index]  # one of both is there
+    said: Kind | None = kind or (named[1] if named else None)  # type: ignore[assignment]
+    state, about = (
+        (content["model_state_dict"], content.get("config")) if "model_state_dict" in content else (content, None)
+    )
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ForeignError(f"{path} is no state dict of a dictionary: it holds {type(state).__name__}")
+    if set(state) == _PRE_BIAS:
+        config = _pre_bias_config(path, place, said, state, about)
+    elif set(state) == _CONDITIONED and about is None:
+        if said is None:
+            raise UsageError(f"{path.name} does not say whether it is a transcoder or an SAE: add --kind transcoder")
+        config = _conditioned_config(path, place, said, state)
+    else:
+        odd = ", ".join(sorted(map(str, set(state) ^ _CONDITIONED)))
+        raise ForeignError(
+            f"{path} is neither DifFRACT's layout nor FLUX-SAE's; against DifFRACT's these keys are missing or "
+            f"unknown: {odd}"
+        )
+    dictionary = build(config)
+    fill(dictionary, state, str(path))
+    return frozen(dictionary)
+
+
+def _same(folder: Path, dictionary: Dictionary) -> bool:
+    if not (folder / CONFIG).exists():
+        return False
+    there = load_dictionary(folder)
+    return there.config == dictionary.config and to_bytes(there) == to_bytes(dictionary)
+
+
+def _load(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch wonders about pickles that it did not write, and then refuses them
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ForeignError(
+            f"{path} is refused: it holds more than tensors and plain values, and such a pickle can run code"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or ["it is empty"])[0]
+        raise ForeignError(f"{path} is no file that torch.save wrote: {reason}") from None
+    if not isinstance(content, Mapping):
+        raise ForeignError(f"{path} holds a {type(content).__name__}, not the state dict of a dictionary")
+    return content
+
+
+def _conditioned_config(path: Path, site: Site, kind: Kind, state: Mapping[str, Tensor]) -> DictionaryConfig:
+    n_features, d_model = _matrix(path, state)
+    return DictionaryConfig(kind, site, d_model, n_features, time_embed_dim=state["time_mlp.0.weight"].shape[-1])
+
+
+def _pre_bias_config(
+    path: Path, site: Site, kind: Kind | None, state: Mapping[str, Tensor], about: Any
+) -> DictionaryConfig:
+    if kind == "transcoder":
+        raise UsageError(f"{path} is an SAE by its keys (pre_bias), not a transcoder")
+    if not isinstance(about, Mapping) or "use_topk" not in about:
+        raise ForeignError(
+            f"{path} has pre_bias but no config with use_topk: whether it is ReLU or TopK cannot be told"
+        )
+    n_features, d_model = _matrix(path, state)
+    topk = bool(about["use_topk"])
+    k = int(about["topk_k"]) if topk else None
+    return DictionaryConfig("sae", site, d_model, n_features, "topk" if topk else "relu", k, family="flux-sae")
+
+
+def _matrix(path: Path, state: Mapping[str, Tensor]) -> tuple[int, int]:
+    shape = tuple(state["encoder.weight"].shape)
+    if len(shape) != 2:
+        raise ForeignError(f"{path}: encoder.weight has shape {shape}, expected (n_features, d_model)")
+    return shape
