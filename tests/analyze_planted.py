@@ -52,7 +52,7 @@ class Plan:
     seed: int = 0
 
 
-def planted_store(path: Path, plan: Plan = Plan()) -> Store:  # noqa: B008
+def planted_store(path: Path, plan: Plan = Plan()) -> Store:
     """A finished store of random one-object scenes with the plan's attributes planted in its channels."""
     rng = np.random.default_rng(plan.seed)
     scenes = [_scene(rng, plan) for _ in range(-(-plan.n_images // plan.seeds_per_prompt))]
@@ -74,8 +74,21 @@ def _scene(rng: np.random.Generator, plan: Plan) -> dict[str, Any]:
     top, left = row * (rows - 2) // 2, column * (columns - 3) // 2
     coverage = np.zeros(plan.grid)
     coverage[top : top + 2, left : left + 3] = 1
-    truth = {"shape": shape, "colour": colour, "size": "medium", "position": place, "coverage": coverage.ravel().tolist()}
-    return {"kind": "one", "background": background, "relation": None, "drawn": True, "objects": [truth], "box": (top, left)}
+    truth = {
+        "shape": shape,
+        "colour": colour,
+        "size": "medium",
+        "position": place,
+        "coverage": coverage.ravel().tolist(),
+    }
+    return {
+        "kind": "one",
+        "background": background,
+        "relation": None,
+        "drawn": True,
+        "objects": [truth],
+        "box": (top, left),
+    }
 
 
 def prompt_of(scene: dict[str, Any]) -> str:
@@ -87,12 +100,21 @@ def prompt_of(scene: dict[str, Any]) -> str:
 
 def _attributes(scene: dict[str, Any]) -> dict[str, str]:
     thing = scene["objects"][0]
-    return {"colour": thing["colour"], "shape": thing["shape"], "position": thing["position"], "background": scene["background"]}
+    return {
+        "colour": thing["colour"],
+        "shape": thing["shape"],
+        "position": thing["position"],
+        "background": scene["background"],
+    }
 
 
 def _meta(plan: Plan) -> StoreMeta:
     n_img = plan.grid[0] * plan.grid[1]
-    tokens = {"img": StreamTokens("all", n_img, n_img), "txt": StreamTokens("all", plan.text_tokens, plan.text_tokens), **plan.tokens}
+    tokens = {
+        "img": StreamTokens("all", n_img, n_img),
+        "txt": StreamTokens("all", plan.text_tokens, plan.text_tokens),
+        **plan.tokens,
+    }
     streams = {Site.parse(site).stream for site in plan.sites}
     return StoreMeta(
         n_images=plan.n_images, chunk_images=plan.chunk_images, sites=plan.sites, points=("mlp_in", "mlp_out"),
@@ -111,10 +133,19 @@ def _part(rng: np.random.Generator, plan: Plan, meta: StoreMeta, images: range, 
     for site in meta.site_objects:
         for step in meta.steps:
             total = meta.tokens[site.stream].total
-            full = np.stack([_signal(plan, site.stream, step, scene, words, total) for scene, words in zip(scenes, pieces, strict=True)])
+            full = np.stack(
+                [
+                    _signal(plan, site.stream, step, scene, words, total)
+                    for scene, words in zip(scenes, pieces, strict=True)
+                ]
+            )
             full = (full + plan.noise * rng.standard_normal(full.shape)).astype(np.float32)
+            policy, stream = meta.tokens[site.stream], site.stream
             slots = np.stack(
-                [kept_positions(meta.tokens[site.stream], meta.seed, i, step, site.stream, len(words)) for i, words in zip(images, pieces, strict=True)]
+                [
+                    kept_positions(policy, meta.seed, i, step, stream, len(w))
+                    for i, w in zip(images, pieces, strict=True)
+                ]
             )
             kept = np.take_along_axis(full, np.maximum(slots, 0)[..., None], axis=1)
             kept[slots < 0] = np.nan
@@ -130,7 +161,11 @@ def _signal(plan: Plan, stream: str, step: int, scene: dict[str, Any], words: li
     strength = 3.0 / (1 + step)
     inside = np.asarray(scene["objects"][0]["coverage"]) > 0.5
     for number, attribute in enumerate(ATTRIBUTES):
-        if attribute not in plan.planted or _attributes(scene)[attribute.group] != attribute.value or number >= plan.d_model:
+        if (
+            attribute not in plan.planted
+            or _attributes(scene)[attribute.group] != attribute.value
+            or number >= plan.d_model
+        ):
             continue
         if stream == "img":
             values[~inside if attribute.group == "background" else inside, number] = strength
@@ -154,7 +189,9 @@ def _prompts(plan: Plan, images: range, scenes: list[dict[str, Any]], pieces: li
         "scheduler_sigma": pa.array(sigma, pa.list_(pa.float32())),
     }
     if plan.truth:
-        columns["truth"] = [json.dumps({key: value for key, value in scene.items() if key != "box"}) for scene in scenes]
+        columns["truth"] = [
+            json.dumps({key: value for key, value in scene.items() if key != "box"}) for scene in scenes
+        ]
     return pa.table(columns)
 
 
@@ -189,7 +226,9 @@ def draw_scene(plan: Plan, scene: dict[str, Any]) -> Image.Image:
     return picture
 
 
-def reading_dictionary(site: str, d_model: int = 32, n_features: int = 48, kind: str = "transcoder", seed: int = 0) -> Dictionary:
+def reading_dictionary(
+    site: str, d_model: int = 32, n_features: int = 48, kind: str = "transcoder", seed: int = 0
+) -> Dictionary:
     """A dictionary whose feature f reads channel f (features from d_model on read random directions); active above 1."""
     config = DictionaryConfig(kind=kind, site=Site.parse(site), d_model=d_model, n_features=n_features)  # type: ignore[arg-type]
     dictionary = build(config, METRICS)
@@ -208,7 +247,7 @@ def reading_dictionary(site: str, d_model: int = 32, n_features: int = 48, kind:
 METRICS: dict[str, Any] | None = None
 
 
-def planted_dictionaries(folder: Path, plan: Plan = Plan(), **changes: Any) -> Path:  # noqa: B008
+def planted_dictionaries(folder: Path, plan: Plan = Plan(), **changes: Any) -> Path:
     """A folder with one reading dictionary for each site of the plan."""
     for site in plan.sites:
         dictionary = reading_dictionary(site, d_model=plan.d_model)

@@ -50,7 +50,9 @@ def test_a_column_is_chosen_on_one_half_and_scored_on_the_other() -> None:
     shown = rng.random((400, 1)) < 0.5
     choose = np.arange(400) < 200
     values = rng.random((400, 50)).astype(np.float32)
-    values[:, 7] += np.where(choose, shown[:, 0], ~shown[:, 0])  # tells the truth on the first half and lies on the second
+    values[:, 7] += np.where(
+        choose, shown[:, 0], ~shown[:, 0]
+    )  # tells the truth on the first half and lies on the second
     choice = choose_columns(values, shown, choose)
     assert choice.column[0] == 7
     assert choice.selection[0] > 0.99

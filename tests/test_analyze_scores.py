@@ -36,7 +36,10 @@ def run_scores(folder: Path, plan: Plan, out: str = "out", **options: object) ->
 
 def slow(store: Store, subject: Subject, step: int, padding: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """S, its first token, and z of every counted row, token by token in float64."""
-    weight, bias = (p.detach().numpy().astype(np.float64) for p in (subject.dictionary.encoder.weight, subject.dictionary.encoder.bias))
+    weight, bias = (
+        p.detach().numpy().astype(np.float64)
+        for p in (subject.dictionary.encoder.weight, subject.dictionary.encoder.bias)
+    )
     lengths = store.prompts()["text_length"].to_pylist()
     best = np.zeros((store.n_images, len(bias)))
     token = np.full((store.n_images, len(bias)), -1)
@@ -56,14 +59,15 @@ def slow(store: Store, subject: Subject, step: int, padding: bool = False) -> tu
     return best, token, np.asarray(rows)
 
 
+REAL = StreamTokens("real+2", 16, 24)
 PLANS = {
     "all tokens": (Plan(n_images=13, chunk_images=4), {}),
     "padding too": (Plan(n_images=9, chunk_images=4), {"padding": True}),
     "sampled tokens": (
-        Plan(n_images=11, chunk_images=4, tokens={"img": image_policy("7", 54), "txt": StreamTokens("real+2", 16, 24)}, store_dtype="float32"),
+        Plan(n_images=11, chunk_images=4, tokens={"img": image_policy("7", 54), "txt": REAL}, store_dtype="float32"),
         {},
     ),
-    "sampled with padding": (Plan(n_images=5, chunk_images=4, tokens={"txt": StreamTokens("real+2", 16, 24)}), {"padding": True}),
+    "sampled with padding": (Plan(n_images=5, chunk_images=4, tokens={"txt": REAL}), {"padding": True}),
 }
 
 
@@ -88,9 +92,14 @@ def test_scores_equal_a_slow_reading_of_the_store(tmp_path: Path, name: str) -> 
             assert table["alive"].to_pylist() == (best > 0).any(axis=0).tolist()
 
 
-def test_maxima_over_a_sample_say_that_they_are_lower_bounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_maxima_over_a_sample_say_that_they_are_lower_bounds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     _, out = run_scores(tmp_path, PLANS["sampled tokens"][0])
-    found = {site: dict(zarr.open_group(out / site / "step.0", mode="r").attrs)["lower_bounds"] for site in ("img_0", "txt_0")}
+    found = {
+        site: dict(zarr.open_group(out / site / "step.0", mode="r").attrs)["lower_bounds"]
+        for site in ("img_0", "txt_0")
+    }
     assert found == {"img_0": True, "txt_0": False}  # real text tokens are all there
     assert "img: the store keeps a sample of the tokens, so these maxima are lower bounds" in capsys.readouterr().out
 
@@ -140,7 +149,9 @@ def test_two_dictionaries_of_a_site_are_told_apart_by_their_kind(tmp_path: Path)
     scores.run(ScoresSettings(store=tmp_path / "store", dictionaries=tmp_path / "dictionaries", out=tmp_path / "out"))
     assert {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()} == {"transcoder_img_0", "sae_img_0"}
     matrix = ScoreMatrix.open(tmp_path / "out" / "sae_img_0" / "step.0")
-    analysis = open_analysis(Inputs(store=tmp_path / "store", dictionaries=tmp_path / "dictionaries", out=tmp_path / "out"))
+    analysis = open_analysis(
+        Inputs(store=tmp_path / "store", dictionaries=tmp_path / "dictionaries", out=tmp_path / "out")
+    )
     sae = next(subject for subject in analysis.subjects if subject.name == "sae_img_0")
     assert sae.point == "mlp_out"
     np.testing.assert_allclose(matrix.scores(), slow(analysis.store, sae, 0)[0], atol=1e-5)
@@ -152,16 +163,21 @@ def test_an_activation_that_is_nan_is_refused_by_name(tmp_path: Path) -> None:
     dictionary.encoder.bias.data[3] = float("nan")
     save_dictionary(tmp_path / "dictionaries" / dictionary.name, dictionary, None, [])
     with pytest.raises(NonFiniteError, match="transcoder_img_0 gives a NaN"):
-        scores.run(ScoresSettings(store=tmp_path / "store", dictionaries=tmp_path / "dictionaries", out=tmp_path / "out"))
+        scores.run(
+            ScoresSettings(store=tmp_path / "store", dictionaries=tmp_path / "dictionaries", out=tmp_path / "out")
+        )
     assert not list((tmp_path / "out").glob("*/step*"))
 
 
+prompts = st.sampled_from(["a", "A ", "b", "c --ar 16:9", "c"])
+
+
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["a", "A ", "b", "c --ar 16:9", "c"]), st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=12))
+@given(st.lists(st.tuples(prompts, st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=12))
 def test_top_images_have_the_best_scores_and_one_image_a_prompt(rows: list[tuple[str, int, int]]) -> None:
-    prompts = [prompt for prompt, _, _ in rows]
+    words = [prompt for prompt, _, _ in rows]
     values = np.asarray([row[1:] for row in rows], np.float32)
-    groups = prompt_groups(prompts)
+    groups = prompt_groups(words)
     for feature in range(2):
         column = values[:, feature]
         assert column[top_images(values, 4)[:, feature]].tolist() == sorted(column.tolist(), reverse=True)[:4]
@@ -176,9 +192,13 @@ def test_top_images_have_the_best_scores_and_one_image_a_prompt(rows: list[tuple
 
 def test_features_lists_the_best_and_returns_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, out = run_scores(tmp_path, Plan(n_images=20))
-    table = features.run(FeaturesSettings(store=tmp_path / "store", dictionaries=tmp_path / "dictionaries", out=out, best=3, rank="max"))
+    table = features.run(
+        FeaturesSettings(store=tmp_path / "store", dictionaries=tmp_path / "dictionaries", out=out, best=3, rank="max")
+    )
     assert table.num_rows == 3 * 4
-    best = table.filter((np.asarray(table["dictionary"]) == "img_0") & (np.asarray(table["step"]) == 0))["max"].to_pylist()
+    best = table.filter((np.asarray(table["dictionary"]) == "img_0") & (np.asarray(table["step"]) == 0))[
+        "max"
+    ].to_pylist()
     everything = pq.read_table(out / "img_0" / "step.0" / "features.parquet")["max"].to_pylist()
     assert best == sorted(everything, reverse=True)[:3]
     assert "img_0 step 0" in capsys.readouterr().out

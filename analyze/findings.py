@@ -1,0 +1,184 @@
+"""Which features a report shows, and what it says of them in plain words.
+
+Where the truth is known, a dictionary shows the feature that each attribute chose, best first; every feature that the truth
+table names is among them.  Elsewhere, or when those do not fill the page, the most interesting ones (`features.interest`).
+What is best is always decided on the half of the images that choices are made on; the numbers shown are of the other half.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from analyze.attributes import Attribute
+from analyze.inputs import Analysis, Subject
+from analyze.words import fires_on, percent
+from store.errors import MismatchError
+from store.files import read_json
+
+HEADLINES = 5
+
+
+@dataclass(frozen=True)
+class Spotlight:
+    """One feature worth showing, and what it was chosen for."""
+
+    subject: Subject
+    step: int
+    feature: int
+    attribute: Attribute | None = None
+    selection: float | None = None
+    """AUROC on the half that it was chosen on"""
+    image_auroc: float | None = None
+    """over images of the other half; None when it was chosen by tokens"""
+    token_auroc: float | None = None
+    """over the tokens of the attribute's population, on the other half"""
+
+    @property
+    def anchor(self) -> str:
+        """Its name in the page."""
+        return f"{self.subject.name}-step{self.step}-f{self.feature}"
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What `truth` left in the folder of results."""
+
+    table: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+    @property
+    def threshold(self) -> float:
+        """From which AUROC on a feature stands for an attribute."""
+        return float(self.table["settings"]["threshold"])
+
+
+def read_truth(analysis: Analysis) -> Truth | None:
+    """The truth table of this analysis; None when it was never made, `MismatchError` when it is of another store."""
+    path = analysis.out / "truth.json"
+    if not path.exists():
+        return None
+    table = read_json(path)
+    if table.get("store") != analysis.store.id:
+        raise MismatchError(
+            f"{path} is of another store ({table.get('store')}): run python -m analyze truth again, or delete it"
+        )
+    return Truth(table, pq.read_table(analysis.out / "truth.parquet").to_pylist())
+
+
+def spotlights(analysis: Analysis, subject: Subject, truth: Truth | None, best: int) -> list[Spotlight]:
+    """The features of one dictionary to show, best first: at least `best` where as many are alive."""
+    chosen = [] if truth is None else _of_truth(subject, truth, analysis.steps, best)
+    taken = {(spot.step, spot.feature) for spot in chosen}
+    for step, feature in _interesting(analysis, subject) if len(chosen) < best else []:
+        if len(chosen) < best and (step, feature) not in taken:
+            chosen.append(Spotlight(subject, step, feature))
+            taken.add((step, feature))
+    return chosen
+
+
+def _of_truth(subject: Subject, truth: Truth, steps: Sequence[int], best: int) -> list[Spotlight]:
+    own = [row for row in truth.rows if row["dictionary"] == subject.name and row["step"] in steps]
+    by_attribute: dict[Attribute, list[Spotlight]] = {}
+    for row in own:
+        spot = _by_images(subject, row)
+        if spot is not None:
+            by_attribute.setdefault(Attribute(row["group"], row["value"]), []).append(spot)
+    ranked = sorted((max(spots, key=_selection) for spots in by_attribute.values()), key=_selection, reverse=True)
+    named = [spot for entry in truth.table["attributes"] for spot in _named(subject, entry, own)]
+    found: dict[tuple[int, int], Spotlight] = {}
+    for spot in [*ranked[:best], *named]:
+        if spot.step in steps:
+            found.setdefault((spot.step, spot.feature), spot)
+    return sorted(found.values(), key=_selection, reverse=True)
+
+
+def _named(subject: Subject, entry: dict[str, Any], rows: list[dict[str, Any]]) -> list[Spotlight]:
+    """The features of this dictionary (`rows` are its own) that the table names for an attribute: by images, by tokens."""
+    spots = []
+    stream = entry["streams"].get(subject.site.stream, {})
+    attribute = Attribute(entry["group"], entry["value"])
+    place = stream.get("images")
+    if place is not None and place["dictionary"] == subject.name:
+        step, key = place["step"], (entry["group"], entry["value"])
+        own = [_by_images(subject, row) for row in rows if row["step"] == step and (row["group"], row["value"]) == key]
+        spots += [spot for spot in own if spot is not None]
+    place = stream.get("tokens", {}).get("chosen_by_tokens")
+    if place is not None and place["dictionary"] == subject.name:
+        spots.append(
+            Spotlight(subject, place["step"], place["feature"], attribute, place["selection"], None, place["auroc"])
+        )
+    return spots
+
+
+def _by_images(subject: Subject, row: dict[str, Any]) -> Spotlight | None:
+    if row["image_feature"] is None:
+        return None
+    attribute = Attribute(row["group"], row["value"])
+    over_tokens = row["token_auroc_of_image_feature"]
+    selection, scored = row["image_selection"], row["image_auroc"]
+    return Spotlight(subject, row["step"], row["image_feature"], attribute, selection, scored, over_tokens)
+
+
+def _selection(spot: Spotlight) -> float:
+    return spot.selection if spot.selection is not None else -1.0
+
+
+def _interesting(analysis: Analysis, subject: Subject) -> list[tuple[int, int]]:
+    """(step, feature) of all alive features, the most interesting first, one step for each feature."""
+    ranked = []
+    for step in analysis.steps:
+        table = analysis.matrix(subject, step).features().select(["feature", "alive", "interest"])
+        alive = table.filter(table["alive"])
+        features, values = alive["feature"].to_pylist(), alive["interest"].to_pylist()
+        ranked += [(-value, step, feature) for feature, value in zip(features, values, strict=True)]
+    seen: dict[int, int] = {}
+    for _, step, feature in sorted(ranked):
+        seen.setdefault(feature, step)
+    return [(step, feature) for feature, step in seen.items()]
+
+
+def headlines(analysis: Analysis, truth: Truth | None, shown: Sequence[Spotlight]) -> list[tuple[Spotlight, str]]:
+    """The five best findings, each with its sentence: of different kinds first, image features before text features."""
+    known = [spot for spot in shown if spot.attribute is not None and spot.image_auroc is not None]
+    ranked = sorted(known, key=lambda spot: (spot.subject.site.stream != "img", -_rank(spot)))
+    chosen: list[Spotlight] = []
+    for most_of_kind in (1, 2, HEADLINES):
+        for spot in ranked:
+            alike = [s for s in chosen if _kind(s) == _kind(spot)]
+            streams = [s for s in chosen if s.subject.site.stream == spot.subject.site.stream]
+            same = [s for s in alike if s.attribute == spot.attribute]
+            most_of_stream = 3 if len({s.subject.site.stream for s in known}) > 1 else HEADLINES
+            if len(chosen) < HEADLINES and len(alike) < most_of_kind and len(streams) < most_of_stream and not same:
+                chosen.append(spot)
+    rest = [spot for spot in shown if spot.attribute is None]
+    chosen += rest[: HEADLINES - len(chosen)]
+    return [(spot, sentence(analysis, spot)) for spot in chosen]
+
+
+def _rank(spot: Spotlight) -> float:
+    return _selection(spot)
+
+
+def _kind(spot: Spotlight) -> tuple[str, str]:
+    return spot.subject.site.stream, spot.attribute.group if spot.attribute else ""
+
+
+def sentence(analysis: Analysis, spot: Spotlight) -> str:
+    """`img_3 feature 412 at step 1 fires on red patches: AUROC 0.97 over held-out images, 0.93 over object tokens`."""
+    name = f"{spot.subject.name} feature {spot.feature} at step {spot.step}"
+    if spot.attribute is None:
+        row = analysis.matrix(spot.subject, spot.step).features().slice(spot.feature, 1).to_pylist()[0]
+        prompt = analysis.store.prompts()["prompt"][row["unique_image"][0]].as_py()
+        prompt = prompt if len(prompt) <= 60 else prompt[:59].rstrip() + "…"
+        shares = f"{percent(row['image_share'])} of the images and {percent(row['density'])} of the tokens"
+        return f"{name} is active on {shares}, most on “{prompt}”"
+    scores = []
+    if spot.image_auroc is not None:
+        scores.append(f"{spot.image_auroc:.2f} over held-out images")
+    if spot.token_auroc is not None:
+        scores.append(
+            f"{spot.token_auroc:.2f} over {'background' if spot.attribute.group == 'background' else 'object'} tokens"
+        )
+    return f"{name} {fires_on(spot.attribute, spot.subject.site.stream)}: AUROC {', '.join(scores)}"

@@ -1,0 +1,207 @@
+"""What is analyzed: a store, the dictionaries that belong to its sites, the steps, and the folder of the results.
+
+Everything that could make a result meaningless (a dictionary of another model, width or site; results of another store in
+the output folder) is refused here, before anything is computed.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from analyze.matrices import ScoreMatrix, publish_table, step_folder
+from analyze.settings import Inputs
+from store import Store, open_store
+from store.errors import ForeignError, MismatchError, UsageError
+from store.files import read_json, write_json
+from store.sites import Point, Site, choose_sites, parse_numbers
+from train import Dictionary, load_dictionaries
+
+RUN_FORMAT = "granary analysis"
+RUN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One dictionary under analysis."""
+
+    name: str
+    """Its folder below OUT: the site, with the kind before it where the site has several dictionaries."""
+    dictionary: Dictionary
+    identity: str
+    """SHA-256 of its weights and of what makes it compute what it computes."""
+
+    @property
+    def site(self) -> Site:
+        """Where it reads."""
+        return self.dictionary.site
+
+    @property
+    def point(self) -> Point:
+        """What it reads: `mlp_in` for a transcoder, `mlp_out` for an SAE."""
+        return self.dictionary.input_point
+
+    @property
+    def n_features(self) -> int:
+        """Its width."""
+        return int(self.dictionary.config.n_features)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A store, the dictionaries chosen for it, the steps, and where results go."""
+
+    store: Store
+    subjects: tuple[Subject, ...]
+    steps: tuple[int, ...]
+    out: Path
+
+    def matrix(self, subject: Subject, step: int) -> ScoreMatrix:
+        """The scores of one dictionary and step; `UsageError` when they are not there, `MismatchError` when they are another's."""
+        matrix = ScoreMatrix.open(step_folder(self.out, subject.name, step))
+        found = matrix.attributes.get("dictionary")
+        if found != subject.identity:
+            raise MismatchError(
+                f"{matrix.folder} holds scores of another dictionary ({str(found)[:16]}…, expected {subject.identity[:16]}…): "
+                "choose another --out for these dictionaries"
+            )
+        return matrix
+
+    def streams(self) -> tuple[str, ...]:
+        """The streams of the dictionaries, `img` first."""
+        found = {subject.site.stream for subject in self.subjects}
+        return tuple(stream for stream in ("img", "txt", "joint") if stream in found)
+
+
+def open_analysis(settings: Inputs) -> Analysis:
+    """The store and dictionaries that `settings` name, checked against one another; every refusal is a `GranaryError`."""
+    store = open_store(settings.store)
+    steps = _steps(store, settings.steps)
+    found = load_dictionaries(settings.dictionaries)
+    if not found:
+        raise UsageError(
+            f"{settings.dictionaries} holds no dictionaries: train some, or name the folder that holds them"
+        )
+    at = {dictionary.site for dictionary in found}
+    chosen = set(choose_sites(settings.sites, sorted(at), str(settings.dictionaries)))
+    dictionaries = [dictionary for dictionary in found if dictionary.site in chosen]
+    if not dictionaries:
+        raise UsageError(f"--sites {settings.sites} chooses no dictionary of {settings.dictionaries}")
+    for dictionary in dictionaries:
+        check_fits(dictionary, store)
+    several = {site for site in at if sum(dictionary.site == site for dictionary in found) > 1}
+    subjects = [
+        Subject(d.name if d.site in several else str(d.site), d, dictionary_identity(d))
+        for d in sorted(dictionaries, key=lambda d: (d.site.kind, d.site.stream, d.site.layer, d.name))
+    ]
+    names = [subject.name for subject in subjects]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(
+                f"{settings.dictionaries} holds two dictionaries named {name}: analyze them from folders of their own"
+            )
+    return Analysis(store, tuple(subjects), steps, settings.out)
+
+
+def check_fits(dictionary: Dictionary, store: Store) -> None:
+    """Refuse, with a `MismatchError`, a dictionary that was not made for this store's model and sites."""
+    if dictionary.site not in store.sites:
+        has = ", ".join(map(str, store.sites))
+        raise MismatchError(
+            f"{dictionary.name} is a dictionary of {dictionary.site}, which the store has not; it has {has}: choose with --sites"
+        )
+    if dictionary.config.d_model != store.meta.d_model:
+        raise MismatchError(
+            f"{dictionary.name} has d_model {dictionary.config.d_model}, the store's activations have {store.meta.d_model}: "
+            "it was trained on another model"
+        )
+    trained, harvested = recorded_weights(dictionary), weights_of(store.meta.model)
+    if trained is not None and harvested is not None and trained != harvested:
+        raise MismatchError(
+            f"{dictionary.name} was trained on a transformer with weights {trained[:16]}…, the store was harvested from "
+            f"{store.meta.model.get('id')} with {harvested[:16]}…: analyze it on a store of its own model"
+        )
+    if dictionary.input_point not in store.points:
+        raise MismatchError(
+            f"{dictionary.name} reads {dictionary.input_point}, the store keeps {', '.join(store.points)} only"
+        )
+
+
+def recorded_weights(dictionary: Dictionary) -> str | None:
+    """The hash of the transformer that a dictionary says it was trained on; None when it does not say (published files)."""
+    parent = dictionary.config.parent
+    return None if parent is None else weights_of(parent.model)
+
+
+def weights_of(model: dict[str, Any]) -> str | None:
+    """The hash of the transformer's weights among a store's facts about its model; None where there is none."""
+    found = model.get("weights_sha256")
+    value = found.get("transformer") if isinstance(found, dict) else found
+    return None if value is None else str(value)
+
+
+def dictionary_identity(dictionary: Dictionary) -> str:
+    """SHA-256 over kind, site, activation and every weight: equal exactly when two dictionaries compute the same."""
+    config = dictionary.config
+    architecture = (config.kind, str(config.site), config.family, config.activation, config.k, config.time_embed_dim)
+    digest = hashlib.sha256(repr(architecture).encode())
+    for name, tensor in sorted(dictionary.state_dict().items()):
+        values = tensor.detach().cpu().contiguous().numpy()
+        digest.update(f"{name} {values.dtype} {values.shape}".encode())
+        digest.update(values.tobytes())
+    return digest.hexdigest()
+
+
+def _steps(store: Store, text: str) -> tuple[int, ...]:
+    steps = store.steps if text.strip() == "all" else parse_numbers(text, max(store.steps) + 1, "step")
+    missing = [step for step in steps if step not in store.steps]
+    if missing:
+        raise UsageError(
+            f"the store has no step {', '.join(map(str, missing))}; it has {', '.join(map(str, store.steps))}"
+        )
+    if store.n_images == 0:
+        raise UsageError("the store holds no images yet: harvest some first")
+    return steps
+
+
+def claim_output(analysis: Analysis, choices: dict[str, Any]) -> None:
+    """Mark OUT as the analysis of this store with these choices, or refuse (`UsageError`) an OUT that holds another."""
+    wanted = {"format": RUN_FORMAT, "version": RUN_VERSION, "store": analysis.store.id, **choices}
+    path = analysis.out / "run.json"
+    if path.exists():
+        check_output(analysis, wanted)
+        return
+    if analysis.out.exists() and any(analysis.out.iterdir()):
+        raise UsageError(f"{analysis.out} is not empty and holds no analysis: choose another --out")
+    write_json(path, wanted)
+    publish_table(analysis.out / "images.parquet", _images(analysis.store))
+
+
+def check_output(analysis: Analysis, wanted: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The choices that OUT was made with; `UsageError` when it is no analysis, or not of this store and these choices."""
+    path = analysis.out / "run.json"
+    if not path.exists():
+        raise UsageError(f"{analysis.out} holds no analysis: run python -m analyze scores with the same flags first")
+    found = read_json(path)
+    if not isinstance(found, dict) or (found.get("format"), found.get("version")) != (RUN_FORMAT, RUN_VERSION):
+        raise ForeignError(f"{path} is not the record of an analysis in format {RUN_VERSION}: choose another --out")
+    wanted = wanted or {"store": analysis.store.id}
+    for key, value in wanted.items():
+        if found.get(key) != value:
+            raise UsageError(
+                f"{analysis.out} holds another run ({key} {found.get(key)!r}, now {value!r}): choose another --out"
+            )
+    return found
+
+
+def _images(store: Store) -> pa.Table:
+    """What belongs to the rows of every score matrix: image, prompt, seed, split."""
+    return store.prompts().select(["image", "prompt", "seed", "split"])
+
+
+def sigmas(store: Store, step: int) -> np.ndarray:
+    """Sigma of every image at one step, as the transformer received it: float32 (image,)."""
+    return np.asarray([row[step] for row in store.prompts()["sigma"].to_pylist()], np.float32)
