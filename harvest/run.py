@@ -31,7 +31,7 @@ from store.errors import GranaryError
 from store.format import StoreMeta
 from store.sites import Point, Site, Stream, parse_numbers
 from store.tokens import kept_positions
-from store.writer import Part, StoreWriter
+from store.writer import Part, StoreWriter, refuse_other
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ def run(settings: HarvestSettings) -> Summary:
     assert settings.out is not None
     plan = make_plan(settings)
     parts = parse_numbers(settings.parts, plan.meta.n_parts, "part")
+    refuse_other(settings.out, plan.meta)
+    runs.keep_settings(settings)
     writer = StoreWriter.open_or_create(settings.out, plan.meta, plan.weights)
     missing = [part for part in writer.missing() if part in parts]
     images = sum(len(plan.meta.part_images(part)) for part in missing)

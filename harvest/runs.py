@@ -54,26 +54,36 @@ def _restored(value: Any, kind: Any) -> Any:
     return Path(value) if is_path and value is not None else value
 
 
+def keep_settings(settings: HarvestSettings) -> None:
+    """Write the settings of a store's first run beside it, before the store is begun: what `resumed` reads."""
+    assert settings.out is not None
+    file = layout.runs_folder(settings.out) / "settings.json"
+    if not file.exists():
+        write_json(file, _plain(settings))
+
+
+def _plain(settings: HarvestSettings) -> dict[str, Any]:
+    """The settings as JSON carries them, files by their absolute paths."""
+    saved = {
+        f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.name not in ("resume", "parts")
+    }
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in saved.items()}
+    for name in ("prompts", "model"):
+        if plain[name] is not None and Path(plain[name]).exists():
+            plain[name] = str(Path(plain[name]).resolve())
+    return plain
+
+
 @contextmanager
 def record(settings: HarvestSettings, images: int) -> Iterator[Callable[[int, float, bool], None]]:
     """Write this run's record when it begins, and again with its figures through the function handed out."""
     assert settings.out is not None
     folder = layout.runs_folder(settings.out)
-    saved = {
-        f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.name not in ("resume", "parts")
-    }
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in saved.items()}
-    if settings.prompts is not None and Path(settings.prompts).exists():
-        plain["prompts"] = str(Path(settings.prompts).resolve())
-    if Path(settings.model).exists():
-        plain["model"] = str(Path(settings.model).resolve())
-    if not (folder / "settings.json").exists():
-        write_json(folder / "settings.json", plain)
     begun = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     file = folder / f"{begun}-{os.getpid()}.json"
     facts: dict[str, Any] = {
         "command": sys.argv,
-        "settings": plain,
+        "settings": _plain(settings),
         "host": platform.node(),
         "platform": platform.platform(),
         "begun": begun,

@@ -4,7 +4,9 @@ Every program is a table of commands, each a frozen dataclass of settings and th
 it.  `python -m train --pack …` and `train.run(TrainSettings(pack=…))` are the same thing.
 """
 
+import contextlib
 import errno
+import io
 import os
 import signal
 import sys
@@ -43,12 +45,25 @@ def program(
     command = commands[chosen]
     prog = f"python -m {name}" + ("" if chosen == default else f" {chosen}")
     try:
-        settings = tyro.cli(command.settings, prog=prog, description=command.help, args=words)
+        settings = _parsed(command, prog, words)
     except SystemExit as stop:  # tyro has explained itself
         return stop.code if isinstance(stop.code, int) else 2
     except GranaryError as error:  # settings that contradict each other
         return _fail(error)
     return guarded(lambda: command.run(settings))
+
+
+def _parsed(command: Command, prog: str, words: list[str]) -> Any:
+    """The settings; a `GranaryError` of theirs comes through as itself, where tyro would draw a box around it."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(command.settings, prog=prog, description=command.help, args=words)
+    except SystemExit as stop:
+        if isinstance(stop.__context__, GranaryError):
+            raise stop.__context__ from None
+        sys.stderr.write(said.getvalue())
+        raise
 
 
 def guarded(work: Callable[[], Any]) -> int:

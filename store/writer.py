@@ -61,11 +61,7 @@ class StoreWriter:
 
         `weights` is the content of the file that `meta.weights["file"]` names, for a store that carries it.
         """
-        found = layout.peek(path)
-        if found is not None and found != meta:
-            raise UsageError(_other_run(path, found, meta))
-        if found is None and path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UsageError(f"{path} exists and is not a Granary store: choose another --out, or remove it")
+        refuse_other(path, meta)
         writer = cls(path, meta)
         if not layout.store_commit(path).exists():
             writer._create(weights)
@@ -181,6 +177,15 @@ def _leftovers(path: Path) -> list[Path]:
     """Temporary files of killed processes: `c.12.0.….partial` is zarr-python's way, `.name.….tmp` ours."""
     found = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
     return [file for file in found if file.name.endswith(".partial") or (file.name[0] == "." and file.suffix == ".tmp")]
+
+
+def refuse_other(path: Path, meta: StoreMeta) -> None:
+    """`UsageError` when `path` holds anything but nothing, or the store that `meta` describes."""
+    found = layout.peek(path)
+    if found is not None and found != meta:
+        raise UsageError(_other_run(path, found, meta))
+    if found is None and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UsageError(f"{path} exists and is not a Granary store: choose another --out, or remove it")
 
 
 def write_table(path: Path, table: pa.Table) -> None:

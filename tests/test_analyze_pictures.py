@@ -93,7 +93,8 @@ def test_sheets_are_written_for_every_site_and_are_equal_bytes_again(scored: Inp
     assert len(first) == 2
     assert {path: path.read_bytes() for path in sheets.run(SheetSettings(**options))} == first
     for path in first:
-        assert min(Image.open(path).size) > 100
+        with Image.open(path) as image:
+            assert min(image.size) > 100
 
 
 def test_a_feature_that_is_never_active_still_gives_a_sheet(scored: Inputs, tmp_path: Path) -> None:

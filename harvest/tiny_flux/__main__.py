@@ -9,7 +9,7 @@
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +20,10 @@ import tyro
 
 from harvest.tiny_flux import assemble, evaluate, flow, text, vae
 from harvest.tiny_flux.evaluate import WEIGHTS, EvaluateSettings
+from harvest.tiny_flux.flow import FlowSettings
 from harvest.tiny_flux.scenes import WIDE
+from harvest.tiny_flux.text import TextSettings, VisionSettings
+from harvest.tiny_flux.vae import VaeSettings
 from store.errors import GranaryError
 
 Stage = Literal["vae", "text", "flow", "wide", "vision", "judge"]
@@ -38,13 +41,11 @@ class TinyFluxSettings:
     """Stop after this stage."""
     judged: int = 300
     """Prompts of each kind that the judge is shown at the end; 0 for none."""
-    vae: vae.VaeSettings = field(default_factory=vae.VaeSettings)
-    text: text.TextSettings = field(default_factory=text.TextSettings)
-    flow: flow.FlowSettings = field(default_factory=flow.FlowSettings)
-    wide: flow.FlowSettings = field(
-        default_factory=lambda: flow.FlowSettings(steps=1600, ones_first=0, seed=1, muon=0.01, adam=1e-3, jitter=WIDE)
-    )
-    vision: text.VisionSettings = field(default_factory=text.VisionSettings)
+    vae: VaeSettings = VaeSettings()
+    text: TextSettings = TextSettings()
+    flow: FlowSettings = FlowSettings()
+    wide: FlowSettings = FlowSettings(steps=1600, ones_first=0, seed=1, muon=0.01, adam=1e-3, jitter=WIDE)
+    vision: VisionSettings = VisionSettings()
 
 
 def card(settings: TinyFluxSettings, table: list[str]) -> str:

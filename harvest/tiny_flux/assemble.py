@@ -56,6 +56,8 @@ def save(folder: Path, pipe: FluxPipeline, clip: CLIPModel | None, card: str = "
         _tidy(file)
     if card:
         (temporary / "README.md").write_text(card)
+    for file in temporary.rglob("*.safetensors"):
+        file.chmod(0o644)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 

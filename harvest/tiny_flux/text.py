@@ -60,7 +60,7 @@ class VisionSettings:
 
     steps: int = 700
     batch: int = 96
-    prompts: int = 60_000
+    prompts: int = 40_000
     seed: int = 0
     rate: float = 1.5e-3
 
