@@ -47,7 +47,7 @@ def _midranks(entries: sparse.coo_array) -> tuple[sparse.csc_array, Float[np.nda
     there = value != 0
     row, column, value = entries.coords[0][there], entries.coords[1][there], value[there]
     key = (column.astype(np.uint64) << np.uint64(32)) | _ordered_bits(value)
-    order = np.argsort(key, kind="stable")
+    order = np.argsort(key)  # equal keys share a rank, so their order does not matter
     row, column, key, negative = row[order], column[order], key[order], value[order] < 0
 
     counts = np.bincount(column, minlength=n_columns)
@@ -56,7 +56,7 @@ def _midranks(entries: sparse.coo_array) -> tuple[sparse.csc_array, Float[np.nda
     starts = np.concatenate(([0], np.cumsum(counts)[:-1]))
     first, last = _tie_bounds(key)
     rank = (first + last) / 2 + 1 - starts[column] + np.where(negative, 0, zeros[column])
-    ranks = sparse.coo_array((rank, (row, column)), shape=entries.shape).tocsc()
+    ranks = sparse.csc_array((rank, row, np.append(starts, len(key))), shape=entries.shape)
     return ranks, below + (zeros + 1) / 2
 
 

@@ -173,11 +173,12 @@ def claim_output(analysis: Analysis, choices: dict[str, Any]) -> None:
     path = analysis.out / "run.json"
     if path.exists():
         check_output(analysis, wanted)
-        return
-    if analysis.out.exists() and any(analysis.out.iterdir()):
+    elif analysis.out.exists() and any(analysis.out.iterdir()):
         raise UsageError(f"{analysis.out} is not empty and holds no analysis: choose another --out")
-    write_json(path, wanted)
-    publish_table(analysis.out / "images.parquet", _images(analysis.store))
+    else:
+        write_json(path, wanted)
+    if not (analysis.out / "images.parquet").exists():
+        publish_table(analysis.out / "images.parquet", _images(analysis.store))
 
 
 def check_output(analysis: Analysis, wanted: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -44,6 +44,8 @@ class ScoreWriter:
         self.folder = folder
         self.n_images = n_images
         folder.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a process that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
         self._temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
         group = zarr.open_group(self._temporary, mode="w", zarr_format=3)
         group.attrs.update({"format": FORMAT, "version": VERSION, **attributes})

@@ -1,8 +1,9 @@
 """Score matrices: S[image, feature] = the largest activation over the counted tokens of an image, for every site and step.
 
 1. Images are read chunk by chunk, once for all dictionaries of a site; rows that do not count are dropped before encoding.
-2. Rows are encoded in blocks of at most 32 MiB of activations; a running maximum and its token are kept per image.
-3. In the same pass each feature's active rows, their sum and sum of squares are counted, in float64.
+2. Rows are encoded in blocks of 4 MiB of activations (which stay in the cache), or 256 rows; a running maximum and its token
+   are kept per image.
+3. In the same pass each feature's active rows are counted, and their sum and sum of squares taken.
 4. A block of images goes to disk when it is full; the feature table is made from the matrix, block of features by block.
 
 Memory is bounded by the image block (512 x features x 8 B) whatever the number of images.
@@ -28,7 +29,8 @@ from store.errors import NonFiniteError
 from store.sites import Site
 from train.tensors import to_torch
 
-ACTIVATION_BYTES = 32 * 2**20
+BLOCK_BYTES = 4 * 2**20
+BLOCK_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def encoded(
 
     `NonFiniteError` names the dictionary when an activation is NaN or infinite.
     """
-    size = max(1, ACTIVATION_BYTES // (4 * subject.n_features))
+    size = max(BLOCK_ROWS, BLOCK_BYTES // (4 * subject.n_features))
     with torch.inference_mode():
         for start in range(0, len(rows), size):
             block = slice(start, min(start + size, len(rows)))

@@ -67,7 +67,7 @@ def fires_on(attribute: Attribute, stream: str) -> str:
 
 
 def percent(value: float) -> str:
-    """`2.1 %`, with as many digits as say something: `0.03 %`, `38 %`."""
+    """`2.1 %`, with as many digits as say something: `0.03 %`, `38 %`, `0 %`."""
     share = 100 * value
-    digits = 0 if share >= 10 else 1 if share >= 1 else 2
+    digits = 0 if share >= 10 or share == 0 else 1 if share >= 1 else 2
     return f"{share:.{digits}f} %"

@@ -59,7 +59,13 @@ def test_a_prompt_is_highlighted_where_the_feature_is_active() -> None:
 
 
 def test_shares_are_written_with_digits_that_say_something() -> None:
-    assert [percent(value) for value in (0.384, 0.0211, 0.0003, 1.0)] == ["38 %", "2.1 %", "0.03 %", "100 %"]
+    assert [percent(value) for value in (0.384, 0.0211, 0.0003, 1.0, 0.0)] == [
+        "38 %",
+        "2.1 %",
+        "0.03 %",
+        "100 %",
+        "0 %",
+    ]
 
 
 @pytest.fixture(scope="module")

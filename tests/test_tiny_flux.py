@@ -229,6 +229,7 @@ def _tiny(folder: Path, out: str, judged: int = 0) -> TinyFluxSettings:
         text=text.TextSettings(steps=3, batch=4, prompts=60),
         flow=few,
         wide=flow.FlowSettings(steps=2, batch=2, prompts=60, ones_first=0, jitter=Jitter()),
+        settle=flow.FlowSettings(steps=1, batch=2, prompts=60, ones_first=0),
         vision=text.VisionSettings(steps=3, batch=4, prompts=60),
     )
 
