@@ -28,6 +28,7 @@ setup: .venv/installed ## create .venv with the locked dependencies
 
 .venv/installed: requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Granary needs Python 3.11 or newer; say PYTHON=python3.12")'
+	@echo "installing the locked dependencies into .venv (a few minutes, once)"
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --disable-pip-version-check --quiet --requirement requirements.lock
 	@touch $@
@@ -38,9 +39,7 @@ demo: .venv/installed ## prompts -> stores -> packs -> dictionaries -> report, o
 	$(PY) -m store pack $(DEMO)/store-train --sites all --split train --out $(DEMO)/pack-train
 	$(PY) -m store pack $(DEMO)/store-val --sites all --split val --out $(DEMO)/pack-val
 	$(PY) -m train --pack $(DEMO)/pack-train --val $(DEMO)/pack-val --sites all --kind transcoder $(DEMO_TRAINING) --out $(DEMO)/dictionaries
-	$(PY) -m analyze scores --store $(DEMO)/store-val --dictionaries $(DEMO)/dictionaries --out $(DEMO)/analysis
-	$(PY) -m analyze truth --store $(DEMO)/store-val --dictionaries $(DEMO)/dictionaries --out $(DEMO)/analysis
-	$(PY) -m analyze report --store $(DEMO)/store-val --dictionaries $(DEMO)/dictionaries --out $(DEMO)/analysis
+	$(PY) -m analyze all --store $(DEMO)/store-val --dictionaries $(DEMO)/dictionaries --out $(DEMO)/analysis
 
 harvest: .venv/installed ## run FLUX over prompts: make harvest LAYERS=0-15 [STREAMS= MODEL= PROMPTS= IMAGES= RESOLUTION= OUT= FLAGS=]
 	$(PY) -m harvest --model "$(MODEL)" --layers "$(LAYERS)" --streams "$(STREAMS)" --out "$(OUT)" \

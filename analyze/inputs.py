@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from analyze.matrices import ScoreMatrix, publish_table, step_folder
+from analyze.matrices import ScoreMatrix, step_folder
 from analyze.settings import Inputs
 from store import Store, open_store
 from store.errors import ForeignError, MismatchError, UsageError
 from store.files import read_json, write_json
 from store.sites import Point, Site, choose_sites, parse_numbers
+from store.tables import write_table
 from train import Dictionary, load_dictionaries
 
 RUN_FORMAT = "granary analysis"
@@ -178,7 +179,7 @@ def claim_output(analysis: Analysis, choices: dict[str, Any]) -> None:
     else:
         write_json(path, wanted)
     if not (analysis.out / "images.parquet").exists():
-        publish_table(analysis.out / "images.parquet", _images(analysis.store))
+        write_table(analysis.out / "images.parquet", _images(analysis.store))
 
 
 def check_output(analysis: Analysis, wanted: dict[str, Any] | None = None) -> dict[str, Any]:

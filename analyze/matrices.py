@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from store.errors import DamagedError, ForeignError, UsageError
-from store.files import fsync_file, publish
+from store.files import fsync_file
 
 IMAGE_BLOCK = 512
 FEATURE_BLOCK = 256
@@ -172,8 +172,3 @@ class ScoreMatrix:
             raise DamagedError(
                 f"{self.folder / name} is damaged ({error}): delete {self.folder} and compute it again"
             ) from None
-
-
-def publish_table(path: Path, table: pa.Table) -> None:
-    """Write a table as Parquet, atomically."""
-    publish(path, lambda temporary: pq.write_table(table, temporary, compression="zstd"))

@@ -150,7 +150,7 @@ def encoded(
             if not torch.isfinite(z.sum()):
                 raise NonFiniteError(
                     f"{subject.dictionary.name} gives a NaN or an infinite activation on this store: its weights or the store's "
-                    "activations are damaged or overflowed; check them with python -m store verify"
+                    "activations are damaged or overflowed; python -m store info shows the range of each site"
                 )
             yield block, z
 

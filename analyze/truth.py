@@ -22,12 +22,12 @@ from analyze.attributes import ATTRIBUTES, Attribute, Scene, image_labels, read_
 from analyze.choosing import Choice, choose_features
 from analyze.halves import Halves, halves_of
 from analyze.inputs import Analysis, Subject, check_output, open_analysis
-from analyze.matrices import publish_table
 from analyze.settings import TruthSettings
 from analyze.token_truth import bounds, dictionary_truth, empty_choice, gather
 from analyze.truth_table import Findings, found_rows, printed, summary
 from store.errors import UsageError
 from store.files import write_json
+from store.tables import write_table
 
 MIN_IMAGES = 20
 
@@ -53,7 +53,7 @@ def run(settings: TruthSettings) -> dict[str, Any]:
         analysis.matrix(subject, step)  # complain about what is missing before anything is computed
     findings = _findings(analysis, judges, settings.seed)
     table = pa.Table.from_pylist(found_rows(findings))
-    publish_table(analysis.out / "truth.parquet", table)
+    write_table(analysis.out / "truth.parquet", table)
     result = summary(findings, settings.threshold) | {
         "settings": {name: getattr(settings, name) for name in ("images", "any_picture", "seed", "threshold")},
         "store": analysis.store.id,

@@ -21,16 +21,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 
 from store import layout
 from store.errors import NonFiniteError, UsageError
-from store.files import fsync_file, fsync_folder, publish, self_checked, sha256_file, write_bytes, write_json
+from store.files import fsync_file, fsync_folder, self_checked, sha256_file, write_bytes, write_json
 from store.format import StoreMeta, array_path, part_files, part_name, to_carrier, tokens_path
 from store.sites import Point, Site, Stream
 from store.statistics import array_statistics
+from store.tables import write_table
 
 SETTLING_THREADS = 4
 
@@ -186,11 +186,6 @@ def refuse_other(path: Path, meta: StoreMeta) -> None:
         raise UsageError(_other_run(path, found, meta))
     if found is None and path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UsageError(f"{path} exists and is not a Granary store: choose another --out, or remove it")
-
-
-def write_table(path: Path, table: pa.Table) -> None:
-    """Publish a table as Parquet, zstd; equal tables give equal bytes."""
-    publish(path, lambda temporary: pq.write_table(table, temporary, compression="zstd"))
 
 
 def _settled(files: Sequence[Path]) -> dict[Path, dict[str, Any]]:

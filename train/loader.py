@@ -52,7 +52,7 @@ def read_rows(shard: Shard, input_point: Point, target_point: Point) -> Rows:
             raise NonFiniteError(
                 f"{shard.path}: {shard.site} {point} at step {where['step']} of image {where['image']}, "
                 f"token {where['token']} holds a NaN or an infinity (row {row}; {int((~finite).sum())} such rows in "
-                "this shard). No step was taken on this shard: verify the store, and pack it again"
+                "this shard). No step was taken on this shard: restore or harvest the store again, and pack it again"
             )
     return Rows(tensors[input_point], tensors[target_point], tensors["sigma"])
 

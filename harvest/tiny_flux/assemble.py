@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from transformers import CLIPModel
 
 from harvest.tiny_flux.text import Encoders
-from harvest.tiny_flux.tokenizers import clip_tokenizer
+from harvest.tiny_flux.tokenizers import clip_tokenizer, t5_tokenizer
 
 PREPROCESSOR = {
     "image_processor_type": "CLIPImageProcessor",
@@ -33,9 +33,9 @@ def pipeline(encoders: Encoders, vae: AutoencoderKL, flux: FluxTransformer2DMode
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False),
         vae=vae,
         text_encoder=encoders.clip,
-        tokenizer=encoders.clip_tokenizer,
+        tokenizer=clip_tokenizer(),  # new ones: a used tokenizer is saved with its last padding and truncation
         text_encoder_2=encoders.t5,
-        tokenizer_2=encoders.t5_tokenizer,
+        tokenizer_2=t5_tokenizer(),
         transformer=flux,
     )
 

@@ -55,7 +55,7 @@ class Row:
 
 def load(folder: Path = WEIGHTS) -> FluxPipeline:
     """The pipeline in float32, silent."""
-    pipe = FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe = FluxPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

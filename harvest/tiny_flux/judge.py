@@ -49,7 +49,7 @@ def _family(name: str, background: bool) -> Floats:
 
 _BACKGROUNDS = {name: _family(name, True) for name in BACKGROUNDS}
 _COLOURS = {name: _family(name, False) for name in COLOURS}
-_AT = np.arange(PIXELS) * 2.0 + 1.0
+_AT: Floats = np.arange(PIXELS, dtype=np.float64) * 2 + 1
 """Pixel centres in canvas units."""
 _RING = np.ones((PIXELS, PIXELS), bool)
 _RING[2:-2, 2:-2] = False

@@ -17,7 +17,7 @@ def orthogonal(matrices: Tensor, iterations: int = 5) -> Tensor:
     `matrices` (n, rows, columns) are worked on together, which halves the time of many small ones.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x: Tensor = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     tall = x.shape[1] > x.shape[2]
     if tall:
         x = x.mT
@@ -34,7 +34,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update with the gradients at hand."""
         assert closure is None
         for group in self.param_groups:

@@ -98,7 +98,7 @@ def train(settings: VaeSettings, build: Path) -> AutoencoderKL:
     loop.train(vae, optimisers, loss, steps=settings.steps, path=build / "vae.pt", settings=settings, rate=rate)
     with torch.no_grad():
         pixels = to_pixels(some_pictures(512, np.random.default_rng([settings.seed, 2])))
-        latents = torch.cat([vae.encode(part).latent_dist.mean for part in pixels.split(64)])
+        latents = torch.cat([vae.encode(part).latent_dist.mean for part in torch.split(pixels, 64)])
     vae.register_to_config(scaling_factor=1 / float(latents.std()), shift_factor=float(latents.mean()))
     return vae
 
@@ -106,7 +106,8 @@ def train(settings: VaeSettings, build: Path) -> AutoencoderKL:
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: Picture) -> Tensor:
     """Packed, normalised latents (n, 64 tokens, 32) float32, as the transformer sees them."""
-    cells = torch.cat([vae.encode(part).latent_dist.mean for part in to_pixels(pictures).split(64)])
+    cells = torch.cat([vae.encode(part).latent_dist.mean for part in torch.split(to_pixels(pictures), 64)])
     cells = (cells - vae.config.shift_factor) * vae.config.scaling_factor
     n, c, h, w = cells.shape
-    return cells.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, h * w // 4, c * 4)
+    packed: Tensor = cells.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, h * w // 4, c * 4)
+    return packed
