@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import CLIPModel, CLIPTokenizer
 
 from harvest.tiny_flux import evaluate, flow, text, vae
 from harvest.tiny_flux.__main__ import TinyFluxSettings, run
@@ -197,8 +198,6 @@ def test_weights_folder_is_small_and_says_nothing_of_where_it_was_made() -> None
 
 
 def test_clip_model_ranks_a_pictures_own_caption_above_others() -> None:
-    from transformers import CLIPModel, CLIPTokenizer
-
     clip = CLIPModel.from_pretrained(evaluate.WEIGHTS / "clip", dtype=torch.float32).eval()
     tokenizer = CLIPTokenizer.from_pretrained(evaluate.WEIGHTS / "clip")
     world = prompts(64, 3, "val")
@@ -207,6 +206,13 @@ def test_clip_model_ranks_a_pictures_own_caption_above_others() -> None:
     with torch.no_grad():
         logits = clip(pixel_values=pixels, **encoded).logits_per_image
     assert float((logits.argmax(1) == torch.arange(64)).float().mean()) >= 0.9
+
+
+def test_text_tower_of_the_clip_model_is_the_pipelines_own(pipe: Any) -> None:
+    clip = CLIPModel.from_pretrained(evaluate.WEIGHTS / "clip", dtype=torch.float32)
+    ids = pipe.tokenizer(["a red ring above a blue cross"], return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.equal(clip.text_model(ids).pooler_output, pipe.text_encoder(ids).pooler_output)
 
 
 @pytest.mark.slow
