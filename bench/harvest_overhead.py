@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from bench.timing import Comparison, by_turns
+from harvest.fill import fill_part
 from harvest.plan import make_plan
-from harvest.run import fill_part
 from harvest.settings import HarvestSettings
 from store.writer import StoreWriter
 

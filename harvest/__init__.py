@@ -10,6 +10,6 @@ __all__ = ["HarvestSettings", "run"]
 
 def run(settings: HarvestSettings) -> object:
     """Fill the store that `settings` describe; returns the run's summary.  Imports the model code on first use."""
-    from harvest.run import run as run_harvest
+    from harvest.fill import run as run_harvest
 
     return run_harvest(settings)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from torch import nn
 from harvest.capture import mlp_of
 from harvest.quiet import quiet
 from harvest.settings import SCHNELL, TINY_FLUX, HarvestSettings
-from store.errors import UsageError
+from store.errors import GranaryError, UsageError
 from store.sites import Site
 
 if TYPE_CHECKING:
@@ -90,7 +91,12 @@ def load_pipeline(settings: HarvestSettings, device: torch.device, dtype: str) -
     if type(pipe) is not FluxPipeline:
         raise UsageError(f"{name} is a {type(pipe).__name__}; Granary harvests a FluxPipeline")
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    try:
+        return pipe.to(device)
+    except RuntimeError as error:  # torch's out of memory is one
+        raise GranaryError(
+            f"{name} does not fit on {device}: {str(error).splitlines()[0][:REASON_CHARACTERS]}"
+        ) from None
 
 
 def _cannot_load(name: str, local: bool, error: Exception) -> str:
@@ -145,9 +151,14 @@ def geometry_of(pipe: "FluxPipeline", settings: HarvestSettings) -> Geometry:
 
 
 def weights_hash(module: nn.Module) -> str:
-    """SHA-256 of a module's weights in use: names, dtypes, shapes and bytes in the order of their names."""
+    """SHA-256 of a module's weights in use."""
+    return tensors_hash(module.state_dict())
+
+
+def tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of named tensors: names, dtypes, shapes and bytes in the order of their names, one tensor at a time."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(
             tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
@@ -162,14 +173,23 @@ def model_facts(pipe: "FluxPipeline", settings: HarvestSettings) -> dict[str, An
     parts = {
         name: weights_hash(getattr(pipe, name)) for name in ("transformer", "text_encoder", "text_encoder_2", "vae")
     }
-    commit = getattr(pipe.transformer.config, "_commit_hash", None)
     config = {key: value for key, value in dict(pipe.transformer.config).items() if not key.startswith("_")}
     name = (
         settings.model
         if settings.model == TINY_FLUX or not Path(settings.model).exists()
         else Path(settings.model).resolve().name
     )
-    return {"id": name, "revision": settings.revision or commit, "weights_sha256": parts, "transformer": config}
+    return {"id": name, "revision": _revision(settings), "weights_sha256": parts, "transformer": config}
+
+
+def _revision(settings: HarvestSettings) -> str | None:
+    """The commit of a Hugging Face model, from the folder of its cached snapshot; None for a folder."""
+    if settings.model == TINY_FLUX or Path(settings.model).exists():
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(settings.model, "model_index.json", revision=settings.revision)
+    return Path(cached).parent.name if isinstance(cached, str) else settings.revision
 
 
 def mlp_weights(transformer: nn.Module, sites: tuple[Site, ...]) -> dict[str, torch.Tensor]:

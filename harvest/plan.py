@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyarrow as pa
 import safetensors.torch
 import torch
 
@@ -18,13 +19,14 @@ from harvest.model import (
     locate_model,
     mlp_weights,
     model_facts,
+    tensors_hash,
 )
-from harvest.prompts import PromptSet, load_prompts
+from harvest.prompts import PromptSet, is_dataset, load_prompts
+from harvest.rows import column_types
 from harvest.sample import Sampler
 from harvest.settings import HarvestSettings
 from harvest.text import Tokenized, tokenize
 from store.errors import UsageError
-from store.files import sha256_bytes
 from store.format import CARRIERS, StoreDtype, StoreMeta, StreamTokens, chunk_images
 from store.sites import POINTS, Site, Stream, parse_numbers
 from store.tokens import image_policy, text_policy
@@ -41,7 +43,15 @@ class Plan:
     sampler: Sampler
     prompts: PromptSet
     tokenized: list[Tokenized]
-    weights: bytes | None
+    columns: dict[str, pa.DataType]
+    """the prompt file's own columns and their types"""
+
+    def weights(self) -> bytes | None:
+        """The content of the file that `--weights copy` puts into the store."""
+        if self.meta.weights["policy"] != "copy":
+            return None
+        content: bytes = safetensors.torch.save(mlp_weights(self.sampler.pipe.transformer, self.sampler.sites))
+        return content
 
     def text(self, out: Path, images: int) -> str:
         """The plan in words: what is drawn, what is kept, and how many bytes that is."""
@@ -57,10 +67,12 @@ class Plan:
             f"  {meta.bytes_per_image / 1e6:.2f} MB an image, {meta.bytes_per_image * meta.n_images / 1e9:.3f} GB of "
             f"activations in {files} files",
         ]
-        cut, clip_cut = sum(t.cut for t in self.tokenized), sum(t.clip_cut for t in self.tokenized)
+        different = dict(zip((p.text for p in self.prompts.prompts), self.tokenized, strict=True)).values()
+        cut, clip_cut = sum(t.cut for t in different), sum(t.clip_cut for t in different)
         if cut or clip_cut:
             lines.append(
-                f"  of {len(self.tokenized)} prompts {cut} are cut at {meta.max_sequence_length} T5 tokens and {clip_cut} at CLIP's 77"
+                f"  of {len(different)} different prompts {cut} are cut at {meta.max_sequence_length} T5 tokens "
+                f"and {clip_cut} at CLIP's 77"
             )
         if images < meta.n_images:
             lines.append(
@@ -76,8 +88,12 @@ def make_plan(settings: HarvestSettings) -> Plan:
     torch.set_num_threads(threads)
     dtype = settings.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     locate_model(settings.model)
-    prompts = load_prompts(settings)
+    ready = (
+        None if is_dataset(settings) else load_prompts(settings)
+    )  # what is here is checked before the model is loaded,
     pipe = load_pipeline(settings, device, dtype)
+    prompts = ready or load_prompts(settings)  # and what is far away is streamed after it
+    columns = column_types(prompts.prompts)
     geometry = geometry_of(pipe, settings)
     if settings.guidance and not pipe.transformer.config.guidance_embeds:
         raise UsageError(
@@ -89,9 +105,6 @@ def make_plan(settings: HarvestSettings) -> Plan:
         raise UsageError(f"--max-sequence-length {length}: FLUX takes at most 512 text tokens")
     tokenized = tokenize(pipe, [p.text for p in prompts.prompts], length)
     tokens = _policies(settings, sites, geometry.image_tokens, length, max(len(t.ids) for t in tokenized))
-    weights = None
-    if settings.weights != "none":
-        weights = safetensors.torch.save(mlp_weights(pipe.transformer, sites))
     store_dtype = _store_dtype(settings, dtype)
     meta = StoreMeta(
         n_images=len(prompts.prompts),
@@ -121,7 +134,7 @@ def make_plan(settings: HarvestSettings) -> Plan:
         model=model_facts(pipe, settings),
         scheduler=_scheduler_facts(pipe),
         prompts=prompts.source,
-        weights=_weights_facts(settings, weights),
+        weights=_weights_facts(settings, pipe, sites),
         versions=library_versions(),
     )
     sampler = Sampler(
@@ -134,7 +147,7 @@ def make_plan(settings: HarvestSettings) -> Plan:
         settings.guidance,
         settings.pictures != "none",
     )
-    return Plan(meta, sampler, prompts, tokenized, weights if settings.weights == "copy" else None)
+    return Plan(meta, sampler, prompts, tokenized, columns)
 
 
 def choose_sites(settings: HarvestSettings, geometry: Geometry) -> tuple[Site, ...]:
@@ -186,8 +199,8 @@ def _scheduler_facts(pipe: "FluxPipeline") -> dict[str, object]:
     return {"class": type(pipe.scheduler).__name__, "config": config}
 
 
-def _weights_facts(settings: HarvestSettings, weights: bytes | None) -> dict[str, str]:
-    if weights is None:
+def _weights_facts(settings: HarvestSettings, pipe: "FluxPipeline", sites: tuple[Site, ...]) -> dict[str, str]:
+    if settings.weights == "none":
         return {"policy": "none"}
-    digest = sha256_bytes(weights)
+    digest = tensors_hash(mlp_weights(pipe.transformer, sites))
     return {"policy": settings.weights, "sha256": digest, "file": f"sha256-{digest}.safetensors"}

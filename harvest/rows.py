@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from harvest.prompts import Prompt, PromptSet
+from harvest.prompt_files import Prompt
+from harvest.prompts import PromptSet
 from harvest.text import Tokenized
 from harvest.tiny_flux import judge, scenes
 from store.split import split_of
@@ -29,7 +30,7 @@ def column_types(prompts: Sequence[Prompt]) -> dict[str, pa.DataType]:
     for name in sorted({name for prompt in prompts for name in prompt.columns}):
         try:
             found = pa.array([prompt.columns.get(name) for prompt in prompts]).type
-        except (pa.ArrowInvalid, pa.ArrowTypeError):
+        except (pa.ArrowException, OverflowError):
             found = pa.string()
         types[name] = pa.string() if pa.types.is_null(found) else found
     return types

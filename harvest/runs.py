@@ -20,6 +20,7 @@ from harvest.settings import HarvestSettings
 from store import layout
 from store.errors import UsageError
 from store.files import write_json
+from store.format import StoreMeta
 
 
 def resumed(settings: HarvestSettings) -> HarvestSettings:
@@ -54,12 +55,14 @@ def _restored(value: Any, kind: Any) -> Any:
     return Path(value) if is_path and value is not None else value
 
 
-def keep_settings(settings: HarvestSettings) -> None:
-    """Write the settings of a store's first run beside it, before the store is begun: what `resumed` reads."""
+def keep_settings(settings: HarvestSettings, meta: StoreMeta) -> None:
+    """Write the settings of a store beside it, before the store is begun, with what the machine decided: what `resumed` reads."""
     assert settings.out is not None
     file = layout.runs_folder(settings.out) / "settings.json"
-    if not file.exists():
-        write_json(file, _plain(settings))
+    if not file.exists() or not layout.root(settings.out).exists():
+        device = "cpu" if meta.device == "cpu" else settings.device
+        decided = {"threads": meta.threads, "dtype": meta.dtype, "images": meta.n_images, "device": device}
+        write_json(file, {**_plain(settings), **decided})
 
 
 def _plain(settings: HarvestSettings) -> dict[str, Any]:

@@ -19,6 +19,12 @@ import tyro
 
 from store.errors import GranaryError, Interrupted
 
+OF_THE_DISK = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+    errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY, errno.EIO, errno.ESTALE,
+}  # fmt: skip
+"""Errors of the file system that a user can do something about; anything else is a bug of ours and shows its traceback."""
+
 
 @dataclass(frozen=True)
 class Command:
@@ -79,7 +85,7 @@ def guarded(work: Callable[[], Any]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno not in OF_THE_DISK:
             raise
         return _fail(
             GranaryError(

@@ -47,6 +47,11 @@ def publish(path: Path, write: Callable[[Path], None]) -> None:
     fsync_folder(path.parent)
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether a file is the leftover of a killed process: `.name.….tmp` is ours, `c.12.0.….partial` zarr-python's."""
+    return path.name.endswith(".partial") or (path.name.startswith(".") and path.suffix == ".tmp")
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Publish `data` as the file `path`."""
     publish(path, lambda temporary: _dump(temporary, data))
@@ -67,13 +72,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file; `DamagedError` when it is missing, `ForeignError` when it is not JSON."""
+    """The content of a JSON file; `DamagedError` when it is missing or not JSON."""
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise DamagedError(f"{path} is missing") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ForeignError(f"{path} is not the JSON file that was expected there: {error}") from None
+        raise DamagedError(f"{path} is not JSON any more ({error}): restore it from a copy") from None
 
 
 def sha256_bytes(data: bytes) -> str:

@@ -54,7 +54,10 @@ def describe(store: Store) -> str:
         ),
         ("tokens", ", ".join(f"{stream}: {t.kept} of {t.total} ({t.policy})" for stream, t in meta.tokens.items())),
         ("numbers", f"d_model {meta.d_model}, computed in {meta.dtype} on {meta.device}, stored as {meta.store_dtype}"),
-        ("size", f"{store.size_bytes / 1e9:.3f} GB in {meta.n_parts} parts of {meta.chunk_images} images"),
+        (
+            "size",
+            f"{store.size_bytes / 1e9:.3f} GB in {len(store.committed_parts)} of {meta.n_parts} parts of {meta.chunk_images} images",
+        ),
         ("made by", ", ".join(f"{name} {version}" for name, version in meta.versions.items())),
     ]
     lines = [f"{name:>8}  {value}" for name, value in facts]

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from store import open_store
 from store.errors import StoreError, UsageError
-from store.files import json_bytes, read_self_checked, self_checked, sha256_bytes, write_bytes, write_json
+from store.files import is_temporary, json_bytes, read_self_checked, self_checked, sha256_bytes, write_bytes, write_json
 from store.reader import Store
 from store.shards import (
     FORMAT,
@@ -287,7 +287,9 @@ class Packing:
                 path = self.out / name
                 if path.exists() and path.stat().st_size == entry["bytes"] and crc32c_of(path) == entry["crc32c"]:
                     self.files[name] = entry
-        elif self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+        elif self.out.exists() and (
+            not self.out.is_dir() or any(not is_temporary(file) for file in self.out.iterdir())
+        ):
             raise UsageError(f"{self.out} exists and is not a pack: choose another --out, or remove it")
         return False
 
@@ -307,6 +309,10 @@ class Packing:
 
 def run(settings: PackSettings) -> Pack:
     """The pack at `settings.out`: made, finished from where it was killed, or already complete."""
+    if settings.out.resolve().is_relative_to(settings.store.resolve()):
+        raise UsageError(
+            f"--out {settings.out} lies in the store: choose a folder beside it, a store holds nothing else"
+        )
     packing = Packing(open_store(settings.store), settings)
     if packing.resume():
         print(f"{settings.out} is complete already: the same pack, nothing to do")

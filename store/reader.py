@@ -129,6 +129,8 @@ class Store:
 
     @cached_property
     def _prompts(self) -> pa.Table:
+        if not self._commits:
+            raise UnfinishedError(f"{self.path} has no committed part yet: run its harvest again")
         return pa.concat_tables([self._table(f"prompts/{part_name(part)}.parquet", part) for part in self._commits])
 
     def picture(self, image: int) -> Image.Image | None:

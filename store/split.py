@@ -17,13 +17,13 @@ Split = Literal["train", "val"]
 
 SALT = "granary-split-1:"
 VAL_SHARE = 0.05
-_FLAG = re.compile(r"(?:^|\s)--?[a-z][a-z-]*(?:\s+[\d.:/]+)?(?=\s|$)")
+FLAG = re.compile(r"(?:^|\s)--?[a-z][a-z-]*(?:\s+[\d.:/]+)?(?=\s|$)")
 
 
 def normalise(prompt: str) -> str:
     """The prompt without flags, case and superfluous white space: what the split is decided on."""
     text = " ".join(unicodedata.normalize("NFC", prompt).casefold().split())
-    return " ".join(_FLAG.sub(" ", text).split())
+    return " ".join(FLAG.sub(" ", text).split())
 
 
 def split_of(prompt: str) -> Split:

@@ -11,6 +11,7 @@ CRC-32C, and the CRC of any message followed by its CRC is one and the same numb
 """
 
 import fcntl
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +26,17 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 
 from store import layout
-from store.errors import NonFiniteError, UsageError
-from store.files import fsync_file, fsync_folder, self_checked, sha256_file, write_bytes, write_json
+from store.errors import DamagedError, NonFiniteError, UsageError
+from store.files import (
+    fsync_file,
+    fsync_folder,
+    is_temporary,
+    json_bytes,
+    self_checked,
+    sha256_file,
+    write_bytes,
+    write_json,
+)
 from store.format import StoreMeta, array_path, part_files, part_name, to_carrier, tokens_path
 from store.sites import Point, Site, Stream
 from store.statistics import array_statistics
@@ -61,25 +71,33 @@ class StoreWriter:
 
         `weights` is the content of the file that `meta.weights["file"]` names, for a store that carries it.
         """
-        refuse_other(path, meta)
-        writer = cls(path, meta)
-        if not layout.store_commit(path).exists():
-            writer._create(weights)
+        with _locked(path, "create"):
+            refuse_other(path, meta)
+            writer = cls(path, meta)
+            if not layout.store_commit(path).exists():
+                writer._create(weights)
         return writer
 
     def _create(self, weights: bytes | None) -> None:
+        """Write what is missing of the metadata; never touches what is there."""
         meta = self.meta
-        self.path.mkdir(parents=True, exist_ok=True)
-        zarr.create_group(self.path, zarr_format=3, overwrite=True, attributes={"granary": meta.attributes()})
-        created = [layout.root(self.path)]
+        commits = [layout.seal(self.path), *(layout.part_commit(self.path, part) for part in range(meta.n_parts))]
+        if any(file.exists() for file in commits):
+            raise DamagedError(
+                f"{layout.store_commit(self.path)} is missing from a store that has committed parts: "
+                "restore it from a copy of the store"
+            )
+        for folder in ("commits", "prompts", "images"):
+            if folder != "images" or meta.pictures != "none":
+                (self.path / folder).mkdir(parents=True, exist_ok=True)
+        created = [_ensure_group(self.path, {"granary": meta.attributes()})]
         folders: set[str] = set()
         for name, shape, chunks, attributes in _arrays(meta):
             for parent in _parents(name):
                 if parent not in folders:
                     folders.add(parent)
-                    zarr.create_group(self.path / parent, zarr_format=3, overwrite=True)
-                    created.append(self.path / parent / "zarr.json")
-            _create_array(self.path / name, meta, shape, chunks, attributes)
+                    created.append(_ensure_group(self.path / parent, {}))
+            _ensure_array(self.path / name, meta, shape, chunks, attributes)
             created.append(self.path / name / "zarr.json")
         if weights is not None:
             file = self.path / "weights" / meta.weights["file"]
@@ -87,11 +105,13 @@ class StoreWriter:
             created.append(file)
         self._clear_leftovers("zarr.", ".")
         files = {str(file.relative_to(self.path)): entry for file, entry in _settled(sorted(created)).items()}
+        fsync_folder(self.path)
+        fsync_folder(self.path.parent)
         write_json(layout.store_commit(self.path), self_checked({"files": files, "parts": meta.n_parts}))
 
     def missing(self) -> list[int]:
         """The parts that have no commit yet."""
-        return [part for part in range(self.meta.n_parts) if not layout.part_commit(self.path, part).exists()]
+        return uncommitted(self.path, self.meta)
 
     @contextmanager
     def claim(self, part: int) -> Iterator[bool]:
@@ -99,15 +119,8 @@ class StoreWriter:
 
         The lock is the kernel's: it ends with the process, however that ends.
         """
-        folder = layout.runs_folder(self.path)
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f".{part_name(part)}.lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            yield True
+        with _locked(self.path, part_name(part), wait=False) as mine:
+            yield mine
 
     def write_part(self, part: int, content: Part) -> None:
         """Write and commit one part; `NonFiniteError` names site, step and prompt of a NaN or an infinity."""
@@ -139,6 +152,7 @@ class StoreWriter:
             names = [layout.store_commit(self.path)]
             names += [layout.part_commit(self.path, part) for part in range(self.meta.n_parts)]
             commits = {file.stem: sha256_file(file) for file in names}
+            self._leftovers = _leftovers(self.path)  # again: another process may have died meanwhile
             self._clear_leftovers("")
             write_json(layout.seal(self.path), self_checked({"commits": commits}))
         return True
@@ -174,18 +188,42 @@ class StoreWriter:
 
 
 def _leftovers(path: Path) -> list[Path]:
-    """Temporary files of killed processes: `c.12.0.….partial` is zarr-python's way, `.name.….tmp` ours."""
-    found = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
-    return [file for file in found if file.name.endswith(".partial") or (file.name[0] == "." and file.suffix == ".tmp")]
+    """Temporary files of killed processes below a folder."""
+    found = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
+    return [file for file in found if is_temporary(file)]
+
+
+def uncommitted(path: Path, meta: StoreMeta) -> list[int]:
+    """The parts that have no commit yet; all of them where there is no store."""
+    return [part for part in range(meta.n_parts) if not layout.part_commit(path, part).exists()]
 
 
 def refuse_other(path: Path, meta: StoreMeta) -> None:
     """`UsageError` when `path` holds anything but nothing, or the store that `meta` describes."""
     found = layout.peek(path)
-    if found is not None and found != meta:
-        raise UsageError(_other_run(path, found, meta))
-    if found is None and path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if found is not None:
+        there, here = (_leaves(json.loads(json_bytes(each.attributes()))) for each in (found, meta))
+        if there != here:
+            raise UsageError(_other_run(path, there, here))
+    elif path.exists() and (not path.is_dir() or any(not is_temporary(file) for file in path.iterdir())):
         raise UsageError(f"{path} exists and is not a Granary store: choose another --out, or remove it")
+
+
+@contextmanager
+def _locked(path: Path, name: str, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock of a store against other processes of this machine; without `wait`, whether it was free.
+
+    The lock is the kernel's: it ends with the process, however that ends.  The file stays, in `STORE.runs/`.
+    """
+    folder = layout.runs_folder(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f".{name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
 
 
 def _settled(files: Sequence[Path]) -> dict[Path, dict[str, Any]]:
@@ -223,9 +261,20 @@ def _arrays(meta: StoreMeta) -> Iterator[tuple[str, tuple[int, ...], tuple[int, 
                 )
 
 
-def _create_array(
+def _ensure_group(path: Path, attributes: dict[str, Any]) -> Path:
+    """The metadata file of a group, written when it is not there."""
+    file = path / "zarr.json"
+    if not file.exists():
+        zarr.create_group(path, zarr_format=3, attributes=attributes)
+    return file
+
+
+def _ensure_array(
     path: Path, meta: StoreMeta, shape: tuple[int, ...], chunks: tuple[int, ...], attributes: dict[str, Any]
 ) -> None:
+    """Create an array when it is not there."""
+    if (path / "zarr.json").exists():
+        return
     activations = len(shape) == 3
     zarr.create_array(
         path,
@@ -240,7 +289,6 @@ def _create_array(
         dimension_names=("image", "token", "channel")[: len(shape)],
         attributes=attributes,
         zarr_format=3,
-        overwrite=True,
     )
 
 
@@ -249,9 +297,16 @@ def _parents(name: str) -> list[str]:
     return ["/".join(words[:count]) for count in range(1, len(words))]
 
 
-def _other_run(path: Path, found: StoreMeta, asked: StoreMeta) -> str:
-    there, here = found.attributes(), asked.attributes()
-    lines = [f"  {key}: there {there[key]!r}, asked for {here[key]!r}" for key in there if there[key] != here[key]]
+def _leaves(value: Any, name: str = "") -> dict[str, Any]:
+    """`{"model": {"id": "x"}}` as `{"model.id": "x"}`."""
+    if not isinstance(value, dict):
+        return {name: value}
+    return {k: v for key, each in value.items() for k, v in _leaves(each, f"{name}.{key}".lstrip(".")).items()}
+
+
+def _other_run(path: Path, there: dict[str, Any], here: dict[str, Any]) -> str:
+    odd = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
+    lines = [f"  {key}: there {there.get(key)!r}, asked for {here.get(key)!r}" for key in odd]
     return (
         f"{path} holds another run; it differs in\n"
         + "\n".join(lines)

@@ -55,4 +55,5 @@ def test_paths_are_those_of_the_layout_table() -> None:
 def test_the_salt_and_the_share_of_the_split_are_documented() -> None:
     text = re.sub(r"\s+", " ", DOCUMENT)
     assert f"`{split.SALT}`" in text
+    assert f"`{split.FLAG.pattern}`" in text
     assert f"below {split.VAL_SHARE:.0%}".replace("%", " %") in text

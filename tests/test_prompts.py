@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from harvest.prompts import load_prompts, read_file
+from harvest.prompt_files import read_file
+from harvest.prompts import load_prompts
 from harvest.settings import HarvestSettings
 from store.errors import UsageError
 from store.split import split_of
@@ -40,6 +41,20 @@ def test_tables_carry_seeds_and_their_other_columns(tmp_path: Path, form: str) -
         pq.write_table(pa.Table.from_pylist(rows), file)
     assert loaded(prompts=str(file)) == [("one, two", 7), ("three", 1)]
     assert [dict(prompt.columns) for prompt in read_file(file)] == [{"artist": "x"}, {"artist": "y"}]
+
+
+def test_what_json_cannot_carry_becomes_missing_or_text_and_lines_end_at_newlines_only(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "a\u2028b", "score": NaN, "size": [1, 2]}\n', encoding="utf-8")
+    (prompt,) = read_file(file)
+    assert (prompt.text, dict(prompt.columns)) == ("a\u2028b", {"score": None, "size": "[1, 2]"})
+    assert loaded(prompts=str(file)) == [("a\u2028b", 0)]
+
+
+def test_a_files_seed_counts_up_over_the_repetitions_of_its_prompt(tmp_path: Path) -> None:
+    file = tmp_path / "p.csv"
+    file.write_text("prompt,seed\na,40\n")
+    assert [seed for _, seed in loaded(prompts=str(file), seeds_per_prompt=3)] == [40, 41, 42]
 
 
 def test_image_i_has_prompt_i_divided_by_the_seeds_per_prompt(tmp_path: Path) -> None:
@@ -78,6 +93,12 @@ def test_a_split_of_a_file_takes_its_prompts_only(tmp_path: Path) -> None:
         ("p.jsonl", b'["a"]\n', "no JSON object"),
         ("p.jsonl", b'{"prompt": 3}\n', "the prompt is 3"),
         ("p.jsonl", b'{"prompt": "a", "seed": -1}\n', "the seed is -1"),
+        ("p.jsonl", b'{"prompt": "a", "seed": 1.7}\n', "the seed is 1.7"),
+        ("p.jsonl", b'{"prompt": "a", "seed": true}\n', "the seed is True"),
+        ("p.jsonl", b'{"prompt": "a", "seed": Infinity}\n', "the seed is inf"),
+        ("p.jsonl", b'{"prompt": "\\ud800"}\n', "half a surrogate pair"),
+        ("p.csv", b"prompt\n" + b"x" * 140000 + b"\n", "no CSV that can be read"),
+        ("p.json", b'["a"]', "write JSON Lines"),
         ("p.parquet", b"PAR1 but not really", "no Parquet file"),
     ],
 )

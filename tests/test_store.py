@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -141,6 +142,27 @@ def test_a_value_that_is_not_finite_stops_the_part_and_names_it(tmp_path: Path, 
     assert writer.missing() == [0, 1, 2]
 
 
+def test_a_missing_record_of_creation_never_costs_what_was_committed(small_store: MakeStore) -> None:
+    made = small_store()
+    (made.path / "commits/store.json").unlink()
+    before = tree(made.path)
+    with pytest.raises(DamagedError, match=r"store\.json is missing from a store that has committed parts"):
+        StoreWriter.open_or_create(made.path, made.store.meta)
+    assert tree(made.path) == before
+
+
+def test_metadata_that_json_changes_is_still_the_same_run(tmp_path: Path) -> None:
+    meta = replace(small_meta(), model={"axes": (16, 56, 56)})
+    StoreWriter.open_or_create(tmp_path / "store", meta)
+    StoreWriter.open_or_create(tmp_path / "store", meta)
+
+
+def test_a_store_can_lie_behind_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "store").symlink_to(tmp_path / "disk")
+    assert make_store(tmp_path / "store").store.finished
+
+
 def test_another_run_in_the_same_folder_is_refused_by_name(tmp_path: Path) -> None:
     StoreWriter.open_or_create(tmp_path / "store", small_meta())
     with pytest.raises(UsageError, match=r"holds another run; it differs in\n  seed: there 0, asked for 7"):
@@ -185,6 +207,7 @@ def test_a_damaged_chunk_is_an_error_that_names_the_file(small_store: MakeStore,
         ("activations/double.00/txt/zarr.json", "{}", '{"x": 1}'),
         ("commits/store.json", '"parts": 3', '"parts": 4'),
         ("commits/part-00001.json", '"part": 1', '"part": 2'),
+        ("commits/part-00002.json", '"statistics"', ""),
         ("seal.json", '"part-00001"', '"part-00009"'),
     ],
 )

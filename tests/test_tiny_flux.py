@@ -252,14 +252,14 @@ def test_training_goes_on_after_a_kill_and_ends_in_the_same_bytes(
     saves = 0
     real = torch.save
 
-    def killed_every_third(state: object, path: Path) -> None:
+    def killed_every_fifth(state: object, path: Path) -> None:
         nonlocal saves
         saves += 1
-        if saves % 3 == 0:
+        if saves % 5 == 0:
             raise Killed
         real(state, path)
 
-    monkeypatch.setattr("harvest.tiny_flux.loop.torch.save", killed_every_third)
+    monkeypatch.setattr("harvest.tiny_flux.loop.torch.save", killed_every_fifth)
     for _ in range(40):
         try:
             run(_tiny(tmp_path, "killed"))

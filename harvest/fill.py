@@ -24,14 +24,14 @@ from harvest import runs
 from harvest.capture import Captured, select_tokens
 from harvest.model import DTYPES
 from harvest.plan import Plan, make_plan
-from harvest.rows import column_types, picture_table, prompt_table, truth_of
+from harvest.rows import picture_table, prompt_table, truth_of
 from harvest.settings import HarvestSettings
 from harvest.tiny_flux.scenes import PIXELS
 from store.errors import GranaryError
 from store.format import StoreMeta
 from store.sites import Point, Site, Stream, parse_numbers
 from store.tokens import kept_positions
-from store.writer import Part, StoreWriter, refuse_other
+from store.writer import Part, StoreWriter, refuse_other, uncommitted
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ def run(settings: HarvestSettings) -> Summary:
     plan = make_plan(settings)
     parts = parse_numbers(settings.parts, plan.meta.n_parts, "part")
     refuse_other(settings.out, plan.meta)
-    runs.keep_settings(settings)
-    writer = StoreWriter.open_or_create(settings.out, plan.meta, plan.weights)
-    missing = [part for part in writer.missing() if part in parts]
+    missing = [part for part in uncommitted(settings.out, plan.meta) if part in parts]
     images = sum(len(plan.meta.part_images(part)) for part in missing)
     print(plan.text(settings.out, images), flush=True)
     _refuse_full_disk(settings.out, plan.meta, images)
+    runs.keep_settings(settings, plan.meta)
+    writer = StoreWriter.open_or_create(settings.out, plan.meta, plan.weights())
     begun = time.monotonic()
     with (
         runs.record(settings, images) as note,
@@ -91,7 +91,8 @@ def _closing(summary: Summary, writer: StoreWriter) -> str:
 
 
 def _refuse_full_disk(out: Path, meta: StoreMeta, images: int) -> None:
-    free = shutil.disk_usage(out).free
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(there).free
     needed = images * meta.bytes_per_image
     if needed > free:
         raise GranaryError(
@@ -165,7 +166,7 @@ class _Filler:
             sigma,
             scheduled,
             truths,
-            column_types(prompts.prompts),
+            self.plan.columns,
         )
         kept = [picture for picture in pictures if picture is not None]
         return rows, picture_table(self.images, kept, meta.pictures) if kept else None
