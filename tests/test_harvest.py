@@ -199,7 +199,7 @@ def test_copied_weights_recompute_mlp_out(tmp_path: Path) -> None:
 def test_any_real_prompt_harvests_without_a_warning(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "prompts.txt"
     prompts = [
-        "portrait of an élan vital, 8k, octane render, " * 12,
+        "portrait of an élan vital, 8k, octane render, " * 12 + "4k",
         "日本の風景 🌸 — ultra-wide",
         "A",
         "x" * 700,
