@@ -70,7 +70,7 @@ format: .venv/installed ## put the code into shape
 bench: .venv/installed ## speed, as ratios against named alternatives
 	$(PY) -m bench
 
-tiny-flux: .venv/installed ## train the embedded model again (about half an hour on 2 cores; resumable)
+tiny-flux: .venv/installed ## train the embedded model again (about 45 minutes on 2 cores; resumable)
 	$(PY) -m harvest.tiny_flux
 
 clean: ## remove what the demo and the builds wrote

@@ -74,6 +74,8 @@ class Scene:
     background: str
     drawn: bool | None
     things: tuple[Thing, ...]
+    said: str
+    """what was asked for, the same for every wording of it"""
 
     def shows(self, attribute: Attribute) -> bool | None:
         """Whether the attribute is there; None where it is not defined (positions in scenes of two objects)."""
@@ -106,7 +108,9 @@ def _scene(image: int, text: str, n_tokens: int) -> Scene:
             Thing(thing["colour"], thing["shape"], thing["position"], np.asarray(thing["coverage"], np.float32))
             for thing in found["objects"]
         )
-        scene = Scene(image, found["background"], found["drawn"], things)
+        objects = [{key: value for key, value in thing.items() if key != "coverage"} for thing in found["objects"]]
+        said = json.dumps([found["background"], found.get("relation"), objects], sort_keys=True)
+        scene = Scene(image, found["background"], found["drawn"], things, said)
     except (TypeError, KeyError, ValueError) as error:
         raise ForeignError(f"the truth of image {image} is malformed ({error!r}): harvest the store again") from None
     for thing in things:

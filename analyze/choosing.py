@@ -47,7 +47,7 @@ def choose_columns(
     scored = auroc_of(values, shown, ~choose, best)
     if sign_free:
         scored = np.where(found[label, best] < 0.5, 1 - scored, scored)
-    return _masked(Choice(best, strength[label, best], scored), judged(shown, choose))
+    return only(Choice(best, strength[label, best], scored), judged(shown, choose))
 
 
 def auroc_of(
@@ -84,5 +84,6 @@ def _better(old: Choice, new: Choice) -> Choice:
     )
 
 
-def _masked(choice: Choice, judged: Bool[np.ndarray, " label"]) -> Choice:
+def only(choice: Choice, judged: Bool[np.ndarray, " label"]) -> Choice:
+    """The choice with NaN for labels that are not judged."""
     return Choice(choice.column, np.where(judged, choice.selection, np.nan), np.where(judged, choice.scored, np.nan))

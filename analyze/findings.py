@@ -141,8 +141,9 @@ def _interesting(analysis: Analysis, subject: Subject) -> list[tuple[int, int]]:
 
 def headlines(analysis: Analysis, truth: Truth | None, shown: Sequence[Spotlight]) -> list[tuple[Spotlight, str]]:
     """The five best findings, each with its sentence: of different kinds first, image features before text features."""
+    held_out = truth is not None and truth.table["settings"]["images"] == "val"
     known = [spot for spot in shown if spot.attribute is not None and spot.image_auroc is not None]
-    ranked = sorted(known, key=lambda spot: (spot.subject.site.stream != "img", -_rank(spot)))
+    ranked = sorted(known, key=lambda spot: (spot.subject.site.stream != "img", -_selection(spot)))
     chosen: list[Spotlight] = []
     for most_of_kind in (1, 2, HEADLINES):
         for spot in ranked:
@@ -154,18 +155,14 @@ def headlines(analysis: Analysis, truth: Truth | None, shown: Sequence[Spotlight
                 chosen.append(spot)
     rest = [spot for spot in shown if spot.attribute is None]
     chosen += rest[: HEADLINES - len(chosen)]
-    return [(spot, sentence(analysis, spot)) for spot in chosen]
-
-
-def _rank(spot: Spotlight) -> float:
-    return _selection(spot)
+    return [(spot, sentence(analysis, spot, held_out)) for spot in chosen]
 
 
 def _kind(spot: Spotlight) -> tuple[str, str]:
     return spot.subject.site.stream, spot.attribute.group if spot.attribute else ""
 
 
-def sentence(analysis: Analysis, spot: Spotlight) -> str:
+def sentence(analysis: Analysis, spot: Spotlight, held_out: bool) -> str:
     """`img_3 feature 412 at step 1 fires on red patches: AUROC 0.97 over held-out images, 0.93 over object tokens`."""
     name = f"{spot.subject.name} feature {spot.feature} at step {spot.step}"
     if spot.attribute is None:
@@ -176,7 +173,7 @@ def sentence(analysis: Analysis, spot: Spotlight) -> str:
         return f"{name} is active on {shares}, most on “{prompt}”"
     scores = []
     if spot.image_auroc is not None:
-        scores.append(f"{spot.image_auroc:.2f} over held-out images")
+        scores.append(f"{spot.image_auroc:.2f} over {'held-out ' if held_out else ''}images")
     if spot.token_auroc is not None:
         scores.append(
             f"{spot.token_auroc:.2f} over {'background' if spot.attribute.group == 'background' else 'object'} tokens"

@@ -1,12 +1,10 @@
-"""Two halves of the images, by prompt, so that what is chosen on one is scored on prompts that it never saw."""
+"""Two halves of the images, by scene, so that what is chosen on one is scored on scenes that it never saw."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Int
-
-from analyze.features import prompt_groups
 
 INNER_SHARE = 0.75
 
@@ -29,9 +27,10 @@ class Halves:
         return np.asarray(self.part == 2)
 
 
-def halves_of(prompts: Sequence[str], seed: int) -> Halves:
-    """Halves of the images from a seed; images of one prompt stay together."""
-    groups = prompt_groups(prompts)
+def halves_of(scenes: Sequence[str], seed: int) -> Halves:
+    """Halves of the images from a seed; images of one scene, whatever its wording, stay together."""
+    numbers: dict[str, int] = {}
+    groups = np.asarray([numbers.setdefault(scene, len(numbers)) for scene in scenes], np.int64)
     count = int(groups.max(initial=-1)) + 1
     order = np.random.default_rng(seed).permutation(count)
     part_of_group = np.full(count, 2)

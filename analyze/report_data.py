@@ -1,5 +1,6 @@
 """What the report's page is filled with: plain values, already formatted where wording matters."""
 
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,11 +64,12 @@ def tiles(analysis: Analysis, truth: Truth | None, overview: Sequence[dict[str, 
         {"value": str(len(overview)), "name": "dictionaries", "more": f"{n_features:,} features"},
     ]
     for stream in analysis.streams():
-        values = [row["fvu_value"] for row in overview if row["stream"] == stream and row["fvu_value"] is not None]
-        if values:
-            middle = sorted(values)[len(values) // 2]
-            span = f"{min(values):.3f} to {max(values):.3f} on held-out rows"
-            found.append({"value": f"{middle:.3f}", "name": f"median FVU, {STREAM_NAMES[stream]}", "more": span})
+        measured = [row for row in overview if row["stream"] == stream and row["fvu_value"] is not None]
+        for kind in sorted({row["kind"] for row in measured}, reverse=True)[:1]:  # transcoders where there are any
+            values = [row["fvu_value"] for row in measured if row["kind"] == kind]
+            more = f"{len(values)} {kind}s, {min(values):.3f} to {max(values):.3f} on held-out rows"
+            name = f"median FVU, {STREAM_NAMES[stream]}"
+            found.append({"value": f"{statistics.median(values):.3f}", "name": name, "more": more})
     for stream, verdict in truth.table["verdict"].items() if truth else []:
         more = f"have a feature with AUROC ≥ {truth.threshold:g}" if truth else ""
         count = f"{verdict['with_feature']} of {verdict['of']}"
@@ -126,7 +128,7 @@ def _shown(value: float | None, form: str) -> str:
 def training_words(subject: Subject) -> str:
     """How the dictionary came to be: settings that matter, or that nobody knows."""
     config = subject.dictionary.config
-    if config.training is None:
+    if config.parent is None:
         return "trained elsewhere; settings unknown"
     words = [f"{config.steps:,} steps over {config.rows:,} rows"]
     for key, name in TRAINING_WORDS.items():

@@ -11,6 +11,7 @@ Memory is bounded by the image block (512 x features x 8 B) whatever the number 
 
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 
@@ -97,8 +98,8 @@ def score_site(
     store, site = analysis.store, subjects[0].site
     sigma, lengths = sigmas(store, step), text_lengths(store)
     statistics = [RowStatistics(subject.n_features) for subject in subjects]
-    writers = [_writer(analysis, subject, step, settings) for subject in subjects]
-    try:
+    with ExitStack() as stack:
+        writers = [stack.enter_context(_writer(analysis, subject, step, settings)) for subject in subjects]
         for start in range(0, store.n_images, store.chunk_images):
             stop = min(start + store.chunk_images, store.n_images)
             positions = store.tokens(site.stream, step, start, stop)
@@ -115,9 +116,6 @@ def score_site(
         prompts = store.prompts()["prompt"].to_pylist()
         for writer, statistic in zip(writers, statistics, strict=True):
             writer.finish(feature_table(writer.matrix(), statistic, prompts, settings.top))
-    finally:
-        for writer in writers:
-            writer.__exit__(None, None, None)
 
 
 def _writer(analysis: Analysis, subject: Subject, step: int, settings: ScoresSettings) -> ScoreWriter:

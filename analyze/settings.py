@@ -113,6 +113,8 @@ class AllSettings(Inputs):
     """Count the padding tokens of the text too."""
     images: Images = "val"
     """Images that the truth table is judged on: `val` or `all`."""
+    any_picture: bool = False
+    """Judge also on images whose picture was never made or does not show what its prompt says."""
     seed: int = 0
     """Seed of the halves of the truth table."""
     title: str = "What the features see"

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from scipy import sparse
 
 from analyze.attributes import ATTRIBUTES, POPULATIONS, Group, Population, Scene, TokenLabels, token_labels
-from analyze.choosing import Choice, auroc_of, choose_columns
+from analyze.choosing import MIN_ROWS, Choice, auroc_of, choose_columns, only
 from analyze.halves import Halves
 from analyze.inputs import Subject, sigmas
 from analyze.probes import best_channel, ridge_probe
@@ -94,7 +94,7 @@ def dictionary_truth(subject: Subject, rows: TokenRows, halves: Halves, by_image
     for population, labels in populations():
         member = rows.labels.population[population]
         shown, choose = _part(rows, member, labels, halves)
-        found = choose_columns(z[member], shown, choose)
+        found = only(choose_columns(z[member], shown, choose), _enough_scenes(rows, member, shown, choose))
         _fill(choice, labels, found)
         of_image[labels] = auroc_of(z[member], shown, ~choose, by_images.column[labels])
     of_image[np.isnan(by_images.selection) | np.isnan(choice.selection)] = np.nan
@@ -109,9 +109,23 @@ def bounds(rows: TokenRows, halves: Halves) -> tuple[Choice, Choice]:
         member = rows.labels.population[population]
         part = halves.part[rows.labels.scene[member]]
         shown = rows.labels.shown[member][:, labels]
-        _fill(probe, labels, ridge_probe(rows.points["mlp_in"][member], shown, part))
-        _fill(channel, labels, best_channel(x[member], shown, part))
+        enough = _enough_scenes(rows, member, shown, part < 2)
+        _fill(probe, labels, only(ridge_probe(rows.points["mlp_in"][member], shown, part), enough))
+        _fill(channel, labels, only(best_channel(x[member], shown, part), enough))
     return probe, channel
+
+
+def _enough_scenes(
+    rows: TokenRows,
+    member: Bool[np.ndarray, " row"],
+    shown: Bool[np.ndarray, "member label"],
+    choose: Bool[np.ndarray, " member"],
+) -> Bool[np.ndarray, " label"]:
+    """Which labels have tokens of both kinds from enough different images in both halves: tokens of one are alike."""
+    scene = rows.labels.scene[member]
+    parts = [(scene[half], kind[half]) for half in (choose, ~choose) for kind in (shown, ~shown)]
+    counts = [[len(np.unique(of[column])) for column in kind.T] for of, kind in parts]
+    return np.asarray(np.min(counts, axis=0) >= MIN_ROWS)
 
 
 def _part(

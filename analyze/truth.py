@@ -1,6 +1,6 @@
 """The truth table: for each attribute that prompts ask for, the feature that stands for it, and how well.
 
-1. Held-out images whose picture shows what the prompt says, in two halves by prompt.
+1. Held-out images whose picture shows what the prompt says, in two halves by what was asked for, however it was worded.
 2. Over images: the feature whose score S tells best (AUROC) whether the attribute is there, over all sites and steps of a
    stream, chosen on one half and scored on the other.
 3. Over image tokens: the same for z at tokens of objects with the attribute against tokens of other objects, between a
@@ -79,8 +79,7 @@ def choose_judges(analysis: Analysis, settings: TruthSettings) -> Judges:
     usable = [scene for scene in held_out if scene.drawn or settings.any_picture]
     if len(usable) < MIN_IMAGES:
         raise UsageError(_too_few(len(usable), held_out, settings))
-    prompts = analysis.store.prompts()["prompt"].to_pylist()
-    halves = halves_of([prompts[scene.image] for scene in usable], settings.seed)
+    halves = halves_of([scene.said for scene in usable], settings.seed)
     return Judges(tuple(usable), halves, len(held_out) - len(usable))
 
 

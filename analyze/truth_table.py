@@ -168,8 +168,9 @@ def printed(result: dict[str, Any]) -> str:
     """The table for a terminal, 120 columns."""
     streams = list(result["verdict"])
     images = result["images"]
+    which = "held-out images" if result["settings"]["images"] == "val" else "images"
     lines = [
-        f"truth: features chosen on {images['chosen_on']} held-out images, scored on {images['scored_on']} others"
+        f"truth: features chosen on {images['chosen_on']} {which}, scored on {images['scored_on']} others"
         + (
             f" ({images['left_out']} do not show what their prompt says and are left out)" if images["left_out"] else ""
         ),

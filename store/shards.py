@@ -111,6 +111,11 @@ class Shard:
                 f"{self.path}: column {name} is {found}, expected {np.dtype(dtype).name} {shape}. {REPACK}"
             )
         first: int = start + found["data_offsets"][0]
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if found["data_offsets"][1] - found["data_offsets"][0] != size:
+            raise DamagedError(
+                f"{self.path}: column {name} lies at {found['data_offsets']}, expected {size} bytes. {REPACK}"
+            )
         column: np.ndarray = np.memmap(self.path, dtype=np.dtype(dtype), mode="r", offset=first, shape=shape)
         return column
 
@@ -228,7 +233,8 @@ def read_header(path: Path, expected: int) -> tuple[dict[str, Any], int]:
             if not isinstance(header, dict):
                 raise ValueError("no header")
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (struct.error, ValueError, TypeError, KeyError) as error:
+            json.loads(header.get("__metadata__", {}).get(METADATA_KEY, "{}"))
+        except (struct.error, ValueError, TypeError, LookupError, AttributeError) as error:
             raise DamagedError(f"{path} has no readable safetensors header ({error}). {REPACK}") from None
     if 8 + size + max(ends, default=0) != length:
         raise DamagedError(

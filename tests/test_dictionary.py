@@ -215,11 +215,25 @@ def test_a_file_with_pickled_code_is_refused_and_the_code_does_not_run(
     assert not (tmp_path / "pwned").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"not a pickle", b"PK\x03\x04 torn"])
+@pytest.mark.parametrize(
+    "content", [b"", b"not a pickle", b"PK\x03\x04 torn", b"\x80\x02.", b"}q\x01(X", b"\x89PNG\r\n"]
+)
 def test_a_file_that_torch_did_not_write_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "sae_img_0.pt").write_bytes(content)
-    with pytest.raises(ForeignError, match=r"sae_img_0.pt"):
+    with pytest.raises(ForeignError, match=r"sae_img_0\.pt is no file that torch\.save wrote"):
         import_file(tmp_path / "sae_img_0.pt")
+
+
+@pytest.mark.parametrize("k", [None, "x", 2.7, True])
+def test_a_topk_file_whose_k_is_no_whole_number_is_refused(k: object, tmp_path: Path) -> None:
+    state = {name: torch.zeros(shape) for name, shape in PRE_BIAS_SHAPES.items()}
+    about = {"use_topk": True} | ({} if k is None else {"topk_k": k})
+    torch.save({"model_state_dict": state, "config": about}, tmp_path / "sae_img_0.pt")
+    with pytest.raises(ForeignError, match="expected a whole number"):
+        import_file(tmp_path / "sae_img_0.pt")
+
+
+PRE_BIAS_SHAPES = {"encoder.weight": (8, 4), "encoder.bias": (8,), "decoder.weight": (4, 8), "pre_bias": (4,)}
 
 
 def test_a_state_dict_of_something_else_is_refused_with_its_keys(tmp_path: Path) -> None:

@@ -83,9 +83,9 @@ def test_the_report_is_the_same_bytes_again(made: Made) -> None:
 def test_the_five_findings_are_sentences_with_their_numbers(made: Made) -> None:
     assert len(made.report.findings) == 5
     for finding in made.report.findings:
-        assert re.match(
-            r"(img|txt)_0 feature \d+ at step \d+ fires on .+: AUROC [01]\.\d\d over held-out images", finding
-        ), finding
+        assert re.match(r"(img|txt)_0 feature \d+ at step \d+ fires on .+: AUROC [01]\.\d\d over images", finding), (
+            finding
+        )
     assert any("object tokens" in finding for finding in made.report.findings)
 
 

@@ -62,6 +62,8 @@ def test_judge_sees_a_single_wrong_attribute(attribute: str) -> None:
                 verdict = judge(render(other, rng)[0], scene)
                 assert not verdict.right and not getattr(verdict, attribute)
                 break
+        else:
+            pytest.fail(f"no scene differs from {scene} in {attribute} alone")
 
 
 def test_judge_sees_a_missing_object_and_an_empty_picture() -> None:

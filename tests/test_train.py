@@ -137,6 +137,20 @@ def test_a_finished_dictionary_is_loaded_and_other_settings_are_refused(
         small_run(packs, trained, epochs=24, lr=0.1)
 
 
+def test_a_finished_dictionary_is_not_said_to_be_measured_on_another_pack(
+    packs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    settings = {"pack": packs[0], "out": tmp_path, "expansion": 2, "batch": 32, "time_embed_dim": 8, "rows": 64}
+    run(TrainSettings(**settings))
+    with pytest.raises(UsageError, match="was measured on no pack"):
+        run(TrainSettings(**settings, val=packs[1]))
+
+
+def test_training_on_the_held_out_split_is_refused(packs: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="which is held out: pack --split train"):
+        run(TrainSettings(pack=packs[1], val=packs[0], out=tmp_path / "out"))
+
+
 def test_batches_are_a_function_of_seed_epoch_and_number_and_cover_whole_shards(packs: tuple[Path, Path]) -> None:
     loader = Loader(open_pack(packs[0]), SITE, "mlp_in", "mlp_out", 100, 3)
     in_order = [batch.x for batch in loader.batches(0, 2 * len(loader))]

@@ -65,7 +65,9 @@ def test_attributes_without_a_feature_are_named_and_the_verdict_counts_the_other
         assert table["verdict"][stream]["with_feature"] == len(ATTRIBUTES) - len(MISSING)
 
 
-def test_over_tokens_features_lie_between_floor_and_ceiling_where_planted(table: dict[str, Any]) -> None:
+def test_over_tokens_the_planted_feature_is_chosen_and_feature_ceiling_and_floor_all_read_it(
+    table: dict[str, Any],
+) -> None:
     for number, entry in enumerate(table["attributes"]):
         if Attribute(entry["group"], entry["value"]) in MISSING:
             continue
@@ -116,7 +118,7 @@ def test_labels_follow_the_masks(planted: Path) -> None:
 
 def test_positions_are_undefined_in_scenes_of_two_objects(planted: Path) -> None:
     scene = read_scenes(open_store(planted / "store"))[0]
-    two = type(scene)(0, scene.background, True, (scene.things[0], scene.things[0]))
+    two = type(scene)(0, scene.background, True, (scene.things[0], scene.things[0]), scene.said)
     _, defined = image_labels([two])
     places = np.asarray([attribute.group == "position" for attribute in ATTRIBUTES])
     assert not defined[0, places].any()

@@ -8,6 +8,7 @@ Files are told apart by their keys: DifFRACT's is a bare state dict, FLUX-SAE's 
 import io
 import pickle
 import re
+import struct
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -166,13 +167,14 @@ def _load(path: Path) -> Mapping[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch wonders about pickles that it did not write, and then refuses them
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ForeignError(
-            f"{path} is refused: it holds more than tensors and plain values, and such a pickle can run code"
-        ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = (str(error).splitlines() or ["it is empty"])[0]
-        raise ForeignError(f"{path} is no file that torch.save wrote: {reason}") from None
+    except pickle.UnpicklingError as error:
+        if "global" in str(error):  # torch's word for a name that a pickle wants to call
+            raise ForeignError(
+                f"{path} is refused: it holds more than tensors and plain values, and such a pickle can run code"
+            ) from None
+        raise ForeignError(f"{path} is no file that torch.save wrote") from None
+    except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, struct.error) as error:
+        raise ForeignError(f"{path} is no file that torch.save wrote ({type(error).__name__})") from None
     if not isinstance(content, Mapping):
         raise ForeignError(f"{path} holds a {type(content).__name__}, not the state dict of a dictionary")
     return content
@@ -180,7 +182,9 @@ def _load(path: Path) -> Mapping[str, Any]:
 
 def _conditioned_config(path: Path, site: Site, kind: Kind, state: Mapping[str, Tensor]) -> DictionaryConfig:
     n_features, d_model = _matrix(path, state)
-    return DictionaryConfig(kind, site, d_model, n_features, time_embed_dim=state["time_mlp.0.weight"].shape[-1])
+    return DictionaryConfig(
+        kind, site, d_model, n_features, time_embed_dim=_matrix(path, state, "time_mlp.0.weight")[1]
+    )
 
 
 def _pre_bias_config(
@@ -194,12 +198,24 @@ def _pre_bias_config(
         )
     n_features, d_model = _matrix(path, state)
     topk = bool(about["use_topk"])
-    k = int(about["topk_k"]) if topk else None
-    return DictionaryConfig("sae", site, d_model, n_features, "topk" if topk else "relu", k, family="flux-sae")
+    k = about.get("topk_k") if topk else None
+    if topk and (not isinstance(k, int) or isinstance(k, bool)):
+        raise ForeignError(f"{path}: its config says use_topk with topk_k = {k!r}, expected a whole number")
+    l1 = about.get("l1_coeff")
+    return DictionaryConfig(
+        "sae",
+        site,
+        d_model,
+        n_features,
+        "topk" if topk else "relu",
+        k,
+        family="flux-sae",
+        training={"l1": float(l1)} if isinstance(l1, (int, float)) and l1 else None,
+    )
 
 
-def _matrix(path: Path, state: Mapping[str, Tensor]) -> tuple[int, int]:
-    shape = tuple(state["encoder.weight"].shape)
+def _matrix(path: Path, state: Mapping[str, Tensor], name: str = "encoder.weight") -> tuple[int, int]:
+    shape = tuple(state[name].shape)
     if len(shape) != 2:
-        raise ForeignError(f"{path}: encoder.weight has shape {shape}, expected (n_features, d_model)")
+        raise ForeignError(f"{path}: {name} has shape {shape}, expected a matrix")
     return shape

@@ -45,6 +45,8 @@ RECORD_ROWS, RECORD_PERIOD = 1_000_000, 256
 def run(settings: TrainSettings) -> list[Dictionary]:
     """The trained dictionaries of all sites, saved below `settings.out`; what can be refused is refused first."""
     pack = open_pack(settings.pack)
+    if pack.split != "train":
+        raise UsageError(f"--pack {pack.path} is of the split {pack.split!r}, which is held out: pack --split train")
     val = None if settings.val is None else open_pack(settings.val)
     sites = choose_sites(settings.sites, pack.sites, str(pack.path))
     with thread_count(settings.threads):
@@ -79,6 +81,12 @@ class Job:
         """Whether the same training ended already; `UsageError` when another one lies there."""
         if (self.folder / CONFIG).exists():
             refuse_other(self.folder, read_config(self.folder), self.config)
+            measured = (load_dictionary(self.folder).metrics or {}).get("pack")
+            if self.val is not None and measured != self.val.id:
+                raise UsageError(
+                    f"{self.folder} is complete and was measured on {measured or 'no pack'}, not on {self.val.path}: "
+                    "choose another --out, or remove it"
+                )
             return True
         there = {path.name for path in self.folder.glob("*") if path.suffix != ".tmp"}
         if not there <= {RESUME, *COVERED}:

@@ -17,14 +17,13 @@ from typing import Literal
 import diffusers
 import torch
 import transformers
-import tyro
 
 from harvest.tiny_flux import assemble, evaluate, flow, text, vae
 from harvest.tiny_flux.evaluate import WEIGHTS, EvaluateSettings
 from harvest.tiny_flux.flow import SETTLING, WIDENING, FlowSettings
 from harvest.tiny_flux.text import TextSettings, VisionSettings
 from harvest.tiny_flux.vae import VaeSettings
-from store.errors import GranaryError
+from store.command import Command, program
 
 Stage = Literal["vae", "text", "flow", "wide", "settle", "vision", "judge"]
 
@@ -120,15 +119,11 @@ def run(settings: TinyFluxSettings) -> list[str]:
     return table
 
 
-def main() -> int:
-    """Exit code of the command line."""
-    try:
-        print("\n".join(run(tyro.cli(TinyFluxSettings, prog="python -m harvest.tiny_flux", description=__doc__))))
-    except GranaryError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+def print_table(settings: TinyFluxSettings) -> None:
+    """Make the model and print the judge's table."""
+    print("\n".join(run(settings)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command = Command(TinyFluxSettings, print_table, "Make tiny-flux again, from procedural pictures; resumable.")
+    sys.exit(program("harvest.tiny_flux", {"make": command}, default="make"))

@@ -4,6 +4,7 @@ Rows: one and two objects, known and held-out (shape, colour) pairs, at T5 lengt
 one prompt differ.  `python -m harvest.tiny_flux.evaluate --n 300`
 """
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from diffusers import FluxPipeline
 from diffusers.utils import logging
 from tqdm import tqdm
@@ -20,6 +20,8 @@ from tqdm import tqdm
 from harvest.tiny_flux.judge import ATTRIBUTES, judge
 from harvest.tiny_flux.scenes import PIXELS, Picture, Scene, prompts
 from harvest.tiny_flux.tokenizers import SHORT, T5_LENGTH
+from store.command import Command, program
+from store.errors import UsageError
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -38,6 +40,10 @@ class EvaluateSettings:
     """Pictures drawn at once."""
     weights: Path = WEIGHTS
     """Folder of the pipeline."""
+
+    def __post_init__(self) -> None:
+        if self.n < 1 or self.batch < 1 or not self.lengths:
+            raise UsageError(f"--n {self.n}, --batch {self.batch} and --lengths {self.lengths}: at least 1 of each")
 
 
 @dataclass(frozen=True)
@@ -134,5 +140,11 @@ def report(settings: EvaluateSettings) -> list[str]:
     return [*lines, "", f"Two seeds of one held-out prompt differ by {seed_difference(pipe, settings.n):.1f} of 255."]
 
 
+def run(settings: EvaluateSettings) -> None:
+    """Print the table."""
+    print("\n".join(report(settings)))
+
+
 if __name__ == "__main__":
-    print("\n".join(report(tyro.cli(EvaluateSettings))))
+    command = Command(EvaluateSettings, run, "Judge what the weights draw from prompts that they never saw.")
+    sys.exit(program("harvest.tiny_flux.evaluate", {"evaluate": command}, default="evaluate"))
