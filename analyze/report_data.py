@@ -128,7 +128,7 @@ def _shown(value: float | None, form: str) -> str:
 def training_words(subject: Subject) -> str:
     """How the dictionary came to be: settings that matter, or that nobody knows."""
     config = subject.dictionary.config
-    if config.parent is None:
+    if config.parent is None or config.training is None:
         return "trained elsewhere; settings unknown"
     words = [f"{config.steps:,} steps over {config.rows:,} rows"]
     for key, name in TRAINING_WORDS.items():
