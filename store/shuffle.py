@@ -7,9 +7,9 @@ stream) gives each its destination; every site of the stream uses the same one.
 import hashlib
 from functools import cached_property
 
-import ml_dtypes
 import numpy as np
 
+from store.format import to_float32
 from store.reader import Store
 from store.shards import GROUPS, Group, mean_name
 from store.sites import Point, Stream
@@ -100,10 +100,3 @@ class Means:
             for (point, i, group), total in self.sums.items()
             if counts[i, group]
         }
-
-
-def to_float32(values: np.ndarray) -> np.ndarray:
-    """The same numbers in float32; bfloat16 is widened by its bits, ten times as fast as by `astype`."""
-    if values.dtype == ml_dtypes.bfloat16:
-        return (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float32)

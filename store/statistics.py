@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from store.format import to_float32
+
 
 def array_statistics(values: np.ndarray, kept: np.ndarray | None) -> tuple[dict[str, Any], int | None]:
     """Rows, mean, RMS and greatest magnitude over (image, token, d_model), and the first image with a bad value.
@@ -15,7 +17,7 @@ def array_statistics(values: np.ndarray, kept: np.ndarray | None) -> tuple[dict[
     total = squares = 0.0
     rows, peak = 0, 0.0
     for index, image in enumerate(values):
-        exact = (image if kept is None else image[kept[index]]).astype(np.float32)
+        exact = to_float32(image if kept is None else image[kept[index]])
         greatest = float(np.abs(exact).max(initial=0.0))  # a NaN or an infinity anywhere shows up here
         if not np.isfinite(greatest):
             return {}, index

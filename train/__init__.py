@@ -1,6 +1,7 @@
 """Dictionaries of FLUX activations, trained from a pack: no FLUX weights, no diffusers, mostly no GPU."""
 
-from train.checkpoint import load_dictionaries, load_dictionary
+from train.checkpoint import load_dictionary
+from train.collection import load_dictionaries
 from train.config import DictionaryConfig
 from train.dictionary import SAE, Dictionary, Transcoder
 from train.settings import TrainSettings
