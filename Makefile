@@ -17,8 +17,8 @@ FLAGS ?=
 DEMO ?= demo
 # Spinning threads of two programs on one machine slow each other up to twentyfold.
 export OMP_WAIT_POLICY ?= PASSIVE
-DEMO_TRAIN ?= 1024
-DEMO_VAL ?= 512
+DEMO_TRAIN ?= 768
+DEMO_VAL ?= 448
 DEMO_HARVEST ?= --model tiny-flux --prompts builtin:shapes --batch-size 32
 # Fewer than 8 % of the features active, and small batches: a minute and a half of training for eleven dictionaries.
 DEMO_TRAINING ?= --activation topk --k 64 --expansion 8 --batch 1024 --epochs 2 --lr 3e-3 --lr-warmup-rows 20000 \
