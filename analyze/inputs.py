@@ -81,16 +81,10 @@ def open_analysis(settings: Inputs) -> Analysis:
     """The store and dictionaries that `settings` name, checked against one another; every refusal is a `GranaryError`."""
     store = open_store(settings.store)
     steps = _steps(store, settings.steps)
-    found = load_dictionaries(settings.dictionaries)
-    if not found:
-        raise UsageError(
-            f"{settings.dictionaries} holds no dictionaries: train some, or name the folder that holds them"
-        )
+    found = load_dictionaries(settings.dictionaries)  # refuses a folder without any, or with one twice
     at = {dictionary.site for dictionary in found}
     chosen = set(choose_sites(settings.sites, sorted(at), str(settings.dictionaries)))
     dictionaries = [dictionary for dictionary in found if dictionary.site in chosen]
-    if not dictionaries:
-        raise UsageError(f"--sites {settings.sites} chooses no dictionary of {settings.dictionaries}")
     for dictionary in dictionaries:
         check_fits(dictionary, store)
     several = {site for site in at if sum(dictionary.site == site for dictionary in found) > 1}
@@ -98,12 +92,6 @@ def open_analysis(settings: Inputs) -> Analysis:
         Subject(d.name if d.site in several else str(d.site), d, dictionary_identity(d))
         for d in sorted(dictionaries, key=lambda d: (d.site.kind, d.site.stream, d.site.layer, d.name))
     ]
-    names = [subject.name for subject in subjects]
-    for name in names:
-        if names.count(name) > 1:
-            raise UsageError(
-                f"{settings.dictionaries} holds two dictionaries named {name}: analyze them from folders of their own"
-            )
     return Analysis(store, tuple(subjects), steps, settings.out)
 
 

@@ -32,6 +32,7 @@ METADATA_KEY = "granary"  # one key alone: the safetensors library writes severa
 REPACK = "Remove the pack and make it again with: python -m store pack"
 
 Group = Literal["all", "real", "padding"]
+GROUPS: dict[Stream, tuple[Group, ...]] = {"img": ("all",), "joint": ("all",), "txt": get_args(Group)}
 """which rows of a stream: `real` and `padding` tell text tokens apart, and exist for txt only"""
 
 _DTYPES: dict[str, Any] = {
@@ -241,6 +242,3 @@ def read_header(path: Path, expected: int) -> tuple[dict[str, Any], int]:
             f"{path} is {length} bytes long, its header promises {8 + size + max(ends, default=0)}. {REPACK}"
         )
     return header, 8 + size
-
-
-GROUPS: dict[Stream, tuple[Group, ...]] = {"img": ("all",), "joint": ("all",), "txt": get_args(Group)}
