@@ -24,7 +24,7 @@ DEMO_HARVEST ?= --model tiny-flux --prompts builtin:shapes --batch-size 32
 DEMO_TRAINING ?= --activation topk --k 64 --expansion 8 --batch 1024 --epochs 2 --lr 3e-3 --lr-warmup-rows 20000 \
   --schedule cosine --decoder-bias mean --autocast auto
 
-.PHONY: help setup demo test test-all check format bench harvest tiny-flux clean
+.PHONY: help setup demo test test-all check format bench bench-store torture harvest tiny-flux clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -69,6 +69,16 @@ format: .venv/installed ## put the code into shape
 
 bench: .venv/installed ## speed, as ratios against named alternatives
 	$(PY) -m bench
+
+bench-store: .venv/installed .bench-peers/installed ## the store against raw files, memory maps, zarr-python and tensorstore
+	$(PY) -m bench.store_io
+
+.bench-peers/installed: .venv/installed # what we compare with and do not depend on
+	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --target .bench-peers tensorstore==0.1.86
+	@touch $@
+
+torture: .venv/installed ## kill harvests, resumes and extensions until 100 kills fell inside a part; every store must end byte-equal
+	$(PY) -m tests.torture --kills 100
 
 tiny-flux: .venv/installed ## train the embedded model again (about 45 minutes on 2 cores; resumable)
 	$(PY) -m harvest.tiny_flux

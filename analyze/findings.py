@@ -55,15 +55,26 @@ class Truth:
 
 
 def read_truth(analysis: Analysis) -> Truth | None:
-    """The truth table of this analysis; None when it was never made, `MismatchError` when it is of another store."""
+    """The truth table of this analysis; None when it was never made.
+
+    `MismatchError`, naming both, when it is of another store or of other dictionaries.
+    """
     path = analysis.out / "truth.json"
     if not path.exists():
         return None
     table = read_json(path)
     if table.get("store") != analysis.store.id:
         raise MismatchError(
-            f"{path} is of another store ({table.get('store')}): run python -m analyze truth again, or delete it"
+            f"{path} is of store {table.get('store')}, not of {analysis.store.path}, which is {analysis.store.id}: "
+            "run python -m analyze truth again, or delete it"
         )
+    for subject in analysis.subjects:
+        judged = table.get("dictionaries", {}).get(subject.name, subject.identity)
+        if judged != subject.identity:
+            raise MismatchError(
+                f"{path} judges another dictionary {subject.name} ({judged[:16]}…) than the one given "
+                f"({subject.identity[:16]}…): run python -m analyze truth again, or delete it"
+            )
     return Truth(table, pq.read_table(analysis.out / "truth.parquet").to_pylist())
 
 

@@ -38,14 +38,16 @@ def heats(analysis: Analysis, subject: Subject, step: int, wanted: dict[int, Seq
     for start in np.unique(images // store.chunk_images) * store.chunk_images:
         stop = min(int(start) + store.chunk_images, store.n_images)
         here = images[(images >= start) & (images < stop)]
-        chunk = store.read(subject.site, step, subject.point, int(start), stop)
         positions = store.tokens(stream, step, int(start), stop)
         shown = counted_rows(
             positions, stream, lengths[int(start) : stop], store.meta.max_sequence_length, padding=False
         )
+        shown[~np.isin(np.arange(start, stop), here)] = False
+        owner = np.nonzero(shown)[0]
+        chunk = analysis.rows.read(subject.site, step, [subject.point], int(start), stop, shown)[subject.point]
         for image in here:
             kept = shown[image - start]
-            rows = to_torch(np.ascontiguousarray(chunk[image - start][kept]))
+            rows = to_torch(chunk[owner == image - start])
             blocks = encoded(subject, rows, torch.full((len(rows),), float(sigma[image])))
             z = torch.cat([block[:, features] for _, block in blocks]).numpy()
             for column, feature in enumerate(features):

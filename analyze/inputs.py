@@ -6,6 +6,7 @@ the output folder) is refused here, before anything is computed.
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from analyze.matrices import ScoreMatrix, step_folder
+from analyze.rows import StoreRows
 from analyze.settings import Inputs
 from store import Store, open_store
 from store.errors import ForeignError, MismatchError, UsageError
@@ -20,6 +22,8 @@ from store.files import read_json, write_json
 from store.sites import Point, Site, choose_sites, parse_numbers
 from store.tables import write_table
 from train import Dictionary, load_dictionaries
+from train.provenance import check_same_model, model_name
+from train.recompute import points_given
 
 RUN_FORMAT = "granary analysis"
 RUN_VERSION = 1
@@ -59,17 +63,45 @@ class Analysis:
     subjects: tuple[Subject, ...]
     steps: tuple[int, ...]
     out: Path
+    unchecked: tuple[str, ...] = ()
+    """Dictionaries of which it is not known whether they belong to the store's model, because one of both does not say."""
+
+    @cached_property
+    def rows(self) -> StoreRows:
+        """Reads the store's activations, mlp_out computed where it is not stored."""
+        return StoreRows(self.store)
 
     def matrix(self, subject: Subject, step: int) -> ScoreMatrix:
         """The scores of one dictionary and step; `UsageError` when they are not there, `MismatchError` when they are another's."""
         matrix = ScoreMatrix.open(step_folder(self.out, subject.name, step))
-        found = matrix.attributes.get("dictionary")
-        if found != subject.identity:
+        found = matrix.attributes
+        if found.get("dictionary") != subject.identity:
             raise MismatchError(
-                f"{matrix.folder} holds scores of another dictionary ({str(found)[:16]}…, expected {subject.identity[:16]}…): "
+                f"{matrix.folder} holds scores of another dictionary: {found.get('dictionary_name')} "
+                f"{str(found.get('dictionary'))[:16]}…, expected {subject.dictionary.name} {subject.identity[:16]}…: "
                 "choose another --out for these dictionaries"
             )
+        here = {"store": self.store.id, "site": str(subject.site), "step": step}
+        for key, value in here.items():
+            if found.get(key) != value:
+                raise MismatchError(
+                    f"{matrix.folder} holds scores of another {key}: {found.get(key)}, expected {value}: "
+                    "choose another --out, or remove that folder"
+                )
         return matrix
+
+    def notes(self) -> list[str]:
+        """What a reader of the results has to know of the inputs: recomputed targets, dictionaries of unknown parents."""
+        found = []
+        if self.store.recomputed:
+            found.append("targets are recomputed: mlp_out = MLP(mlp_in) in float32, by the MLPs that the store carries")
+        if self.unchecked:
+            model = model_name(self.store.meta.model)
+            found.append(
+                f"note: that {', '.join(self.unchecked)} belong to the store's model, {model}, is not checked: "
+                "the dictionaries or the store do not say what they come from (parent: unknown)"
+            )
+        return found
 
     def streams(self) -> tuple[str, ...]:
         """The streams of the dictionaries, `img` first."""
@@ -85,51 +117,40 @@ def open_analysis(settings: Inputs) -> Analysis:
     at = {dictionary.site for dictionary in found}
     chosen = set(choose_sites(settings.sites, sorted(at), str(settings.dictionaries)))
     dictionaries = [dictionary for dictionary in found if dictionary.site in chosen]
-    for dictionary in dictionaries:
-        check_fits(dictionary, store)
+    unchecked = tuple(dictionary.name for dictionary in dictionaries if not check_fits(dictionary, store))
     several = {site for site in at if sum(dictionary.site == site for dictionary in found) > 1}
     subjects = [
         Subject(d.name if d.site in several else str(d.site), d, dictionary_identity(d))
         for d in sorted(dictionaries, key=lambda d: (d.site.kind, d.site.stream, d.site.layer, d.name))
     ]
-    return Analysis(store, tuple(subjects), steps, settings.out)
+    return Analysis(store, tuple(subjects), steps, settings.out, unchecked)
 
 
-def check_fits(dictionary: Dictionary, store: Store) -> None:
-    """Refuse, with a `MismatchError`, a dictionary that was not made for this store's model and sites."""
+def check_fits(dictionary: Dictionary, store: Store) -> bool:
+    """Whether a dictionary is known to be of the store's model; `MismatchError`, naming both, when it cannot belong to it."""
+    name, there = dictionary.name, f"store {store.path}"
     if dictionary.site not in store.sites:
         has = ", ".join(map(str, store.sites))
         raise MismatchError(
-            f"{dictionary.name} is a dictionary of {dictionary.site}, which the store has not; it has {has}: choose with --sites"
+            f"{name} is a dictionary of {dictionary.site}, which {there} has not; it has {has}: choose with --sites"
         )
     if dictionary.config.d_model != store.meta.d_model:
         raise MismatchError(
-            f"{dictionary.name} has d_model {dictionary.config.d_model}, the store's activations have {store.meta.d_model}: "
-            "it was trained on another model"
+            f"{name} has d_model {dictionary.config.d_model}, the activations of {there} have {store.meta.d_model}: "
+            "it was trained on another model; analyze it on a store of its own"
         )
-    trained, harvested = recorded_weights(dictionary), weights_of(store.meta.model)
-    if trained is not None and harvested is not None and trained != harvested:
+    known = False
+    if dictionary.config.parent is not None:
+        known = check_same_model(
+            name, dictionary.config.parent.model, there, store.meta.model, "analyze it on a store of its own model"
+        )
+    given = points_given(store.points, store.recomputed)
+    if dictionary.input_point not in given:
         raise MismatchError(
-            f"{dictionary.name} was trained on a transformer with weights {trained[:16]}…, the store was harvested from "
-            f"{store.meta.model.get('id')} with {harvested[:16]}…: analyze it on a store of its own model"
+            f"{name} reads {dictionary.input_point}, {there} keeps {', '.join(given)} only: harvest with "
+            "--targets stored or recomputed, or choose other dictionaries"
         )
-    if dictionary.input_point not in store.points:
-        raise MismatchError(
-            f"{dictionary.name} reads {dictionary.input_point}, the store keeps {', '.join(store.points)} only"
-        )
-
-
-def recorded_weights(dictionary: Dictionary) -> str | None:
-    """The hash of the transformer that a dictionary says it was trained on; None when it does not say (published files)."""
-    parent = dictionary.config.parent
-    return None if parent is None else weights_of(parent.model)
-
-
-def weights_of(model: dict[str, Any]) -> str | None:
-    """The hash of the transformer's weights among a store's facts about its model; None where there is none."""
-    found = model.get("weights_sha256")
-    value = found.get("transformer") if isinstance(found, dict) else found
-    return None if value is None else str(value)
+    return known
 
 
 def dictionary_identity(dictionary: Dictionary) -> str:
@@ -157,7 +178,7 @@ def _steps(store: Store, text: str) -> tuple[int, ...]:
 
 
 def claim_output(analysis: Analysis, choices: dict[str, Any]) -> None:
-    """Mark OUT as the analysis of this store with these choices, or refuse (`UsageError`) an OUT that holds another."""
+    """Mark OUT as the analysis of this store with these choices, or refuse an OUT that holds another (see `check_output`)."""
     wanted = {"format": RUN_FORMAT, "version": RUN_VERSION, "store": analysis.store.id, **choices}
     path = analysis.out / "run.json"
     if path.exists():
@@ -171,14 +192,22 @@ def claim_output(analysis: Analysis, choices: dict[str, Any]) -> None:
 
 
 def check_output(analysis: Analysis, wanted: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The choices that OUT was made with; `UsageError` when it is no analysis, or not of this store and these choices."""
+    """The choices that OUT was made with.
+
+    `UsageError` when it is no analysis or one of other choices, `MismatchError` when it is of another store.
+    """
     path = analysis.out / "run.json"
     if not path.exists():
         raise UsageError(f"{analysis.out} holds no analysis: run python -m analyze scores with the same flags first")
     found = read_json(path)
     if not isinstance(found, dict) or (found.get("format"), found.get("version")) != (RUN_FORMAT, RUN_VERSION):
         raise ForeignError(f"{path} is not the record of an analysis in format {RUN_VERSION}: choose another --out")
-    wanted = wanted or {"store": analysis.store.id}
+    wanted = wanted or {}
+    if found.get("store") != analysis.store.id:
+        raise MismatchError(
+            f"{analysis.out} holds the analysis of store {found.get('store')}, not of {analysis.store.path}, which is "
+            f"{analysis.store.id}: choose another --out, or the store that it was made from"
+        )
     for key, value in wanted.items():
         if found.get(key) != value:
             raise UsageError(

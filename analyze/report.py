@@ -5,6 +5,7 @@ without.  Equal results give equal bytes.
 """
 
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -26,6 +27,8 @@ from store.files import write_bytes
 
 PICTURE_SIDE = 144
 PICTURE_GAP = 6
+PICTURE = re.compile(r"pictures/(?:transcoder_|sae_)?(?:img|txt|joint)_\d+/step\d+-feature\d+\.webp")
+"""what the report calls its pictures"""
 WEBP_QUALITY = 84
 
 
@@ -43,9 +46,9 @@ def run(settings: ReportSettings) -> Report:
     choices = check_output(analysis)
     check_top(choices["top"], settings.top)
     refuse_without_pictures(analysis, analysis.subjects)
-    truth = read_truth(analysis)
     folder = analysis.out / "report"
     overview = overview_rows(analysis)
+    truth = read_truth(analysis)
     shown = {subject.name: spotlights(analysis, subject, truth, settings.best) for subject in analysis.subjects}
     scenes = read_scenes(analysis.store) if truth is not None else None
     sections = []
@@ -74,11 +77,23 @@ def run(settings: ReportSettings) -> Report:
     write_bytes(folder / "index.html", _rendered(page))
     for name in ("report.css", "report.js"):
         write_bytes(folder / name, _template_bytes(name))
+    shown_now = {card["picture"]["src"] for section in sections for card in section["cards"] if card["picture"]}
+    _remove_old_pictures(folder, shown_now)
     report = Report(folder / "index.html", tuple(text for _, text in findings))
     print(f"report: {report.index}")
     for number, text in enumerate(report.findings, 1):
         print(f"  {number}. {text}")
     return report
+
+
+def _remove_old_pictures(folder: Path, shown: set[str]) -> None:
+    """Remove the pictures of earlier reports that this one does not show; files of other names are not ours."""
+    for path in sorted((folder / "pictures").glob("*/*.webp")):
+        name = path.relative_to(folder).as_posix()
+        if PICTURE.fullmatch(name) and name not in shown:
+            path.unlink()
+            if not any(path.parent.iterdir()):
+                path.parent.rmdir()
 
 
 def _lower_bounds(analysis: Analysis) -> list[str]:

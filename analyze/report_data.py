@@ -37,7 +37,7 @@ def facts(analysis: Analysis, padding: bool) -> list[tuple[str, str]]:
     tokens = "; ".join(f"{stream}: {t.kept} of {t.total}" for stream, t in meta.tokens.items())
     return [
         ("Model", model),
-        ("Store", f"{store.id[:23]}…"),
+        ("Store", f"{store.id[:23]}…" + ("; mlp_out recomputed from mlp_in" if store.recomputed else "")),
         (
             "Images",
             f"{store.n_images:,} of {meta.width} × {meta.height} pixels, {meta.grid[0]} × {meta.grid[1]} image tokens",

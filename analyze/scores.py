@@ -53,6 +53,8 @@ def run(settings: ScoresSettings) -> ScoresSummary:
     started = time.monotonic()
     analysis = open_analysis(settings)
     claim_output(analysis, {"padding": settings.padding, "top": settings.top})
+    for note in analysis.notes():
+        print(note)
     missing, found = _missing(analysis)
     rounds = [
         (site, step, [s for s in analysis.subjects if s.site == site and (s, step) in missing])
@@ -106,7 +108,7 @@ def score_site(
             counted = counted_rows(
                 positions, site.stream, lengths[start:stop], store.meta.max_sequence_length, settings.padding
             )
-            rows = {point: store.read(site, step, point, start, stop)[counted] for point in {s.point for s in subjects}}
+            rows = analysis.rows.read(site, step, {s.point for s in subjects}, start, stop, counted)
             image = np.nonzero(counted)[0]
             for subject, writer, statistic in zip(subjects, writers, statistics, strict=True):
                 blocks = encoded(subject, to_torch(rows[subject.point]), torch.from_numpy(sigma[start:stop][image]))
@@ -125,6 +127,7 @@ def _writer(analysis: Analysis, subject: Subject, step: int, settings: ScoresSet
         "dictionary_name": subject.dictionary.name,
         "site": str(subject.site),
         "step": step,
+        "targets": analysis.store.meta.targets,
         "padding_counted": settings.padding,
         "lower_bounds": are_lower_bounds(analysis.store, subject.site.stream, settings.padding),
     }

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from store.errors import UsageError
 
@@ -13,8 +15,8 @@ Images = Literal["val", "all"]
 class Inputs:
     """What every command reads, and where it writes."""
 
-    store: Path
-    """The store whose activations are analyzed."""
+    store: Annotated[str | Path, tyro.conf.arg(metavar="STORE")]
+    """The store whose activations are analyzed, a folder or a URL (s3://, hf://, https://)."""
     dictionaries: Path
     """Folder of dictionaries: ours (`transcoder_img_6/`), or published `.pt` files."""
     out: Path

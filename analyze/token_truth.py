@@ -13,8 +13,8 @@ from analyze.choosing import MIN_ROWS, Choice, auroc_of, choose_columns, only
 from analyze.halves import Halves
 from analyze.inputs import Subject, sigmas
 from analyze.probes import best_channel, ridge_probe
+from analyze.rows import StoreRows
 from analyze.scores import encoded
-from store import Store
 from store.sites import Point, Site
 from train.tensors import to_torch
 
@@ -28,12 +28,13 @@ class TokenRows:
     points: dict[Point, Float[np.ndarray, "row d_model"]]
 
 
-def gather(store: Store, site: Site, step: int, scenes: Sequence[Scene], labels: TokenLabels) -> TokenRows:
+def gather(reader: StoreRows, site: Site, step: int, scenes: Sequence[Scene], labels: TokenLabels) -> TokenRows:
     """Activations at the labelled tokens (float32); tokens that a sampling store did not keep are dropped."""
+    store = reader.store
     images = np.asarray([scene.image for scene in scenes])[labels.scene]
     slot = np.full(len(images), -1)
     taken: dict[Point, np.ndarray] = {
-        point: np.zeros((len(images), store.meta.d_model), np.float32) for point in store.points
+        point: np.zeros((len(images), store.meta.d_model), np.float32) for point in reader.points
     }
     for start in range(0, store.n_images, store.chunk_images):
         stop = min(start + store.chunk_images, store.n_images)
@@ -46,9 +47,9 @@ def gather(store: Store, site: Site, step: int, scenes: Sequence[Scene], labels:
         place[image, positions[image, kept]] = kept
         slot[rows] = place[images[rows] - start, labels.token[rows]]
         rows = rows[slot[rows] >= 0]
-        for point in store.points:
-            chunk = store.read(site, step, point, start, stop)
-            taken[point][rows] = chunk[images[rows] - start, slot[rows]].astype(np.float32)
+        found = reader.read(site, step, reader.points, start, stop, (images[rows] - start, slot[rows]))
+        for point, values in found.items():
+            taken[point][rows] = values.astype(np.float32)
     there = slot >= 0
     return TokenRows(
         labels.keep(there), sigmas(store, step)[images[there]], {p: values[there] for p, values in taken.items()}

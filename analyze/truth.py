@@ -57,6 +57,8 @@ def run(settings: TruthSettings) -> dict[str, Any]:
     result = summary(findings, settings.threshold) | {
         "settings": {name: getattr(settings, name) for name in ("images", "any_picture", "seed", "threshold")},
         "store": analysis.store.id,
+        "dictionaries": {subject.name: subject.identity for subject in analysis.subjects},
+        "targets": analysis.store.meta.targets,
         "images": {
             "chosen_on": int(judges.halves.choose.sum()),
             "scored_on": int(judges.halves.score.sum()),
@@ -105,7 +107,7 @@ def _findings(analysis: Analysis, judges: Judges, seed: int) -> Findings:
     with tqdm(total=len(sites) * len(analysis.steps), desc="truth", unit="step", mininterval=0.5) as progress:
         for site in sites:
             for step in analysis.steps:
-                rows = gather(analysis.store, site, step, judges.scenes, labels) if site.stream == "img" else None
+                rows = gather(analysis.rows, site, step, judges.scenes, labels) if site.stream == "img" else None
                 if rows is not None:
                     findings.bounds[site, step] = bounds(rows, judges.halves)
                 for subject in [s for s in analysis.subjects if s.site == site]:

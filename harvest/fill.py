@@ -2,13 +2,16 @@
 
 1. Fix the prompts, load the model, and write down everything that decides a byte (`plan`).
 2. Open or create the store: the same plan goes on where it was, another plan is refused.
-3. For each part that has no commit: draw its images batch by batch, keep the chosen rows, commit.
-4. Seal the store when its last part is in.
+3. For each part that has no commit and that nobody else holds: draw its images batch by batch and keep the chosen rows.
+   The part before is written meanwhile; never are there more than these two in memory, so a slow disk slows the model.
+4. Wait for parts that others hold, and take them over from processes that died.
+5. Seal the store when its last part is in.
 """
 
-import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,16 +25,21 @@ from tqdm import tqdm
 
 from harvest import runs
 from harvest.capture import Captured, select_tokens
+from harvest.estimate import announce
 from harvest.model import DTYPES
 from harvest.plan import Plan, make_plan
+from harvest.rehearse import missing_parts, rehearse
 from harvest.rows import picture_table, prompt_table, truth_of
 from harvest.settings import HarvestSettings
 from harvest.tiny_flux.scenes import PIXELS
-from store.errors import GranaryError
-from store.format import StoreMeta
-from store.sites import Point, Site, Stream, parse_numbers
+from store.errors import LostLeaseError
+from store.format import part_name
+from store.leases import Lease
+from store.sites import Point, Site, Stream
 from store.tokens import kept_positions
-from store.writer import Part, StoreWriter, refuse_other, uncommitted
+from store.writer import Part, StoreWriter
+
+WAIT_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -44,36 +52,34 @@ class Summary:
     finished: bool
 
 
-def run(settings: HarvestSettings) -> Summary:
-    """Fill the store that `settings` describe, or go on filling it; what was done."""
-    settings = runs.resumed(settings) if settings.resume is not None else settings
+def run(settings: HarvestSettings) -> Summary | None:
+    """Fill the store that `settings` describe, or go on filling it; what was done.  None for `--plan`, which writes nothing."""
+    extending = settings.extend is not None
+    settings = runs.restored(settings)
+    if settings.plan:
+        rehearse(settings, extending)
+        return None
     assert settings.out is not None
-    plan = make_plan(settings)
-    parts = parse_numbers(settings.parts, plan.meta.n_parts, "part")
-    refuse_other(settings.out, plan.meta)
-    missing = [part for part in uncommitted(settings.out, plan.meta) if part in parts]
+    plan, out = make_plan(settings), settings.out
+    chosen = settings.parts_of(plan.meta.n_parts)
+    missing = [part for part in missing_parts(plan, extending) if part in chosen]
+    announce(plan, out, missing)
+    runs.keep_settings(settings, plan.meta, extending)
+    if extending:
+        writer = StoreWriter.extend(out, plan.meta, plan.weights)
+    else:
+        writer = StoreWriter.open_or_create(out, plan.meta, plan.weights, settings.allow_mixed)
     images = sum(len(plan.meta.part_images(part)) for part in missing)
-    print(plan.text(settings.out, images), flush=True)
-    _refuse_full_disk(settings.out, plan.meta, images)
-    runs.keep_settings(settings, plan.meta)
-    writer = StoreWriter.open_or_create(settings.out, plan.meta, plan.weights())
     begun = time.monotonic()
     with (
         runs.record(settings, images) as note,
         tqdm(total=images, unit="image", desc="harvest", mininterval=0.5, disable=not images) as bar,
     ):
-        for part in missing:
-            with writer.claim(part) as mine:
-                if not mine:
-                    bar.write(f"part {part} is being filled by another process: left to it")
-                    bar.total -= len(plan.meta.part_images(part))
-                    continue
-                if part in writer.missing():
-                    writer.write_part(part, fill_part(plan, part, bar.update))
-        finished = writer.seal()
+        done = _Line(plan, writer, bar).fill(missing)
+        finished = writer.seal() if not writer.missing() else False
         seconds = time.monotonic() - begun
-        note(bar.n, seconds, finished)
-    summary = Summary(settings.out, bar.n, seconds, finished)
+        note(done, seconds, finished)
+    summary = Summary(out, done, seconds, finished)
     print(_closing(summary, writer))
     return summary
 
@@ -90,15 +96,80 @@ def _closing(summary: Summary, writer: StoreWriter) -> str:
     )
 
 
-def _refuse_full_disk(out: Path, meta: StoreMeta, images: int) -> None:
-    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(there).free
-    needed = images * meta.bytes_per_image
-    if needed > free:
-        raise GranaryError(
-            f"{out}: {needed / 1e9:.2f} GB are still to be written and the disk has {free / 1e9:.2f} GB free. "
-            "Keep fewer tokens (--tokens 64), layers, steps or images, or choose a larger disk."
-        )
+class _Line:
+    """Draws parts and has each written while the next is drawn."""
+
+    def __init__(self, plan: Plan, writer: StoreWriter, bar: "tqdm[None]") -> None:
+        self.plan, self.writer, self.bar = plan, writer, bar
+        self.images = 0
+        self._leases: dict[int, Lease] = {}
+        self._writing: tuple[int, Future[None]] | None = None
+
+    def fill(self, parts: Sequence[int]) -> int:
+        """Fill parts, waiting at the end for those that other processes hold; how many images were committed here."""
+        todo, idle = deque(parts), 0
+        with ThreadPoolExecutor(1, "writer") as pool:
+            try:
+                while todo:
+                    part = todo.popleft()
+                    if self._is_committed(part):
+                        self.bar.total -= self._count(part)
+                        continue
+                    lease = self.writer.leases.take(part_name(part))
+                    if lease is None:
+                        todo.append(part)
+                        idle = self._wait(part, idle, len(todo))
+                        continue
+                    idle = 0
+                    self._leases[part] = lease
+                    if self._is_committed(part):  # by the one who held it a moment ago
+                        self._give_back(part)
+                        continue
+                    content = fill_part(self.plan, part, self.bar.update)
+                    self._settle()
+                    self._writing = part, pool.submit(self.writer.write_part, part, content, lease)
+                    del content  # or the part would stay in memory while the one after the next is drawn
+                self._settle()
+            finally:  # a part that is being written is finished; one that is being drawn is dropped
+                pool.shutdown(wait=True)
+                for part in list(self._leases):
+                    self._give_back(part)
+        return self.images
+
+    def _settle(self) -> None:
+        """Wait for the part that is being written."""
+        if self._writing is None:
+            return
+        part, job = self._writing
+        self._writing = None
+        try:
+            job.result()
+            self.images += self._count(part)
+        except LostLeaseError as error:
+            self.bar.write(str(error))
+            self.bar.update(-self._count(part))
+        finally:
+            self._give_back(part)
+
+    def _wait(self, part: int, idle: int, left: int) -> int:
+        """Pause when every part that is left is held by others; how many were met in a row."""
+        if idle + 1 < left:
+            return idle + 1
+        self._settle()
+        holder = self.writer.leases.holder(part_name(part))
+        if holder is not None:
+            self.bar.set_postfix_str(f"waiting for part {part}, held by {holder}")
+            time.sleep(WAIT_SECONDS)
+        return 0
+
+    def _is_committed(self, part: int) -> bool:
+        return self.writer.is_committed(part)
+
+    def _count(self, part: int) -> int:
+        return len(self.plan.meta.part_images(part))
+
+    def _give_back(self, part: int) -> None:
+        self.writer.leases.give_back(self._leases.pop(part))
 
 
 def fill_part(plan: Plan, part: int, advance: Callable[[int], object] | None = None) -> Part:
@@ -120,6 +191,7 @@ class _Filler:
             for step in self.meta.steps
             for point in self.meta.points
         }
+        self.errors: dict[tuple[Site, int, Point], float] = dict.fromkeys(self.activations, 0.0)
         self.positions: dict[tuple[Stream, int], np.ndarray] = {
             (stream, step): np.stack([self._positions(image, step, stream) for image in self.images])
             for stream in self.meta.streams
@@ -144,9 +216,8 @@ class _Filler:
             pictures += drawn.pictures or [None] * len(batch)
             if advance is not None:
                 advance(len(batch))
-        return Part(
-            self.activations, self.positions, *self._tables(np.concatenate(sigma), np.concatenate(scheduled), pictures)
-        )
+        tables = self._tables(np.concatenate(sigma), np.concatenate(scheduled), pictures)
+        return Part(self.activations, self.positions, *tables, self.errors)
 
     def _tables(
         self, sigma: np.ndarray, scheduled: np.ndarray, pictures: Sequence[Image.Image | None]
@@ -179,17 +250,29 @@ class _Filler:
         if step not in self.meta.steps:
             return
         for (site, point), values in captured.values.items():
+            if point not in self.meta.points:
+                continue
             expected = (self.meta.tokens[site.stream].total, self.meta.d_model)
             assert tuple(values.shape[1:]) == expected, (str(site), tuple(values.shape), expected)
             rows = slice(first, first + len(values))
             positions = self.positions.get((site.stream, step))
             index = None if positions is None else torch.from_numpy(positions[rows]).long().to(values.device)
-            self.activations[site, step, point][rows] = _to_numpy(select_tokens(values, index), self.meta)
+            chosen = select_tokens(values, index)
+            stored = chosen.to(self.stored_in)
+            if stored.dtype != chosen.dtype:
+                lost = (stored.float() - chosen.float()).square().nansum(dtype=torch.float64)  # empty slots are NaN
+                self.errors[site, step, point] += float(lost)
+            self.activations[site, step, point][rows] = _to_numpy(stored)
+
+    @property
+    def stored_in(self) -> torch.dtype:
+        """What values are handed to the store in; fp8-e4m3 is made from bfloat16 there."""
+        return DTYPES["bfloat16" if self.meta.store_dtype == "fp8-e4m3" else self.meta.store_dtype]
 
 
-def _to_numpy(values: Tensor, meta: StoreMeta) -> np.ndarray:
-    """On the host in the store's dtype; the conversion happens on the device, so that fewer bytes travel."""
-    stored = values.to(DTYPES[meta.store_dtype]).cpu().contiguous()
-    if meta.store_dtype == "bfloat16":
-        return stored.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return stored.numpy()
+def _to_numpy(stored: Tensor) -> np.ndarray:
+    """The same values on the host; they were converted on the device, so that fewer bytes travel."""
+    here = stored.cpu().contiguous()
+    if here.dtype == torch.bfloat16:
+        return here.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return here.numpy()

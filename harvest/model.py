@@ -3,18 +3,16 @@
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from harvest.capture import mlp_of
 from harvest.quiet import quiet
-from harvest.settings import SCHNELL, TINY_FLUX, HarvestSettings
+from harvest.settings import DEV, SCHNELL, TINY_FLUX, HarvestSettings
 from store.errors import GranaryError, UsageError
-from store.sites import Site
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
@@ -68,6 +66,15 @@ def locate_model(model: str) -> tuple[str, bool]:
     return name, local
 
 
+def is_here(settings: HarvestSettings) -> bool:
+    """Whether the model is a folder here, or was downloaded before as far as its index tells; asks no server."""
+    if locate_model(settings.model)[1]:
+        return True
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(settings.model, "model_index.json", revision=settings.revision), str)
+
+
 def load_pipeline(settings: HarvestSettings, device: torch.device, dtype: str) -> "FluxPipeline":
     """The pipeline in `dtype` on `device`, its own progress bar off.  `UsageError` when it cannot be had, with the remedy."""
     name, local = locate_model(settings.model)
@@ -103,7 +110,7 @@ def _cannot_load(name: str, local: bool, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0][:REASON_CHARACTERS] if str(error).strip() else type(error).__name__
     if local:
         return f"{name} cannot be loaded as a FluxPipeline: {reason}"
-    if "gated" in str(error).lower() or name == SCHNELL:
+    if "gated" in str(error).lower() or name in KNOWN_SHAPES:
         remedy = (
             f"Its weights are gated: accept the licence at https://huggingface.co/{name}, then log in with `hf auth login` "
             f"(or set HF_TOKEN), or give a folder that holds them. To try Granary without them: MODEL={TINY_FLUX} (--model {TINY_FLUX})."
@@ -114,13 +121,39 @@ def _cannot_load(name: str, local: bool, error: Exception) -> str:
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """Sizes that follow from a pipeline and a resolution."""
+class Shape:
+    """Sizes of a model: what its configuration says."""
 
     d_model: int
     double_blocks: int
     single_blocks: int
     pixels_per_token: int
+    takes_guidance: bool
+
+
+KNOWN_SHAPES = {
+    SCHNELL: Shape(24 * 128, 19, 38, 16, takes_guidance=False),
+    DEV: Shape(24 * 128, 19, 38, 16, takes_guidance=True),
+}
+"""Published models: what a store of them takes can be told before their weights are here."""
+
+
+def shape_of(pipe: "FluxPipeline") -> Shape:
+    """The sizes of a loaded model."""
+    config = pipe.transformer.config
+    return Shape(
+        d_model=config.num_attention_heads * config.attention_head_dim,
+        double_blocks=config.num_layers,
+        single_blocks=config.num_single_layers,
+        pixels_per_token=2 * pipe.vae_scale_factor,
+        takes_guidance=bool(config.guidance_embeds),
+    )
+
+
+@dataclass(frozen=True)
+class Geometry(Shape):
+    """Sizes that follow from a model and a resolution."""
+
     height: int
     width: int
 
@@ -129,25 +162,17 @@ class Geometry:
         return (self.height // self.pixels_per_token) * (self.width // self.pixels_per_token)
 
 
-def geometry_of(pipe: "FluxPipeline", settings: HarvestSettings) -> Geometry:
+def geometry_of(shape: Shape, settings: HarvestSettings) -> Geometry:
     """The sizes of a run; `UsageError` for a resolution that is no whole number of tokens."""
     defaults = defaults_of(settings.model)
     side = settings.resolution or defaults.resolution
     height, width = settings.height or side, settings.width or side
-    token = 2 * pipe.vae_scale_factor
+    token = shape.pixels_per_token
     if height % token or width % token:
         raise UsageError(
             f"{height}x{width} pixels is no whole number of tokens: height and width must be multiples of {token}"
         )
-    config = pipe.transformer.config
-    return Geometry(
-        d_model=config.num_attention_heads * config.attention_head_dim,
-        double_blocks=config.num_layers,
-        single_blocks=config.num_single_layers,
-        pixels_per_token=token,
-        height=height,
-        width=width,
-    )
+    return Geometry(**asdict(shape), height=height, width=width)
 
 
 def weights_hash(module: nn.Module) -> str:
@@ -190,15 +215,6 @@ def _revision(settings: HarvestSettings) -> str | None:
 
     cached = try_to_load_from_cache(settings.model, "model_index.json", revision=settings.revision)
     return Path(cached).parent.name if isinstance(cached, str) else settings.revision
-
-
-def mlp_weights(transformer: nn.Module, sites: tuple[Site, ...]) -> dict[str, torch.Tensor]:
-    """The MLP matrices of the sites, named `img_6.net.0.proj.weight`: what recomputing mlp_out needs."""
-    return {
-        f"{site}.{name}": tensor.detach().cpu().contiguous()
-        for site in sites
-        for name, tensor in mlp_of(transformer, site).state_dict().items()
-    }
 
 
 def library_versions() -> dict[str, str]:

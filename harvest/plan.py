@@ -1,84 +1,115 @@
 """What a harvest will do, settled before it costs anything: the model, the prompts, and the store's metadata."""
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import safetensors.torch
 import torch
 
 from harvest.model import (
+    KNOWN_SHAPES,
     Geometry,
     choose_device,
     cpu_threads,
     defaults_of,
     geometry_of,
+    is_here,
     library_versions,
     load_pipeline,
     locate_model,
-    mlp_weights,
     model_facts,
-    tensors_hash,
+    shape_of,
 )
-from harvest.prompts import PromptSet, is_dataset, load_prompts
-from harvest.rows import column_types
+from harvest.prompts import DATASET_MAX_CHARACTERS, IMAGES_DEFAULT, PromptSet, is_dataset, load_prompts, source_of
 from harvest.sample import Sampler
 from harvest.settings import HarvestSettings
 from harvest.text import Tokenized, tokenize
+from harvest.weights import file_bytes, weights_bytes, weights_files
 from store.errors import UsageError
 from store.format import CARRIERS, StoreDtype, StoreMeta, StreamTokens, chunk_images
-from store.sites import POINTS, Site, Stream, parse_numbers
+from store.sites import POINTS, Point, Site, Stream, parse_numbers
 from store.tokens import image_policy, text_policy
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
 
+MAX_TEXT_TOKENS = 512
+CHARACTERS_A_TOKEN = 3
+"""of English in T5, and a little less than it is, where no tokenizer is at hand"""
+
 
 @dataclass(frozen=True)
-class Plan:
+class Outline:
+    """What a harvest would write, as far as that can be told without the model's weights."""
+
+    settings: HarvestSettings
+    meta: StoreMeta
+    geometry: Geometry
+    prompts: PromptSet | None
+    """None where they are far away and were not fetched"""
+    longest: int
+    """text tokens of the longest prompt of the source"""
+    remarks: tuple[str, ...]
+    """what the user should know besides"""
+
+    @property
+    def weights_file_bytes(self) -> int:
+        """Bytes of a site's weights file, about."""
+        return file_bytes(self.meta.d_model, self.meta.dtype)
+
+
+@dataclass(frozen=True)
+class Plan(Outline):
     """A harvest that is ready to run."""
 
-    meta: StoreMeta
-    sampler: Sampler
     prompts: PromptSet
+    sampler: Sampler
     tokenized: list[Tokenized]
-    columns: dict[str, pa.DataType]
-    """the prompt file's own columns and their types"""
 
-    def weights(self) -> bytes | None:
-        """The content of the file that `--weights copy` puts into the store."""
-        if self.meta.weights["policy"] != "copy":
-            return None
-        content: bytes = safetensors.torch.save(mlp_weights(self.sampler.pipe.transformer, self.sampler.sites))
-        return content
+    @property
+    def columns(self) -> dict[str, pa.DataType]:
+        """The prompt file's own columns and their types."""
+        return self.prompts.columns
 
-    def text(self, out: Path, images: int) -> str:
-        """The plan in words: what is drawn, what is kept, and how many bytes that is."""
-        meta = self.meta
-        kept = ", ".join(f"{t.kept} of {t.total} {stream} tokens" for stream, t in meta.tokens.items())
-        files = meta.n_parts * (len(meta.sites) * len(meta.steps) * len(meta.points) + 3)
-        lines = [
-            f"harvest {meta.model['id']} -> {out}",
-            f"  {meta.n_images} images of {meta.height}x{meta.width} pixels, {meta.num_inference_steps} steps "
-            f"(steps kept: {', '.join(map(str, meta.steps))}), "
-            f"prompts: {meta.prompts['source']} ({meta.prompts['count']} prompts, split {meta.prompts['split']})",
-            f"  {len(meta.sites)} sites ({', '.join(meta.sites)}), {kept}, {meta.store_dtype}",
-            f"  {meta.bytes_per_image / 1e6:.2f} MB an image, {meta.bytes_per_image * meta.n_images / 1e9:.3f} GB of "
-            f"activations in {files} files",
-        ]
-        different = dict(zip((p.text for p in self.prompts.prompts), self.tokenized, strict=True)).values()
-        cut, clip_cut = sum(t.cut for t in different), sum(t.clip_cut for t in different)
-        if cut or clip_cut:
-            lines.append(
-                f"  of {len(different)} different prompts {cut} are cut at {meta.max_sequence_length} T5 tokens "
-                f"and {clip_cut} at CLIP's 77"
-            )
-        if images < meta.n_images:
-            lines.append(
-                f"  {meta.n_images - images} images are there already or left to others; {images} are to be harvested now"
-            )
-        return "\n".join(lines)
+    @cached_property
+    def _site_of_file(self) -> dict[str, Site]:
+        return {name: Site.parse(site) for site, name in self.meta.weights["files"].items()}
+
+    def weights(self, name: str) -> bytes:
+        """The content of the weights file `name`, one of `meta.weights["files"]`."""
+        return weights_bytes(self.sampler.pipe.transformer, self._site_of_file[name])
+
+
+def make_outline(settings: HarvestSettings) -> Outline:
+    """What `--plan` speaks of: a `Plan`, or, without loading anything, the outline of a published model.
+
+    The latter where its weights are not here, and for `--budget`, which needs none.
+    """
+    known = not locate_model(settings.model)[1] and settings.model in KNOWN_SHAPES
+    if not known or (settings.budget is None and is_here(settings)):
+        return make_plan(settings)
+    geometry = geometry_of(KNOWN_SHAPES[settings.model], settings)
+    _check_guidance(settings, KNOWN_SHAPES[settings.model].takes_guidance)
+    if is_dataset(settings):
+        prompts = None
+        source: dict[str, Any] = {"source": source_of(settings), "split": settings.split}
+        images = settings.images or IMAGES_DEFAULT["dataset"]
+        characters = DATASET_MAX_CHARACTERS
+    else:
+        prompts = load_prompts(settings)
+        source, images = prompts.source, len(prompts.prompts)
+        characters = max(map(len, prompts.candidates_for_longest()))
+    length = _text_length(settings)
+    longest = min(characters // CHARACTERS_A_TOKEN + 1, length)
+    dtype = settings.dtype or "bfloat16"
+    sites = choose_sites(settings, geometry)
+    meta = _meta(settings, geometry, sites, longest, images, dtype)
+    meta = replace(meta, prompts=source, weights={"policy": settings.weights_policy, "files": {}})
+    remarks = [f"the weights of {settings.model} were not loaded: computing in {dtype} is assumed"]
+    if "txt" in meta.tokens and (settings.text_tokens != "all" or settings.budget is not None):
+        remarks.append(f"the longest prompt is taken to have {longest} text tokens, where only real ones are kept")
+    return Outline(settings, meta, geometry, prompts, longest, tuple(remarks))
 
 
 def make_plan(settings: HarvestSettings) -> Plan:
@@ -88,49 +119,21 @@ def make_plan(settings: HarvestSettings) -> Plan:
     torch.set_num_threads(threads)
     dtype = settings.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     locate_model(settings.model)
-    ready = (
-        None if is_dataset(settings) else load_prompts(settings)
-    )  # what is here is checked before the model is loaded,
-    pipe = load_pipeline(settings, device, dtype)
-    prompts = ready or load_prompts(settings)  # and what is far away is streamed after it
-    columns = column_types(prompts.prompts)
-    geometry = geometry_of(pipe, settings)
-    if settings.guidance and not pipe.transformer.config.guidance_embeds:
-        raise UsageError(
-            f"--guidance {settings.guidance}: {settings.model} has no guidance embedding; leave --guidance at 0"
-        )
+    ready = None if is_dataset(settings) else load_prompts(settings)  # what is here is checked before the model is
+    pipe = load_pipeline(settings, device, dtype)  # loaded, and what is far away is streamed after it
+    prompts = ready or load_prompts(settings)
+    shape = shape_of(pipe)
+    geometry = geometry_of(shape, settings)
+    _check_guidance(settings, shape.takes_guidance)
     sites = choose_sites(settings, geometry)
-    length = settings.max_sequence_length or defaults_of(settings.model).max_sequence_length
-    if length > 512:
-        raise UsageError(f"--max-sequence-length {length}: FLUX takes at most 512 text tokens")
+    length = _text_length(settings)
     tokenized = tokenize(pipe, [p.text for p in prompts.prompts], length)
-    tokens = _policies(settings, sites, geometry.image_tokens, length, max(len(t.ids) for t in tokenized))
-    store_dtype = _store_dtype(settings, dtype)
-    meta = StoreMeta(
-        n_images=len(prompts.prompts),
-        chunk_images=chunk_images(
-            max(t.kept for t in tokens.values()) * geometry.d_model * (4 if store_dtype == "float32" else 2)
-        ),
-        sites=tuple(str(site) for site in sites),
-        points=POINTS,
-        steps=parse_numbers(settings.steps, settings.num_inference_steps, "step"),
-        d_model=geometry.d_model,
-        store_dtype=store_dtype,
-        tokens=tokens,
-        height=geometry.height,
-        width=geometry.width,
-        pixels_per_token=geometry.pixels_per_token,
-        num_inference_steps=settings.num_inference_steps,
-        max_sequence_length=length,
-        guidance=settings.guidance,
-        seed=settings.seed,
-        seeds_per_prompt=settings.seeds_per_prompt,
-        cycle=settings.cycle,
-        batch_size=settings.batch_size,
+    longest = _longest(pipe, settings, prompts, tokenized, length)
+    meta = _meta(settings, geometry, sites, longest, len(prompts.prompts), dtype)
+    meta = replace(
+        meta,
         threads=threads,
-        dtype=dtype,
         device="cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
-        pictures=settings.pictures,
         model=model_facts(pipe, settings),
         scheduler=_scheduler_facts(pipe),
         prompts=prompts.source,
@@ -147,7 +150,94 @@ def make_plan(settings: HarvestSettings) -> Plan:
         settings.guidance,
         settings.pictures != "none",
     )
-    return Plan(meta, sampler, prompts, tokenized, columns)
+    remarks = _cuts(prompts, tokenized, length)
+    if any(t.policy.startswith("real") for t in meta.tokens.values()) and is_dataset(settings):
+        remarks += (
+            f"this store can be extended only with prompts of at most {longest} text tokens, the most that it has",
+        )
+    return Plan(settings, meta, geometry, prompts, longest, remarks, sampler, tokenized)
+
+
+def _meta(
+    settings: HarvestSettings, geometry: Geometry, sites: tuple[Site, ...], longest: int, images: int, dtype: str
+) -> StoreMeta:
+    """What the settings and the model's sizes decide; the rest of it empty."""
+    length = _text_length(settings)
+    points: tuple[Point, ...] = ("mlp_in",) if settings.targets == "recomputed" else POINTS
+    meta = StoreMeta(
+        n_images=images,
+        chunk_images=1,
+        sites=tuple(str(site) for site in sites),
+        points=points,
+        steps=parse_numbers(settings.steps, settings.num_inference_steps, "step"),
+        d_model=geometry.d_model,
+        store_dtype=_store_dtype(settings, dtype),
+        codec=settings.codec,
+        targets=settings.targets,
+        tokens=_policies(settings, sites, geometry.image_tokens, length, longest),
+        height=geometry.height,
+        width=geometry.width,
+        pixels_per_token=geometry.pixels_per_token,
+        num_inference_steps=settings.num_inference_steps,
+        max_sequence_length=length,
+        guidance=settings.guidance,
+        seed=settings.seed,
+        seeds_per_prompt=settings.seeds_per_prompt,
+        cycle=settings.cycle,
+        batch_size=settings.batch_size,
+        threads=0,
+        dtype=dtype,
+        device="",
+        pictures=settings.pictures,
+        model={"id": settings.model},
+        scheduler={},
+        prompts={},
+        weights={},
+        versions={},
+    )
+    return chunked(meta)
+
+
+def chunked(meta: StoreMeta) -> StoreMeta:
+    """The same store with the images per chunk that its largest array asks for."""
+    return replace(meta, chunk_images=chunk_images(max(t.kept for t in meta.tokens.values()) * meta.row_bytes))
+
+
+def _text_length(settings: HarvestSettings) -> int:
+    length = settings.max_sequence_length or defaults_of(settings.model).max_sequence_length
+    if length > MAX_TEXT_TOKENS:
+        raise UsageError(f"--max-sequence-length {length}: FLUX takes at most {MAX_TEXT_TOKENS} text tokens")
+    return length
+
+
+def _check_guidance(settings: HarvestSettings, takes_guidance: bool) -> None:
+    if settings.guidance and not takes_guidance:
+        raise UsageError(
+            f"--guidance {settings.guidance}: {settings.model} has no guidance embedding; leave --guidance at 0"
+        )
+
+
+def _longest(
+    pipe: "FluxPipeline", settings: HarvestSettings, prompts: PromptSet, tokenized: list[Tokenized], length: int
+) -> int:
+    """Text tokens of the longest prompt: of those used, and where slots depend on it of all that the source has.
+
+    So a store of more images of the same source has the same slots, and a store can be extended.
+    """
+    longest = max(len(t.ids) for t in tokenized)
+    if settings.text_tokens == "all" or "txt" not in settings.streams.split(","):
+        return longest
+    texts = prompts.candidates_for_longest()
+    ids = pipe.tokenizer_2(texts, truncation=True, max_length=length).input_ids
+    return max(longest, *map(len, ids))
+
+
+def _cuts(prompts: PromptSet, tokenized: list[Tokenized], length: int) -> tuple[str, ...]:
+    different = dict(zip((p.text for p in prompts.prompts), tokenized, strict=True)).values()
+    cut, clip_cut = sum(t.cut for t in different), sum(t.clip_cut for t in different)
+    if not cut and not clip_cut:
+        return ()
+    return (f"of {len(different)} different prompts {cut} are cut at {length} T5 tokens and {clip_cut} at CLIP's 77",)
 
 
 def choose_sites(settings: HarvestSettings, geometry: Geometry) -> tuple[Site, ...]:
@@ -199,8 +289,7 @@ def _scheduler_facts(pipe: "FluxPipeline") -> dict[str, object]:
     return {"class": type(pipe.scheduler).__name__, "config": config}
 
 
-def _weights_facts(settings: HarvestSettings, pipe: "FluxPipeline", sites: tuple[Site, ...]) -> dict[str, str]:
-    if settings.weights == "none":
+def _weights_facts(settings: HarvestSettings, pipe: "FluxPipeline", sites: tuple[Site, ...]) -> dict[str, Any]:
+    if settings.weights_policy == "none":
         return {"policy": "none"}
-    digest = tensors_hash(mlp_weights(pipe.transformer, sites))
-    return {"policy": settings.weights, "sha256": digest, "file": f"sha256-{digest}.safetensors"}
+    return {"policy": settings.weights_policy, "files": weights_files(pipe.transformer, sites)}

@@ -8,7 +8,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,18 @@ def read_file(path: Path) -> list[Prompt]:
     if suffix == ".jsonl":
         return [_from_row(_json_row(line, f"{path} line {n}"), f"{path} line {n}") for n, line in lines]
     return [Prompt(line.strip()) for _, line in lines]
+
+
+def column_types(prompts: Sequence[Prompt]) -> dict[str, pa.DataType]:
+    """The prompt file's own columns and their types over all prompts, so that every part has one schema; mixed types become text."""
+    types: dict[str, pa.DataType] = {}
+    for name in sorted({name for prompt in prompts for name in prompt.columns}):
+        try:
+            found = pa.array([prompt.columns.get(name) for prompt in prompts]).type
+        except (pa.ArrowException, OverflowError):
+            found = pa.string()
+        types[name] = pa.string() if pa.types.is_null(found) else found
+    return types
 
 
 def _text(path: Path) -> str:

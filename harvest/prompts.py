@@ -6,11 +6,14 @@ so the store can say by hash what it was made of.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from harvest.prompt_files import FILE_SUFFIXES, Prompt, read_file
+import pyarrow as pa
+
+from harvest.prompt_files import FILE_SUFFIXES, Prompt, column_types, read_file
 from harvest.settings import TINY_FLUX, HarvestSettings
 from harvest.tiny_flux import scenes
 from store.errors import GranaryError, UsageError
@@ -21,17 +24,57 @@ BUILTIN_SHAPES = "builtin:shapes"
 DATASET_DEFAULT = "yvdao/midjourney-v6"
 DATASET_MIN_CHARACTERS, DATASET_MAX_CHARACTERS = 17, 512
 """Of a dataset, prompts longer than 16 characters, cut at 512: as both reference systems did."""
+CANDIDATES = 10_000
+"""How many of a source's prompts, those of most characters, are looked at for the greatest number of text tokens."""
 IMAGES_DEFAULT = {"builtin": 256, "dataset": 1000}
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts of a harvest, one an image, and what the store says about their source."""
+    """The prompts of a harvest, one an image, and what the store says about their source.
+
+    Image i has the same prompt and seed whatever the number of images is, so that a store that is extended equals one
+    that was harvested in one go.  What must not depend on that number either (the types of columns, the slots that real
+    text tokens need) follows from `found`.
+    """
 
     prompts: tuple[Prompt, ...]
-    source: dict[str, Any]
-
+    found: tuple[Prompt, ...]
+    """the distinct prompts in their order: all of a file (of the split asked for), whether an image has them or not; of
+    our captions and of a dataset, as many as there are images for"""
+    name: str
+    split: str
     seeds_per_prompt: int = 1
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """What the store says about its prompts."""
+        return self.source_of_first(len(self.prompts))
+
+    def source_of_first(self, images: int) -> dict[str, Any]:
+        """What a store of the first `images` says about its prompts: name, split, columns, hash and number of those used."""
+        used = self.found[: -(-images // self.seeds_per_prompt)]
+        return {
+            "source": self.name,
+            "split": self.split,
+            "columns": {name: str(type_) for name, type_ in self.columns.items()},
+            "sha256": sha256_bytes(json_bytes([[p.text, p.seed, dict(p.columns)] for p in used])),
+            "count": len(used),
+        }
+
+    @cached_property
+    def columns(self) -> dict[str, pa.DataType]:
+        """The prompt file's own columns and their types over all of its prompts: one schema for every part."""
+        return column_types(self.found)
+
+    def candidates_for_longest(self) -> list[str]:
+        """Different texts, one of which is the longest of the source in text tokens, whichever of them the images use."""
+        texts = {prompt.text for prompt in self.found}
+        if self.found[0].scene is not None:
+            kinds = (scenes.scenes("one"), scenes.scenes("two"))
+            texts |= {caption for kind in kinds for scene in kind for caption in scenes.captions(scene)}
+        longest = sorted(texts, key=lambda text: (-len(text), text))[:CANDIDATES]
+        return [*longest, *({prompt.text for prompt in self.prompts}.difference(longest))]
 
     def seed_of(self, image: int, first_seed: int) -> int:
         """The noise seed of an image: the file's plus how often its prompt was drawn before, or `first_seed + image`."""
@@ -67,13 +110,11 @@ def load_prompts(settings: HarvestSettings) -> PromptSet:
             "ask for fewer --images, more --seeds-per-prompt, or say --cycle to begin again with the first"
         )
     chosen = tuple(found[(i // settings.seeds_per_prompt) % len(found)] for i in range(images))
-    digest = sha256_bytes(json_bytes([[p.text, p.seed, dict(p.columns)] for p in found[:needed]]))
-    source = Path(name).name if _exists(name) else name
-    facts = {"source": source, "sha256": digest, "count": min(needed, len(found)), "split": settings.split}
     highest = max(prompt.seed or 0 for prompt in chosen) + settings.seeds_per_prompt
     if max(highest, settings.seed + images) >= 2**63:
         raise UsageError(f"--seed {settings.seed} and the seeds of {name} must stay below 2**63 with {images} images")
-    return PromptSet(chosen, facts, settings.seeds_per_prompt)
+    source = Path(name).name if _exists(name) else name
+    return PromptSet(chosen, tuple(found), source, settings.split, settings.seeds_per_prompt)
 
 
 def source_of(settings: HarvestSettings) -> str:

@@ -24,18 +24,6 @@ PICTURE_SCHEMA = pa.schema(
 """What `datasets` reads pictures from, as it writes them itself."""
 
 
-def column_types(prompts: Sequence[Prompt]) -> dict[str, pa.DataType]:
-    """The prompt file's own columns and their types over all prompts, so that every part has one schema; mixed types become text."""
-    types: dict[str, pa.DataType] = {}
-    for name in sorted({name for prompt in prompts for name in prompt.columns}):
-        try:
-            found = pa.array([prompt.columns.get(name) for prompt in prompts]).type
-        except (pa.ArrowException, OverflowError):
-            found = pa.string()
-        types[name] = pa.string() if pa.types.is_null(found) else found
-    return types
-
-
 def prompt_table(
     images: range,
     prompts: PromptSet,

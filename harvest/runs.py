@@ -22,32 +22,42 @@ from store.errors import UsageError
 from store.files import write_json
 from store.format import StoreMeta
 
+OF_THIS_RUN = ("out", "resume", "extend", "plan", "budget", "parts", "worker", "allow_mixed")
+"""settings that say how a store is filled now, and nothing about its content"""
 
-def resumed(settings: HarvestSettings) -> HarvestSettings:
-    """The settings that an unfinished store was begun with; `UsageError` when they are not beside it."""
-    assert settings.resume is not None
+
+def restored(settings: HarvestSettings) -> HarvestSettings:
+    """`settings` with `--resume` and `--extend` replaced by the settings that the store was begun with.
+
+    `UsageError` when they are not beside it, or when flags were given that they decide.
+    """
+    folder = settings.resume or settings.extend
+    if folder is None:
+        return settings
+    flag = "--resume" if settings.resume is not None else "--extend"
+    own = (*OF_THIS_RUN, "images") if settings.extend is not None else OF_THIS_RUN
     changed = [
-        f.name
-        for f in dataclasses.fields(settings)
-        if f.name not in ("resume", "out", "parts") and getattr(settings, f.name) != f.default
+        f.name for f in dataclasses.fields(settings) if f.name not in own and getattr(settings, f.name) != f.default
     ]
     if changed:
         flags = ", ".join("--" + name.replace("_", "-") for name in changed)
         raise UsageError(
-            f"--resume takes the settings from the store's first run; leave out {flags}, or give all flags with --out {settings.resume}"
+            f"{flag} takes the settings from the store's first run; leave out {flags}, or give all flags with --out {folder}"
         )
-    layout.read_meta(settings.resume)
-    file = layout.runs_folder(settings.resume) / "settings.json"
+    file = layout.runs_folder(folder) / "settings.json"
     try:
         saved = json.loads(file.read_bytes())
     except (OSError, ValueError):
+        if not folder.exists():
+            raise UsageError(f"there is no store at {folder}") from None
         raise UsageError(
-            f"{file} is missing or damaged, so --resume cannot know the settings: "
-            f"give the flags of the first run with --out {settings.resume}"
+            f"{file} is missing or damaged, so {flag} cannot know the settings: "
+            f"give the flags of the first run with --out {folder}"
         ) from None
     kinds = typing.get_type_hints(HarvestSettings)
     values = {name: _restored(value, kinds[name]) for name, value in saved.items() if name in kinds}
-    return HarvestSettings(**{**values, "out": settings.resume, "resume": None, "parts": settings.parts})
+    values |= {name: getattr(settings, name) for name in own}
+    return HarvestSettings(**{**values, "out": folder, "resume": None, "extend": None})
 
 
 def _restored(value: Any, kind: Any) -> Any:
@@ -55,11 +65,11 @@ def _restored(value: Any, kind: Any) -> Any:
     return Path(value) if is_path and value is not None else value
 
 
-def keep_settings(settings: HarvestSettings, meta: StoreMeta) -> None:
-    """Write the settings of a store beside it, before the store is begun, with what the machine decided: what `resumed` reads."""
+def keep_settings(settings: HarvestSettings, meta: StoreMeta, extending: bool) -> None:
+    """Write the settings of a store beside it, before it is begun or extended, with what the machine decided: what `restored` reads."""
     assert settings.out is not None
     file = layout.runs_folder(settings.out) / "settings.json"
-    if not file.exists() or not layout.root(settings.out).exists():
+    if extending or not file.exists() or not (settings.out / layout.ROOT).exists():
         device = "cpu" if meta.device == "cpu" else settings.device
         decided = {"threads": meta.threads, "dtype": meta.dtype, "images": meta.n_images, "device": device}
         write_json(file, {**_plain(settings), **decided})
@@ -67,9 +77,7 @@ def keep_settings(settings: HarvestSettings, meta: StoreMeta) -> None:
 
 def _plain(settings: HarvestSettings) -> dict[str, Any]:
     """The settings as JSON carries them, files by their absolute paths."""
-    saved = {
-        f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.name not in ("resume", "parts")
-    }
+    saved = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.name not in OF_THIS_RUN}
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in saved.items()}
     for name in ("prompts", "model"):
         if plain[name] is not None and Path(plain[name]).exists():

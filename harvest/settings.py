@@ -1,14 +1,18 @@
 """What a harvest is asked to do: one frozen dataclass, from which the command line comes."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from store.errors import UsageError
-from store.format import StoreDtype
+from store.format import Codec, StoreDtype, Targets
+from store.sites import parse_numbers
+from store.sizes import parse_size
 
 TINY_FLUX = "tiny-flux"
 SCHNELL = "black-forest-labs/FLUX.1-schnell"
+DEV = "black-forest-labs/FLUX.1-dev"
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,12 @@ class HarvestSettings:
     """the store to write, a new folder; the same command again goes on where it was"""
     resume: Path | None = None
     """go on with this unfinished store, with the settings that it was begun with; no other flag is needed"""
+    extend: Path | None = None
+    """add images to this finished store, up to --images, with the settings that it was made with; no other flag is needed"""
+    plan: bool = False
+    """say what would be written, and how long it would take by a measured batch, and write nothing"""
+    budget: str | None = None
+    """with --plan: which token policies, dtypes and numbers of images fit into so much, such as 2TB"""
     model: str = TINY_FLUX
     """tiny-flux (comes with Granary), a FluxPipeline folder, or a Hugging Face id such as black-forest-labs/FLUX.1-schnell"""
     revision: str | None = None
@@ -59,11 +69,16 @@ class HarvestSettings:
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """what the model computes in; default bfloat16 on CUDA, float32 on a CPU"""
     store_dtype: StoreDtype | None = None
-    """what activations are written in; default: as computed, but bfloat16 for float32"""
-    targets: Literal["stored"] = "stored"
-    """mlp_out is stored beside mlp_in"""
-    weights: Literal["none", "ref", "copy"] = "ref"
-    """the MLP matrices of the sites: not mentioned, named by their hash, or copied into the store"""
+    """what activations are written in; default: as computed, but bfloat16 for float32. fp8-e4m3 has a scale for each
+    row: half the bytes, about 2 percent RMS error"""
+    codec: Codec = "none"
+    """none, or zstd: about a fifth fewer bytes for bfloat16, at a third of the write speed"""
+    targets: Targets = "stored"
+    """stored: mlp_out beside mlp_in; recomputed: mlp_in alone, half the bytes; train and analyze compute mlp_out again
+    from it and the MLP matrices, which the store then holds (--weights copy)"""
+    weights: Literal["none", "ref", "copy"] | None = None
+    """the MLP matrices of the sites: not mentioned, named by their hash, or copied into the store.
+    Default: ref, and copy for recomputed targets"""
     pictures: Literal["none", "webp", "png"] = "webp"
     """how the pictures are kept"""
     seed: int = 0
@@ -71,15 +86,38 @@ class HarvestSettings:
     batch_size: int = 8
     """images a batch; part of what makes two stores byte-equal"""
     parts: str = "all"
-    """fill only these parts (0-3,7), so that several processes can share one store"""
+    """fill only these parts (0-3,7)"""
+    worker: str | None = None
+    """i/n: fill only every n-th part, beginning with part i (0/4, 1/4, 2/4, 3/4). Without --parts and --worker any number
+    of processes share the parts by leases"""
+    allow_mixed: bool = False
+    """go on under another batch size, thread count, device or library version than the store was begun with; its parts are
+    then not byte-equal to those of an undisturbed run, and their commits say so"""
     device: str | None = None
     """cuda, cuda:1, cpu; default: cuda where there is one"""
     threads: int | None = None
     """CPU threads of the model; part of what makes two stores byte-equal. Default: the cores of this machine"""
 
     def __post_init__(self) -> None:
-        if (self.out is None) == (self.resume is None):
-            raise UsageError("say where to write: --out STORE for a new store (or to go on with it), or --resume STORE")
+        places = sum(place is not None for place in (self.out, self.resume, self.extend))
+        if places != 1 and not (self.plan and not places):
+            raise UsageError(
+                "say where to write: --out STORE for a new store (or to go on with it), --resume STORE or --extend STORE"
+            )
+        if self.budget is not None and not self.plan:
+            raise UsageError("--budget answers what would fit, and writes nothing: give it with --plan")
+        if self.budget is not None and parse_size(self.budget) < 1:
+            raise UsageError(f"--budget {self.budget!r}: nothing fits into that; write for example 2TB")
+        if self.extend is not None and self.images is None:
+            raise UsageError("--extend needs --images: how many the store shall have in all")
+        if self.targets == "recomputed" and self.weights in ("none", "ref"):
+            raise UsageError(
+                f"--targets recomputed needs the MLP matrices in the store: leave out --weights {self.weights}, or say copy"
+            )
+        if self.worker is not None:
+            self.worker_of()
+            if self.parts != "all":
+                raise UsageError("give --parts or --worker, not both")
         for name in (
             "images",
             "seeds_per_prompt",
@@ -107,3 +145,20 @@ class HarvestSettings:
             raise UsageError(
                 f"--streams {self.streams!r}: {odd[0]!r} is no stream of a double block; write img, txt, or img,txt"
             )
+
+    def worker_of(self) -> tuple[int, int]:
+        """(i, n) of `--worker i/n`; (0, 1) without it."""
+        match = re.fullmatch(r"(\d+)/(\d+)", self.worker or "0/1")
+        if match is None or not int(match[1]) < int(match[2]):
+            raise UsageError(f"--worker {self.worker!r}: write i/n with i from 0 to n - 1, such as 0/4")
+        return int(match[1]), int(match[2])
+
+    def parts_of(self, count: int) -> set[int]:
+        """Those of `count` parts that `--parts` or `--worker` leaves to this process."""
+        first, step = self.worker_of()
+        return set(parse_numbers(self.parts, count, "part")) & set(range(first, count, step))
+
+    @property
+    def weights_policy(self) -> Literal["none", "ref", "copy"]:
+        """`--weights`, or what follows from the targets."""
+        return self.weights or ("copy" if self.targets == "recomputed" else "ref")

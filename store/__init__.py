@@ -17,10 +17,10 @@ __all__ = ["GranaryError", "Point", "Site", "Store", "StoreError", "Stream", "Us
 
 
 def open_store(path: str | Path, unfinished: bool = False) -> "Store":
-    """The store at `path`, its metadata and commits checked; with `unfinished` also one whose parts are not all there."""
+    """The store at a path or URL (`s3://`, `hf://`, `https://`), checked; with `unfinished` also one whose parts are not all there."""
     from store.reader import Store
 
-    return Store.open(Path(path), unfinished)
+    return Store.open(path, unfinished)
 
 
 def __getattr__(name: str) -> Any:

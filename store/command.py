@@ -44,7 +44,7 @@ def program(
     """
     words = list(sys.argv[1:] if argv is None else argv)
     chosen = words.pop(0) if words and words[0] in commands else default
-    if chosen is None or (default is None and words[:1] in (["-h"], ["--help"])):
+    if chosen is None:
         return _usage(name, commands, words)
     if default is not None and len(commands) > 1 and words[:1] in (["-h"], ["--help"]) and chosen == default:
         _usage(name, commands, words)
@@ -56,6 +56,8 @@ def program(
         return stop.code if isinstance(stop.code, int) else 2
     except GranaryError as error:  # settings that contradict each other
         return _fail(error)
+    except BrokenPipeError:
+        return _nobody_listens()
     return guarded(lambda: command.run(settings))
 
 
@@ -79,11 +81,14 @@ def guarded(work: Callable[[], Any]) -> int:
         work()
     except GranaryError as error:
         return _fail(error)
+    except _Terminated:
+        return _fail(
+            Interrupted("terminated by SIGTERM. What was committed is safe: the same command goes on from there.")
+        )
     except KeyboardInterrupt:
         return _fail(Interrupted("interrupted. What was committed is safe: the same command goes on from there."))
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except BrokenPipeError:
+        return _nobody_listens()
     except OSError as error:
         if error.errno not in OF_THE_DISK:
             raise
@@ -98,8 +103,18 @@ def guarded(work: Callable[[], Any]) -> int:
     return 0
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM arrived.  No `Exception`, or a library would take it for a failure of its own work and say something else."""
+
+
 def _terminated(_signal: int, _frame: FrameType | None) -> None:
-    raise Interrupted("terminated by SIGTERM. What was committed is safe: the same command goes on from there.")
+    raise _Terminated
+
+
+def _nobody_listens() -> int:
+    """The reader of our output went away, as `| head` does."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
 
 
 def _fail(error: GranaryError) -> int:

@@ -6,7 +6,9 @@ GranaryError                     exit 1: the work failed, or what lies on disk i
 │   ├── ForeignError             not ours, or of a format version that we do not read
 │   ├── DamagedError (OSError)   a file is missing, truncated or differs from its checksum
 │   ├── UnfinishedError          parts are still to be written
-│   └── MismatchError            two things that do not belong together
+│   ├── MismatchError            two things that do not belong together
+│   └── UnreachableError (OSError)  a server did not answer, or refused
+├── LostLeaseError               another process took the part over: nothing of it was committed here
 ├── NonFiniteError (ValueError)  a NaN or an infinity where none may be
 └── Interrupted                  SIGINT or SIGTERM: what was committed is safe
 """
@@ -42,6 +44,14 @@ class UnfinishedError(StoreError):
 
 class MismatchError(StoreError):
     """Two things that do not belong together, such as a dictionary and the store of another model."""
+
+
+class UnreachableError(StoreError, OSError):
+    """A server did not answer, or refused: nothing was decided about what lies there."""
+
+
+class LostLeaseError(GranaryError):
+    """Another process took over the part that this one was writing: it stopped before committing anything."""
 
 
 class NonFiniteError(GranaryError, ValueError):

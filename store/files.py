@@ -36,7 +36,7 @@ def publish(path: Path, write: Callable[[Path], None]) -> None:
     killed process starts with a dot, ends in `.tmp`, and is nobody's.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = temporary_of(path, secrets.token_hex(4))
     try:
         write(temporary)
         fsync_file(temporary)
@@ -47,9 +47,14 @@ def publish(path: Path, write: Callable[[Path], None]) -> None:
     fsync_folder(path.parent)
 
 
+def temporary_of(path: Path, tag: str) -> Path:
+    """The name beside `path` under which it is written before it is renamed."""
+    return path.with_name(f".{path.name}.{tag}.tmp")
+
+
 def is_temporary(path: Path) -> bool:
-    """Whether a file is the leftover of a killed process: `.name.….tmp` is ours, `c.12.0.….partial` zarr-python's."""
-    return path.name.endswith(".partial") or (path.name.startswith(".") and path.suffix == ".tmp")
+    """Whether a file is the leftover of a killed process: `.name.….tmp`."""
+    return path.name.startswith(".") and path.suffix == ".tmp"
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -95,6 +100,19 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def parse_self_checked(data: bytes, where: str) -> dict[str, Any]:
+    """A JSON object written from `self_checked`; `DamagedError` when it was changed since, `ForeignError` when it is not ours."""
+    try:
+        content = json.loads(data)
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise DamagedError(f"{where} is not JSON any more ({error}): restore it from a copy") from None
+    if not isinstance(content, dict) or "sha256" not in content:
+        raise ForeignError(f"{where} holds no checksum of its own: it was not written by Granary")
+    if self_checked(content) != content or json_bytes(content) != data:
+        raise DamagedError(f"{where} differs from the checksum that it carries: it was damaged or edited")
+    return content
+
+
 def self_checked(content: dict[str, Any]) -> dict[str, Any]:
     """`content` with its own SHA-256 under `sha256`: a file that can say whether it is whole."""
     body = {key: value for key, value in content.items() if key != "sha256"}
@@ -102,10 +120,9 @@ def self_checked(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_self_checked(path: Path) -> dict[str, Any]:
-    """A JSON object written from `self_checked`; `DamagedError` when it was changed since."""
-    content = read_json(path)
-    if not isinstance(content, dict) or "sha256" not in content:
-        raise ForeignError(f"{path} holds no checksum of its own: it was not written by Granary")
-    if self_checked(content)["sha256"] != content["sha256"]:
-        raise DamagedError(f"{path} differs from the checksum that it carries: it was damaged or edited")
-    return content
+    """The JSON object in a file written from `self_checked`; `DamagedError` when it is missing or was changed since."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise DamagedError(f"{path} is missing") from None
+    return parse_self_checked(data, str(path))

@@ -1,50 +1,65 @@
 """Format version 1 in code: what FORMAT.md says in words.  A test holds the two together.
 
 zarr.json                          the group; its attribute `granary` is a StoreMeta
-activations/double.06/img/step.2/mlp_in   (image, token, d_model)
+README.md                          the dataset card
+activations/double.06/img/step.2/mlp_in         (image, token, d_model)
+activations/double.06/img/step.2/mlp_in_scale   (image, token), only for fp8-e4m3
 tokens/img/step.2                  (image, token) int32 kept positions, -1 where a slot is empty
 prompts/part-00000.parquet         one row an image
 images/part-00000.parquet          the pictures
-weights/sha256-….safetensors       MLP matrices, with `--weights copy`
+statistics/part-00000.safetensors  float64 sums of a part
+weights/sha256-….safetensors       the MLP matrices of a site, with `--weights copy`
 commits/store.json                 checksums of everything written at creation
 commits/part-00000.json            a sealed part, written last
 seal.json                          the hash of every commit
 """
 
 import math
+import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
-from typing import Any, Literal, cast
+from typing import Any, Literal, get_args
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike
 
 from store.errors import ForeignError, UsageError
-from store.sites import Point, Site, Stream
+from store.files import json_bytes, sha256_bytes
+from store.sites import POINTS, Point, Site, Stream
 
 FORMAT_VERSION = 1
 CHUNK_BYTES = 24 * 2**20
 CHUNK_IMAGES_MIN, CHUNK_IMAGES_MAX = 4, 64
 EMPTY_TOKEN = -1
 
-StoreDtype = Literal["bfloat16", "float16", "float32"]
+StoreDtype = Literal["bfloat16", "float16", "float32", "fp8-e4m3"]
+Codec = Literal["none", "zstd"]
+Targets = Literal["stored", "recomputed"]
 
 
 @dataclass(frozen=True)
 class Carrier:
-    """How a logical dtype lies in Zarr: zarr-python 3.1 has no bfloat16, so its bits travel as uint16."""
+    """How a store dtype lies in Zarr: zarr-python 3.1 has no bfloat16 and no float8, so their bits travel as integers."""
 
     logical: DTypeLike
+    """what a reader hands out"""
     stored: str
+    """Zarr's data type"""
     fill: int | str
+    """a NaN, so that a chunk that was never written does not read as zeros"""
+    scaled: bool = False
+    """whether each row has a scale, in an array of its own"""
 
 
 CARRIERS: dict[StoreDtype, Carrier] = {
     "bfloat16": Carrier(ml_dtypes.bfloat16, "uint16", 0x7FC0),
     "float16": Carrier(np.float16, "float16", "NaN"),
     "float32": Carrier(np.float32, "float32", "NaN"),
+    "fp8-e4m3": Carrier(ml_dtypes.bfloat16, "uint8", 0x7F, scaled=True),
 }
+SCALE_BYTES = 4
 
 
 def carrier_of(dtype: StoreDtype) -> Carrier:
@@ -89,6 +104,8 @@ class StoreMeta:
     steps: tuple[int, ...]
     d_model: int
     store_dtype: StoreDtype
+    codec: Codec
+    targets: Targets
     tokens: dict[Stream, StreamTokens]
     height: int
     width: int
@@ -109,6 +126,7 @@ class StoreMeta:
     prompts: dict[str, Any]
     weights: dict[str, Any]
     versions: dict[str, str]
+    parent: dict[str, Any] | None = None
     format_version: int = field(default=FORMAT_VERSION)
 
     @cached_property
@@ -130,7 +148,8 @@ class StoreMeta:
 
     @property
     def row_bytes(self) -> int:
-        return self.d_model * np.dtype(self.carrier.stored).itemsize
+        """Bytes of one stored row, its scale included, before compression."""
+        return self.d_model * np.dtype(self.carrier.stored).itemsize + SCALE_BYTES * self.carrier.scaled
 
     @property
     def n_parts(self) -> int:
@@ -145,6 +164,17 @@ class StoreMeta:
         """Bytes of activations an image: every site, step and point."""
         per_step = sum(self.tokens[site.stream].kept for site in self.site_objects) * self.row_bytes
         return per_step * len(self.steps) * len(self.points)
+
+    @cached_property
+    def origin(self) -> str:
+        """SHA-256 of everything that decides a part, which is all but how many images there are: every commit carries it.
+
+        A store that is extended keeps its origin; a commit of another run is told by it.
+        """
+        of_length = ("n_images", "prompts")
+        fixed = {name: value for name, value in self.attributes().items() if name not in of_length}
+        fixed["prompts"] = {name: self.prompts[name] for name in self.prompts if name not in ("sha256", "count")}
+        return sha256_bytes(json_bytes(fixed))
 
     def attributes(self) -> dict[str, Any]:
         """As JSON carries it."""
@@ -174,15 +204,60 @@ class StoreMeta:
             for name in ("sites", "points", "steps"):
                 values[name] = tuple(found[name])
             meta = cls(**values)
-            _ = meta.carrier, meta.site_objects, meta.bytes_per_image
+            _check_values(meta)
         except (TypeError, KeyError, AttributeError, UsageError) as error:
             raise ForeignError(f"{where}: the attribute 'granary' is malformed: {error}") from None
         return meta
 
 
+def _check_values(meta: StoreMeta) -> None:
+    """`UsageError`, `TypeError` or `KeyError` for values that no store has."""
+    counts = ("n_images", "chunk_images", "d_model", "height", "width", "pixels_per_token", "num_inference_steps")
+    for name in counts:
+        value = getattr(meta, name)
+        if type(value) is not int or value < 1:
+            raise UsageError(f"{name} is {value!r}")
+    if not meta.sites or not meta.steps or not meta.points:
+        raise UsageError("it has no sites, steps or points")
+    if any(type(step) is not int or not 0 <= step < meta.num_inference_steps for step in meta.steps):
+        raise UsageError(f"steps are {meta.steps!r} of {meta.num_inference_steps}")
+    for name, choices in (("codec", Codec), ("targets", Targets)):
+        if getattr(meta, name) not in get_args(choices):
+            raise UsageError(f"{name} is {getattr(meta, name)!r}, which is not one of {', '.join(get_args(choices))}")
+    if any(point not in POINTS for point in meta.points) or set(meta.tokens) != set(meta.streams):
+        raise UsageError(f"points are {meta.points!r}, token policies {sorted(meta.tokens)!r}")
+    for tokens in meta.tokens.values():
+        if type(tokens.kept) is not int or type(tokens.total) is not int or not 1 <= tokens.kept <= tokens.total:
+            raise UsageError(f"{tokens.kept!r} of {tokens.total!r} tokens are kept")
+    for name in ("model", "scheduler", "prompts", "weights", "versions"):
+        if not isinstance(getattr(meta, name), dict):
+            raise UsageError(f"{name} is {getattr(meta, name)!r}")
+    _check_weights(meta)
+    _ = meta.carrier, meta.bytes_per_image
+
+
+def _check_weights(meta: StoreMeta) -> None:
+    """`UsageError` unless `weights` names one file of the store for each site, where there are any, and fits the targets."""
+    policy, files = meta.weights.get("policy"), meta.weights.get("files", {})
+    if policy not in ("none", "ref", "copy") or not isinstance(files, dict):
+        raise UsageError(f"weights is {meta.weights!r}")
+    if policy != "none" and set(files) != set(meta.sites):
+        raise UsageError(f"weights names files of {sorted(files)}, and the sites are {sorted(meta.sites)}")
+    odd = [name for name in files.values() if not re.fullmatch(r"sha256-[0-9a-z-]+\.safetensors", str(name))]
+    if odd:
+        raise UsageError(f"weights names the file {odd[0]!r}")
+    if meta.targets == "recomputed" and (tuple(meta.points) != ("mlp_in",) or policy != "copy"):
+        raise UsageError(f"targets are recomputed, but points are {meta.points!r} and the weights policy is {policy!r}")
+
+
 def array_path(site: Site, step: int, point: Point) -> str:
     """`activations/double.06/img/step.2/mlp_in`."""
     return f"activations/{site.path}/step.{step}/{point}"
+
+
+def scale_path(site: Site, step: int, point: Point) -> str:
+    """`activations/double.06/img/step.2/mlp_in_scale`, the scale of each row; only for fp8-e4m3."""
+    return f"{array_path(site, step, point)}_scale"
 
 
 def tokens_path(stream: Stream, step: int) -> str:
@@ -196,34 +271,72 @@ def part_name(part: int) -> str:
 
 def chunk_file(array: str, chunk: int) -> str:
     """The file of one chunk: flat keys, one chunk over all tokens and channels."""
-    return f"{array}/c.{chunk}.0.0" if array.startswith("activations/") else f"{array}/c.{chunk}.0"
+    flat = array.startswith("tokens/") or array.endswith("_scale")
+    return f"{array}/c.{chunk}.0" if flat else f"{array}/c.{chunk}.0.0"
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array of a store: what Zarr is told about it."""
+
+    name: str
+    shape: tuple[int, ...]
+    chunk: tuple[int, ...]
+    dtype: str
+    fill: int | str
+    codec: Codec
+    attributes: dict[str, Any]
+
+
+def array_specs(meta: StoreMeta) -> Iterator[ArraySpec]:
+    """Every array of a store: activations, scales of rows, kept tokens."""
+    carrier, chunk = meta.carrier, meta.chunk_images
+    for site in meta.site_objects:
+        kept = meta.tokens[site.stream].kept
+        for step in meta.steps:
+            for point in meta.points:
+                about = {"site": str(site), "step": step, "point": point}
+                yield ArraySpec(
+                    array_path(site, step, point), (meta.n_images, kept, meta.d_model), (chunk, kept, meta.d_model),
+                    carrier.stored, carrier.fill, meta.codec, {"logical_dtype": meta.store_dtype, **about},
+                )  # fmt: skip
+                if carrier.scaled:
+                    name = scale_path(site, step, point)
+                    yield ArraySpec(name, (meta.n_images, kept), (chunk, kept), "float32", "NaN", "none", about)
+    for stream in meta.streams:
+        kept = meta.tokens[stream].kept
+        if not meta.tokens[stream].all_kept:
+            for step in meta.steps:
+                about = {"stream": stream, "step": step}
+                name = tokens_path(stream, step)
+                yield ArraySpec(name, (meta.n_images, kept), (chunk, kept), "int32", EMPTY_TOKEN, "none", about)
+
+
+def part_tables(meta: StoreMeta, part: int) -> tuple[str, ...]:
+    """The files of a part that are not chunks: prompts, pictures, statistics."""
+    names = [f"prompts/{part_name(part)}.parquet", f"statistics/{part_name(part)}.safetensors"]
+    return (*names, f"images/{part_name(part)}.parquet") if meta.pictures != "none" else tuple(names)
 
 
 def part_files(meta: StoreMeta, part: int) -> tuple[str, ...]:
     """Every file that a part consists of, its commit aside: known without listing a folder."""
-    arrays = [
-        array_path(site, step, point) for site in meta.site_objects for step in meta.steps for point in meta.points
-    ]
-    arrays += [tokens_path(s, step) for s in meta.streams if not meta.tokens[s].all_kept for step in meta.steps]
-    names = [chunk_file(array, part) for array in arrays]
-    names.append(f"prompts/{part_name(part)}.parquet")
-    if meta.pictures != "none":
-        names.append(f"images/{part_name(part)}.parquet")
-    return tuple(names)
+    return (*(chunk_file(spec.name, part) for spec in array_specs(meta)), *part_tables(meta, part))
 
 
-def to_carrier(values: np.ndarray, meta: StoreMeta) -> np.ndarray:
-    """Logical values as the dtype that lies in Zarr; no copy."""
-    return values.view(np.uint16) if meta.store_dtype == "bfloat16" else values
+def metadata_files(meta: StoreMeta) -> tuple[str, ...]:
+    """Every file that creation writes, the record of it aside; weights come on top."""
+    names = [spec.name for spec in array_specs(meta)]
+    groups = {"/".join(name.split("/")[:depth]) for name in names for depth in range(1, name.count("/") + 1)}
+    return ("zarr.json", "README.md", *(f"{name}/zarr.json" for name in sorted({*groups, *names})))
 
 
 def from_carrier(values: np.ndarray, meta: StoreMeta) -> np.ndarray:
-    """The inverse of `to_carrier`."""
-    return cast(np.ndarray, values.view(ml_dtypes.bfloat16)) if meta.store_dtype == "bfloat16" else values
+    """Values as they lie in Zarr as the logical dtype; no copy."""
+    return values.view(ml_dtypes.bfloat16) if meta.store_dtype == "bfloat16" else values
 
 
 def to_float32(values: np.ndarray) -> np.ndarray:
     """The same numbers in float32; bfloat16 is widened by its bits, ten times as fast as by `astype`."""
     if values.dtype == ml_dtypes.bfloat16:
         return (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float32)
+    return values.astype(np.float32, copy=False)

@@ -2,14 +2,14 @@
 
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import tyro
 
 from store import open_store
 from store.reader import Store
-from store.statistics import merged
+from store.sites import Point, Site
+from store.statistics import Statistics
 
 COLUMNS = 5
 
@@ -18,8 +18,8 @@ COLUMNS = 5
 class InfoSettings:
     """Say what a store holds."""
 
-    store: Annotated[Path, tyro.conf.Positional]
-    """the store"""
+    store: tyro.conf.Positional[str]
+    """the store: a folder or a URL"""
 
 
 def run(settings: InfoSettings) -> str:
@@ -41,7 +41,7 @@ def describe(store: Store) -> str:
     )
     facts = [
         ("store", f"{store.path} (format {meta.format_version}), {state}"),
-        ("model", f"{meta.model['id']}, transformer sha256 {meta.model['weights_sha256']['transformer'][:12]}…"),
+        ("model", _model(store)),
         ("images", f"{images} of {meta.height}x{meta.width} pixels ({grid}), pictures: {meta.pictures}"),
         (
             "prompts",
@@ -53,15 +53,52 @@ def describe(store: Store) -> str:
             f"steps kept: {', '.join(map(str, meta.steps))}{_sigmas(store)}",
         ),
         ("tokens", ", ".join(f"{stream}: {t.kept} of {t.total} ({t.policy})" for stream, t in meta.tokens.items())),
-        ("numbers", f"d_model {meta.d_model}, computed in {meta.dtype} on {meta.device}, stored as {meta.store_dtype}"),
+        ("numbers", f"d_model {meta.d_model}, computed in {meta.dtype} on {meta.device}, stored as {_stored(store)}"),
+        ("targets", _targets(store)),
         (
             "size",
             f"{store.size_bytes / 1e9:.3f} GB in {len(store.committed_parts)} of {meta.n_parts} parts of {meta.chunk_images} images",
         ),
         ("made by", ", ".join(f"{name} {version}" for name, version in meta.versions.items())),
     ]
+    if meta.parent is not None:
+        facts += [("parent", line) for line in _parent(meta.parent)]
+    mixed = [part for part in store.committed_parts if "mixed" in store.commit(part)]
+    if mixed:
+        facts.append(
+            ("mixed", f"{len(mixed)} parts were made under other settings (--allow-mixed), part {mixed[0]} first")
+        )
     lines = [f"{name:>8}  {value}" for name, value in facts]
     return "\n".join([*lines, "", *_site_table(store)])
+
+
+def _parent(parent: dict[str, Any]) -> list[str]:
+    """What a subset was taken from, or what was imported and assumed."""
+    if "imported" not in parent:
+        return [", ".join(f"{name} {value}" for name, value in parent.items())]
+    files = [
+        f"{each.get('file')} ({each.get('dtype')} {each.get('shape')}) as {each.get('taken_for')}"
+        for each in parent["imported"]
+    ]
+    return [f"imported from {file}" for file in files] + [f"assumed: {text}" for text in parent.get("assumed", ())]
+
+
+def _model(store: Store) -> str:
+    model = store.meta.model
+    digest = (model.get("weights_sha256") or {}).get("transformer")
+    return f"{model.get('id')}" + (f", transformer sha256 {digest[:12]}…" if digest else ", weights unknown")
+
+
+def _stored(store: Store) -> str:
+    codec = "" if store.meta.codec == "none" else f", compressed by {store.meta.codec}"
+    scale = " with a scale a row (read as bfloat16)" if store.meta.carrier.scaled else ""
+    return f"{store.meta.store_dtype}{scale}{codec}"
+
+
+def _targets(store: Store) -> str:
+    weights = {"none": "not mentioned", "ref": "named by hash", "copy": "in the store"}[store.meta.weights["policy"]]
+    targets = "mlp_out is computed from mlp_in when it is needed" if store.recomputed else ", ".join(store.points)
+    return f"{targets}; MLP matrices {weights}"
 
 
 def _splits(store: Store) -> str:
@@ -78,21 +115,40 @@ def _sigmas(store: Store) -> str:
 
 
 def _site_table(store: Store) -> list[str]:
-    """A line a site: rows a step, and the RMS of both points over the steps, which shows a dead or exploding site at once."""
+    """A line a site: rows a step, RMS over the steps, which shows a dead or exploding site at once, norms, and what rounding cost."""
     if not store.committed_parts:
         return ["no part is committed yet"]
-    steps = _spread(store.steps)
+    steps, every = _spread(store.steps), store.all_statistics()
     heads = " ".join(f"{f'step {step}':>8}" for step in steps)
+    names = "   ".join(f"{f'RMS of {point}':<{len(heads)}}" for point in store.points)
+    lossy = any(found.error for found in every.values())
     lines = [
-        f"{'':>8} {'':>12}   {'RMS of mlp_in':<{len(heads)}}   {'RMS of mlp_out':<{len(heads)}}   {'greatest':>8}",
-        f"{'site':>8} {'rows a step':>12}   {heads}   {heads}   {'|value|':>8}",
+        f"{'':>8} {'':>12}   {names}   {'greatest':>8}   {'norms of ' + store.points[-1]:>24}"
+        + ("   cost of the store dtype" if lossy else ""),
+        f"{'site':>8} {'rows a step':>12}   {'   '.join([heads] * len(store.points))}   {'|value|':>8}   "
+        + " ".join(f"{share:>7}" for share in ("1 %", "50 %", "99 %"))
+        + ("   relative  FVU floor" if lossy else ""),
     ]
     for site in store.sites:
-        found = {point: [merged(store.statistics(site, step, point)) for step in steps] for point in store.points}
-        rms = ["   " + " ".join(f"{each['rms']:>8.4f}" for each in found[point]) for point in store.points]
-        greatest = max(each["max"] for point in store.points for each in found[point])
-        lines.append(f"{site!s:>8} {found[store.points[0]][0]['rows']:>12,}{''.join(rms)}   {greatest:>8.2f}")
+        found = {point: [every[site, step, point] for step in store.steps] for point in store.points}
+        lines.append(_site_line(site, found, [store.steps.index(step) for step in steps], lossy))
+    if lossy:
+        lines.append(
+            "relative: RMS of the rounding error over RMS; FVU floor: its square over the variance; worst step"
+        )
     return lines
+
+
+def _site_line(site: Site, found: dict[Point, list[Statistics]], shown: list[int], lossy: bool) -> str:
+    every = [each for point in found.values() for each in point]
+    rms = "".join("   " + " ".join(f"{point[index].rms:>8.4f}" for index in shown) for point in found.values())
+    greatest = max(each.max for each in every)
+    last = [each.norm_quantiles(0.01, 0.5, 0.99) for each in list(found.values())[-1]]
+    low, middle, high = min(q[0] for q in last), sorted(q[1] for q in last)[len(last) // 2], max(q[2] for q in last)
+    cost = max(each.relative_error for each in every), max(each.fvu_floor for each in every)
+    return f"{site!s:>8} {every[0].rows:>12,}{rms}   {greatest:>8.2f}   {low:>7.3g} {middle:>7.3g} {high:>7.3g}" + (
+        f"   {100 * cost[0]:>6.2f} %  {cost[1]:>9.1e}" if lossy else ""
+    )
 
 
 def _spread(steps: tuple[int, ...]) -> list[int]:

@@ -16,16 +16,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
-import google_crc32c
 import numpy as np
 import safetensors.numpy
 import tyro
 from tqdm import tqdm
 
 from store import open_store
-from store.errors import StoreError, UsageError
+from store.errors import DamagedError, MismatchError, StoreError, UsageError
 from store.files import is_temporary, json_bytes, read_self_checked, self_checked, sha256_bytes, write_bytes, write_json
 from store.reader import Store
 from store.shards import (
@@ -36,42 +35,36 @@ from store.shards import (
     METADATA_KEY,
     Pack,
     columns_of,
+    crc32c_hex,
     crc32c_of,
     means_file,
     open_pack,
     shard_file,
+    weights_name,
 )
 from store.shuffle import Means, Order
 from store.sites import POINTS, Point, Site, Stream, choose_sites
+from store.sizes import human_size, parse_size
 from store.split import Split
 
-UNITS = {
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
-}
+WEIGHTS_FILE = r"sha256-[0-9a-f-]+\.safetensors"
 
 
 @dataclass(frozen=True)
 class PackSettings:
     """Shuffle one split of a store into shards that training reads in order."""
 
-    store: tyro.conf.Positional[Path]
-    """the store to pack"""
+    store: Annotated[str | Path, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
+    """the store to pack, a folder or a URL (s3://, hf://, https://)"""
     out: Path
     """folder of the pack"""
     sites: str = "all"
     """sites to pack, such as img_0-3,txt_6"""
     split: Split = "train"
     """train, or val for held-out prompts"""
-    points: str = "mlp_in,mlp_out"
-    """what to pack; mlp_out alone makes a pack for SAEs, of half the size"""
+    points: str = "all"
+    """what to pack: all that the store has, mlp_in, mlp_out or both; mlp_out alone makes a pack for SAEs, of half the
+    size. Of a store with recomputed targets mlp_in is packed, and the MLP of each site with it"""
     memory: str = "2GB"
     """bound on the arrays held at once (Python and its libraries come on top: about 150 MB); less memory means more
     readings of the store, and the same bytes"""
@@ -81,7 +74,7 @@ class PackSettings:
     """decides the order of the rows"""
 
     def __post_init__(self) -> None:
-        odd = [point for point in self.points.split(",") if point not in POINTS]
+        odd = [point for point in self.points.split(",") if point not in POINTS and self.points != "all"]
         if odd:
             raise UsageError(f"--points {self.points!r}: {odd[0]!r} is no point; there are {', '.join(POINTS)}")
         if self.split not in get_args(Split):
@@ -89,20 +82,6 @@ class PackSettings:
         if self.shard_mb < 1:
             raise UsageError(f"--shard-mb {self.shard_mb} must be at least 1")
         parse_size(self.memory)
-
-
-def parse_size(text: str) -> int:
-    """Bytes in `2GB`, `512 MiB` or `1.5GB`."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)", text.strip(), re.IGNORECASE)
-    if match is None or match[2].upper() not in UNITS:
-        raise UsageError(f"{text!r} is no size: write for example 2GB or 512MB")
-    return int(float(match[1]) * UNITS[match[2].upper()])
-
-
-def human_size(size: float | int) -> str:
-    """`1.34 GB`: three digits, powers of ten."""
-    unit = max((u for u in ("B", "KB", "MB", "GB", "TB") if size >= UNITS[u]), key=UNITS.__getitem__, default="B")
-    return f"{size / UNITS[unit]:.3g} {unit}"
 
 
 class Packing:
@@ -113,12 +92,8 @@ class Packing:
         self.memory = parse_size(settings.memory)
         wanted = choose_sites(settings.sites, store.sites, str(settings.store))
         self.sites = tuple(site for site in store.sites if site in wanted)
-        self.points: tuple[Point, ...] = tuple(point for point in POINTS if point in settings.points.split(","))
-        missing = [point for point in self.points if point not in store.points]
-        if missing:
-            raise UsageError(
-                f"{settings.store} has no {', '.join(missing)}; it has {', '.join(store.points)}: use --points"
-            )
+        self.points = self._points()
+        self.weights = self._weights()
         splits = store.prompts().column("split").to_pylist()
         if settings.split not in splits:
             raise UsageError(
@@ -129,10 +104,43 @@ class Packing:
         self.plan = {
             "store": store.id, "model": store.meta.model, "split": settings.split, "seed": settings.seed,
             "shard_mb": settings.shard_mb, "points": list(self.points), "sites": [str(site) for site in self.sites],
-            "steps": list(store.steps), "d_model": store.meta.d_model, "dtype": store.meta.store_dtype,
+            "steps": list(store.steps), "d_model": store.meta.d_model, "dtype": np.dtype(self.dtype).name,
+            "targets": store.meta.targets, "weights": self.weights,
         }  # fmt: skip
         self.key = sha256_bytes(json_bytes(self.plan))
         self.files: dict[str, dict[str, Any]] = {}
+
+    def _points(self) -> tuple[Point, ...]:
+        """What becomes columns; `UsageError` for a point that the store does not hold."""
+        store, asked = self.store, self.settings.points
+        if asked == "all":
+            return tuple(point for point in POINTS if point in store.points)
+        missing = [point for point in asked.split(",") if point not in store.points]
+        if missing:
+            has = f"{store.path} has no {', '.join(missing)}; it has {', '.join(store.points)}"
+            if store.recomputed:
+                has += " and the MLPs that mlp_out is recomputed by (train does that, from a pack of mlp_in)"
+            raise UsageError(f"{has}: use --points {','.join(store.points)}")
+        return tuple(point for point in POINTS if point in asked.split(","))
+
+    def _weights(self) -> dict[str, str]:
+        """Site -> file of its MLP in `weights/`, for recomputed targets."""
+        if not self.store.recomputed:
+            return {}
+        files = self.store.meta.weights.get("files", {})
+        odd = [site for site in map(str, self.sites) if not re.fullmatch(WEIGHTS_FILE, str(files.get(site)))]
+        if odd:  # a name that leads out of the pack's folder is among what is refused
+            raise DamagedError(
+                f"{self.store.path} says that mlp_out is recomputed, but names no MLP of {', '.join(odd)}: "
+                "harvest it again, or take another copy"
+            )
+        return {str(site): files[str(site)] for site in self.sites}
+
+    @cached_property
+    def weights_bytes(self) -> dict[str, int]:
+        """Name in the pack and length of the MLPs that are copied."""
+        names = {weights_name(file): self.store.place for file in sorted(set(self.weights.values()))}
+        return {name: place.size(name) or 0 for name, place in names.items()}
 
     @cached_property
     def orders(self) -> dict[Stream, Order]:
@@ -153,16 +161,16 @@ class Packing:
 
     @property
     def total_bytes(self) -> int:
-        return sum(self.orders[site.stream].rows * self.row_bytes(site.stream) for site in self.sites)
+        rows = sum(self.orders[site.stream].rows * self.row_bytes(site.stream) for site in self.sites)
+        return rows + sum(self.weights_bytes.values())
 
     def shards_at_once(self, stream: Stream) -> int:
         """How many shards fit into the memory beside all else; `UsageError` when not even one does."""
         store, order = self.store, self.orders[stream]
         shard = int(np.diff(self.cuts(stream)).max()) * self.row_bytes(stream)
         index = sum(o.destination.size * 24 for o in self.orders.values())  # tokens, destinations, masks, sorting
-        chunk = (
-            10 * store.chunk_images * order.tokens.shape[2] * store.meta.row_bytes
-        )  # as read, twice in float32, selected
+        row = store.meta.d_model * np.dtype(self.dtype).itemsize
+        chunk = 10 * store.chunk_images * order.tokens.shape[2] * row  # as read, twice in float32, selected
         fixed = index + chunk + shard  # the shard that is being published exists twice
         if self.memory < fixed + shard:
             raise UsageError(
@@ -180,6 +188,9 @@ class Packing:
             sites, shards = sum(site.stream == stream for site in self.sites), len(self.cuts(stream)) - 1
             readings = -(-shards // self.shards_at_once(stream))
             parts.append(f"{sites} {stream} sites of {order.rows:,} rows in {shards} shards each ({readings} readings)")
+        if self.weights:
+            of_mlps = human_size(sum(self.weights_bytes.values()))
+            parts.append(f"targets recomputed: mlp_in and {len(self.weights_bytes)} MLPs ({of_mlps})")
         print(f"plan: {human_size(self.total_bytes)} for {self.settings.split}: " + "; ".join(parts), flush=True)
         left = self.total_bytes - sum(entry["bytes"] for entry in self.files.values())
         free = shutil.disk_usage(
@@ -198,6 +209,7 @@ class Packing:
         with tqdm(total=self.total_bytes, initial=done, unit="B", unit_scale=True, desc="pack", mininterval=0.5) as bar:
             for site in self.sites:
                 bar.set_postfix_str(str(site))
+                self._copy_weights(site, bar)
                 for first, last in self._passes(site):
                     self._pass(site, first, last, bar)
         streams = {
@@ -214,6 +226,15 @@ class Packing:
         }
         write_json(self.out / MANIFEST, self_checked({**content, "files": self.files}))
         (self.out / JOURNAL).unlink()
+
+    def _copy_weights(self, site: Site, bar: "tqdm[Any]") -> None:
+        """Copy the MLP of a site, for recomputed targets."""
+        if not self.weights or weights_name(self.weights[str(site)]) in self.files:
+            return
+        data = self.store.weights_file(site)
+        assert data is not None
+        self._publish(weights_name(self.weights[str(site)]), data)
+        bar.update(len(data))
 
     def _passes(self, site: Site) -> Iterator[tuple[int, int]]:
         """Runs of missing shards, each small enough for one reading of the site."""
@@ -266,7 +287,7 @@ class Packing:
 
     def _publish(self, name: str, data: bytes) -> None:
         write_bytes(self.out / name, data)
-        self.files[name] = {"bytes": len(data), "crc32c": google_crc32c.Checksum(data).hexdigest().decode()}
+        self.files[name] = {"bytes": len(data), "crc32c": crc32c_hex(data)}
         self._journal()
 
     def _journal(self) -> None:
@@ -294,26 +315,28 @@ class Packing:
         return False
 
     def _refuse_other(self, there: dict[str, Any]) -> None:
-        lines = [
-            f"  {key}: there {there.get(key)!r}, asked for {self.plan[key]!r}"
-            for key in self.plan
-            if there.get(key) != self.plan[key]
-        ]
-        if lines:
-            raise UsageError(
-                f"{self.out} holds another pack; it differs in\n"
-                + "\n".join(lines)
-                + "\nChoose another --out, or remove it."
-            )
+        odd = [key for key in self.plan if there.get(key) != self.plan[key]]
+        lines = [f"  {key}: there {_short(there.get(key))}, asked for {_short(self.plan[key])}" for key in odd]
+        if not lines:
+            return
+        text = f"{self.out} holds another pack; it differs in\n" + "\n".join(lines)
+        if there.get("store") != self.plan["store"]:
+            raise MismatchError(f"{text}\nIt was made from another store: choose another --out, or remove it.")
+        raise UsageError(f"{text}\nChoose another --out, or remove it.")
+
+
+def _short(value: Any) -> str:
+    return repr(value["id"] if isinstance(value, dict) and "id" in value else value)
 
 
 def run(settings: PackSettings) -> Pack:
     """The pack at `settings.out`: made, finished from where it was killed, or already complete."""
-    if settings.out.resolve().is_relative_to(settings.store.resolve()):
+    store = open_store(settings.store)
+    if store.place.local is not None and settings.out.resolve().is_relative_to(store.place.local.resolve()):
         raise UsageError(
             f"--out {settings.out} lies in the store: choose a folder beside it, a store holds nothing else"
         )
-    packing = Packing(open_store(settings.store), settings)
+    packing = Packing(store, settings)
     if packing.resume():
         print(f"{settings.out} is complete already: the same pack, nothing to do")
     else:

@@ -1,11 +1,13 @@
-"""Reads a store, alone: no model, no dataset, no repeated arguments.
+"""Reads a store, alone: no model, no dataset, no repeated arguments, from a folder or from anything that fsspec reaches.
 
-Opening checks the metadata and every commit against its checksum; reading an array checks that the
-chunks it needs are committed and have their committed length, and CRC-32C checks their content.  No
+Opening checks the metadata against the record of creation, and that against the seal.  A commit is checked when it is
+first needed; a chunk must be committed, and have its length and its CRC-32C; a table or a weights file its SHA-256.  No
 folder is ever listed: names follow from the metadata.
 """
 
 import io
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,59 +15,97 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zarr
+import safetensors.numpy
 from PIL import Image
 
 from store import layout
+from store.chunks import from_e4m3, read_chunk
 from store.errors import DamagedError, UnfinishedError, UsageError
-from store.files import read_self_checked, sha256_file
-from store.format import StoreMeta, array_path, chunk_file, from_carrier, part_name, tokens_path
+from store.files import parse_self_checked, sha256_bytes
+from store.format import (
+    ArraySpec,
+    StoreMeta,
+    array_path,
+    array_specs,
+    chunk_file,
+    from_carrier,
+    part_files,
+    part_name,
+    scale_path,
+    tokens_path,
+)
+from store.opening import read_meta
+from store.places import Place, place_of
 from store.sites import Point, Site, Stream
+from store.statistics import Statistics, merged
 
-REMEDY = "Restore the file from a copy of the store, or harvest the store again."
+TABLES_KEPT, COMMITS_KEPT = 8, 64
+REMOTE_THREADS = 8
 
 
 class Store:
     """A store opened for reading; `open_store(path)` is the way to one."""
 
-    def __init__(self, path: Path, meta: StoreMeta, commits: dict[int, dict[str, Any]], store_id: str | None) -> None:
-        self.path, self.meta = path, meta
-        self._commits, self._id = commits, store_id
-        self._arrays: dict[str, zarr.Array[Any]] = {}
+    def __init__(self, place: Place, meta: StoreMeta, created: dict[str, Any], seal: dict[str, Any] | None) -> None:
+        self.place, self.meta = place, meta
+        self._created, self._seal = created, seal
+        self._commits: dict[int, dict[str, Any]] = {}
+        self._trusted: set[int] = set()
+        self._tables: dict[str, pa.Table] = {}
+        self._threads = 1 if place.local is not None else REMOTE_THREADS
 
     @classmethod
-    def open(cls, path: Path, unfinished: bool = False) -> "Store":
-        """The store at `path`.  Errors: `ForeignError`, `DamagedError`; `UnfinishedError` unless `unfinished`."""
-        meta = layout.read_meta(path)
-        if not layout.store_commit(path).exists():
-            raise UnfinishedError(f"{path} was not created to its end: run its harvest again, it goes on from there")
-        created = read_self_checked(layout.store_commit(path))
-        for name, entry in created["files"].items():
-            if name.endswith("zarr.json"):
-                _check_file(path / name, entry, whole=True)
-        commits = {}
-        for part in range(meta.n_parts):
-            if layout.part_commit(path, part).exists():
-                commits[part] = read_self_checked(layout.part_commit(path, part))
-        sealed = layout.seal(path).exists()
-        if sealed:
-            _check_seal(path, meta, commits)
+    def open(cls, location: str | Path | Place, unfinished: bool = False) -> "Store":
+        """The store at a path or URL.
+
+        Errors: `ForeignError`, `DamagedError`, `UnreachableError`; `UnfinishedError` unless `unfinished`.
+        """
+        place = place_of(location)
+        meta = read_meta(place)
+        record = _found(place, layout.STORE_COMMIT)
+        seal = _found(place, layout.SEAL)
+        if record is None and seal is None:
+            raise UnfinishedError(f"{place} was not created to its end: run its harvest again, it goes on from there")
+        if record is None:
+            raise _damaged(place, layout.STORE_COMMIT, "is missing from a finished store")
+        store = cls(place, meta, _checked(place, layout.STORE_COMMIT, record), None)
+        _check_entry(place, layout.ROOT, place.read(layout.ROOT), store._created["files"].get(layout.ROOT))
+        if store._created.get("origin") != meta.origin:
+            raise _damaged(place, layout.STORE_COMMIT, "belongs to another run than zarr.json")
+        if seal is not None:
+            store._seal = _checked(place, layout.SEAL, seal)
+            names = {Path(layout.STORE_COMMIT).stem, *(part_name(part) for part in range(meta.n_parts))}
+            if set(store._seal["commits"]) != names:
+                there, promised = len(store._seal["commits"]) - 1, meta.n_parts
+                raise _damaged(place, layout.SEAL, f"seals {there} parts where zarr.json promises {promised}")
+            if sha256_bytes(record) != store._seal["commits"][Path(layout.STORE_COMMIT).stem]:
+                raise _damaged(place, layout.STORE_COMMIT, "differs from what the seal names")
         elif not unfinished:
-            missing = meta.n_parts - len(commits)
+            missing = meta.n_parts - len(store.committed_parts)
             state = f"{missing} of {meta.n_parts} parts are missing" if missing else "it has no seal yet"
-            raise UnfinishedError(f"{path} is not finished: {state}. Run its harvest again, it goes on from there.")
-        return cls(path, meta, commits, read_self_checked(layout.seal(path))["sha256"] if sealed else None)
+            raise UnfinishedError(f"{place} is not finished: {state}. Run its harvest again, it goes on from there.")
+        return store
+
+    @property
+    def path(self) -> str:
+        """Where the store lies: a path or a URL."""
+        return str(self.place)
 
     @property
     def id(self) -> str:
         """The content id: the seal's SHA-256, equal for equal content wherever the store lies."""
-        if self._id is None:
+        if self._seal is None:
             raise UnfinishedError(f"{self.path} is not finished, so it has no content id yet")
-        return f"sha256-{self._id}"
+        return f"sha256-{self._seal['sha256']}"
+
+    @property
+    def origin(self) -> str:
+        """What made it, but for its length: equal for a store and for what it is extended to."""
+        return self.meta.origin
 
     @property
     def finished(self) -> bool:
-        return self._id is not None
+        return self._seal is not None
 
     @property
     def n_images(self) -> int:
@@ -84,22 +124,73 @@ class Store:
         return self.meta.points
 
     @property
+    def recomputed(self) -> bool:
+        """Whether mlp_out is to be computed from mlp_in and `weights_file`, because it was not stored."""
+        return self.meta.targets == "recomputed"
+
+    @property
     def chunk_images(self) -> int:
         """Images a chunk: reading in multiples of it touches every chunk once."""
         return self.meta.chunk_images
 
-    @property
+    @cached_property
     def committed_parts(self) -> tuple[int, ...]:
-        return tuple(self._commits)
+        """The parts that are there: all of a finished store; of another one, those whose commit is there now."""
+        parts = range(self.meta.n_parts)
+        if self._seal is not None:
+            return tuple(parts)
+        with ThreadPoolExecutor(self._threads) as pool:
+            there = list(pool.map(lambda part: self.place.exists(layout.part_commit(part)), parts))
+        return tuple(part for part, found in zip(parts, there, strict=True) if found)
 
-    def statistics(self, site: Site, step: int, point: Point) -> list[dict[str, Any]]:
-        """The statistics of one array, a dict a committed part (`store.statistics.merged` makes them one)."""
-        return [commit["statistics"][str(site)][str(step)][point] for commit in self._commits.values()]
+    def commit(self, part: int) -> dict[str, Any]:
+        """The commit of a part, checked.  `UnfinishedError` when it is not there yet, `DamagedError` when it was lost or changed."""
+        if part not in self._commits:
+            name = layout.part_commit(part)
+            data = _found(self.place, name)
+            if data is None and self._seal is not None:
+                raise _damaged(self.place, name, "is missing from a finished store")
+            if data is None:
+                images = self.meta.part_images(part)
+                raise UnfinishedError(
+                    f"{self.path}: images {images.start} to {images.stop - 1} (part {part}) are not harvested yet: run its harvest again"
+                )
+            found = _checked(self.place, name, data)
+            if self._seal is not None and sha256_bytes(data) != self._seal["commits"][part_name(part)]:
+                raise _damaged(self.place, name, "differs from what the seal names")
+            if found.get("origin") != self.meta.origin or found.get("part") != part:
+                raise _damaged(self.place, name, "belongs to another run or part")
+            if set(found.get("files", ())) != set(part_files(self.meta, part)):
+                raise _damaged(self.place, name, "does not list the files that a part has")
+            self._trusted.add(part)
+            _keep(self._commits, part, found, COMMITS_KEPT)
+        return self._commits[part]
+
+    def statistics(self, site: Site, step: int, point: Point) -> Statistics:
+        """Mean, variance, norms and rounding error over the committed parts, merged in their order."""
+        return merged(self._part_statistics(part, [(site, step, point)])[0] for part in self.committed_parts)
+
+    def all_statistics(self) -> dict[tuple[Site, int, Point], Statistics]:
+        """`statistics` of every array, each part read once."""
+        keys = [(site, step, point) for site in self.sites for step in self.steps for point in self.points]
+        totals: list[Statistics] = []
+        for part in self.committed_parts:
+            found = self._part_statistics(part, keys)
+            totals = [merged(pair) for pair in zip(totals, found, strict=True)] if totals else found
+        return dict(zip(keys, totals, strict=True))
+
+    def _part_statistics(self, part: int, keys: Iterable[tuple[Site, int, Point]]) -> list[Statistics]:
+        tensors = safetensors.numpy.load(self._file(f"statistics/{part_name(part)}.safetensors", part))
+        scalars = self.commit(part)["statistics"]
+        return [
+            Statistics.of_part(f"{site}/step.{step}/{point}", tensors, scalars[str(site)][str(step)][point])
+            for site, step, point in keys
+        ]
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all committed parts."""
-        return sum(entry["bytes"] for commit in self._commits.values() for entry in commit["files"].values())
+        return sum(entry["bytes"] for part in self.committed_parts for entry in self.commit(part)["files"].values())
 
     def read(self, site: Site, step: int, point: Point, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Activations (image, kept token, d_model) of images `start` to `stop`, in the logical dtype.
@@ -110,8 +201,15 @@ class Store:
         if site not in self.sites:
             raise UsageError(f"{self.path} has no site {site}; it has {', '.join(self.meta.sites)}")
         if step not in self.steps or point not in self.points:
-            raise UsageError(f"{self.path} has no {point} at step {step}; it has {self.points} at steps {self.steps}")
-        return from_carrier(self._read(array_path(site, step, point), *self._range(start, stop)), self.meta)
+            why = ": its targets are to be recomputed" if self.recomputed and point == "mlp_out" else ""
+            raise UsageError(
+                f"{self.path} has no {point} at step {step}{why}; it has {', '.join(self.points)} "
+                f"at steps {', '.join(map(str, self.steps))}"
+            )
+        values = self._read(array_path(site, step, point), *self._range(start, stop))
+        if not self.meta.carrier.scaled:
+            return from_carrier(values, self.meta)
+        return from_e4m3(values, self._read(scale_path(site, step, point), *self._range(start, stop)))
 
     def tokens(self, stream: Stream, step: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Kept positions (image, kept token), int32; -1 marks an empty slot (text policies `real…` only)."""
@@ -121,6 +219,8 @@ class Store:
             raise UsageError(f"{self.path} has no stream {stream!r}; it has {', '.join(self.meta.streams)}")
         if policy.all_kept:
             return np.broadcast_to(np.arange(policy.kept, dtype=np.int32), (last - first, policy.kept))
+        if step not in self.steps:
+            raise UsageError(f"{self.path} has no step {step}; it has steps {', '.join(map(str, self.steps))}")
         return self._read(tokens_path(stream, step), first, last)
 
     def prompts(self) -> pa.Table:
@@ -129,9 +229,11 @@ class Store:
 
     @cached_property
     def _prompts(self) -> pa.Table:
-        if not self._commits:
+        if not self.committed_parts:
             raise UnfinishedError(f"{self.path} has no committed part yet: run its harvest again")
-        return pa.concat_tables([self._table(f"prompts/{part_name(part)}.parquet", part) for part in self._commits])
+        with ThreadPoolExecutor(self._threads) as pool:
+            names = [(f"prompts/{part_name(part)}.parquet", part) for part in self.committed_parts]
+            return pa.concat_tables(list(pool.map(lambda each: self._table(*each), names)))
 
     def picture(self, image: int) -> Image.Image | None:
         """The picture of an image, RGB, or None when the store keeps no pictures."""
@@ -139,22 +241,36 @@ class Store:
             return None
         first, _ = self._range(image, image + 1)
         part, row = divmod(first, self.meta.chunk_images)
-        self._commit(part)
-        table = self._table(f"images/{part_name(part)}.parquet", part)
-        data = table.column("image")[row].as_py()["bytes"]
+        name = f"images/{part_name(part)}.parquet"
+        if name not in self._tables:
+            _keep(self._tables, name, self._table(name, part), TABLES_KEPT)
+        data = self._tables[name].column("image")[row].as_py()["bytes"]
         return Image.open(io.BytesIO(data)).convert("RGB")
 
-    def _table(self, name: str, part: int) -> pa.Table:
-        if name not in self._tables:
-            _check_file(self.path / name, self._commits[part]["files"][name], whole=True)
-            self._tables[name] = pq.read_table(self.path / name)
-            while len(self._tables) > 8:
-                del self._tables[next(iter(self._tables))]
-        return self._tables[name]
+    def weights_file(self, site: Site) -> bytes | None:
+        """The MLP matrices of a site as a safetensors file, or None when the store does not carry them."""
+        if site not in self.sites:
+            raise UsageError(f"{self.path} has no site {site}; it has {', '.join(self.meta.sites)}")
+        if self.meta.weights["policy"] != "copy":
+            return None
+        name = f"weights/{self.meta.weights['files'][str(site)]}"
+        data = _found(self.place, name)
+        if data is None:
+            raise _damaged(self.place, name, "is missing")
+        _check_entry(self.place, name, data, self._created["files"].get(name))
+        return data
 
-    @cached_property
-    def _tables(self) -> dict[str, pa.Table]:
-        return {}
+    def _file(self, name: str, part: int) -> bytes:
+        """A file of a part, checked against its commit."""
+        entry = self.commit(part)["files"].get(name)
+        data = _found(self.place, name)
+        if data is None:
+            raise _damaged(self.place, name, "is missing")
+        _check_entry(self.place, name, data, entry)
+        return data
+
+    def _table(self, name: str, part: int) -> pa.Table:
+        return pq.read_table(io.BytesIO(self._file(name, part)))
 
     def _range(self, start: int, stop: int | None) -> tuple[int, int]:
         last = self.n_images if stop is None else stop
@@ -162,48 +278,80 @@ class Store:
             raise UsageError(f"images {start} to {last} are not in {self.path}: it has 0 to {self.n_images - 1}")
         return start, last
 
-    def _commit(self, part: int) -> dict[str, Any]:
-        if part not in self._commits:
-            images = self.meta.part_images(part)
-            raise UnfinishedError(
-                f"{self.path}: images {images.start} to {images.stop - 1} (part {part}) are not harvested yet: run its harvest again"
-            )
-        return self._commits[part]
+    @cached_property
+    def _specs(self) -> dict[str, ArraySpec]:
+        return {spec.name: spec for spec in array_specs(self.meta)}
 
     def _read(self, name: str, start: int, stop: int) -> np.ndarray:
-        for part in range(start // self.chunk_images, -(-stop // self.chunk_images)):
-            file = chunk_file(name, part)
-            _check_file(self.path / file, self._commit(part)["files"][file], whole=False)
-        if name not in self._arrays:
-            self._arrays[name] = zarr.open_array(self.path / name, mode="r", zarr_format=3)
+        spec, chunk = self._specs[name], self.chunk_images
+        values = np.empty((stop - start, *spec.shape[1:]), spec.dtype)
+
+        def fill(part: int) -> None:
+            first, last = max(start, part * chunk), min(stop, (part + 1) * chunk)
+            whole = last - first == chunk
+            out = values[first - start : last - start]
+            found = self._chunk(spec, part, out if whole else None)
+            if not whole:
+                out[:] = found[first - part * chunk : last - part * chunk]
+
+        parts = range(start // chunk, -(-stop // chunk)) if stop > start else range(0)
+        if self._threads == 1 or len(parts) == 1:
+            for part in parts:
+                fill(part)
+        else:
+            with ThreadPoolExecutor(self._threads) as pool:
+                list(pool.map(fill, parts))
+        return values
+
+    def _chunk(self, spec: ArraySpec, part: int, out: np.ndarray | None) -> np.ndarray:
+        file = chunk_file(spec.name, part)
+        if part not in self._trusted:
+            self.commit(part)
         try:
-            return np.asarray(self._arrays[name][start:stop])
-        except (ValueError, RuntimeError, OSError) as error:
-            files = f"{self.path / name} (images {start} to {stop - 1})"
-            raise DamagedError(f"{files} cannot be read: {error}. {REMEDY}") from None
+            return read_chunk(self.place, file, spec.chunk, spec.dtype, spec.codec, out)
+        except FileNotFoundError:
+            raise _damaged(self.place, file, "is missing") from None
+        except DamagedError as error:
+            raise DamagedError(f"{error}. {_remedy(self.place)}") from None
 
 
-def _check_file(path: Path, entry: dict[str, Any], whole: bool) -> None:
-    """Length, and with `whole` the checksum, of a committed file."""
+def _found(place: Place, name: str) -> bytes | None:
     try:
-        length = path.stat().st_size
-    except FileNotFoundError:
-        raise DamagedError(f"{path} is missing. {REMEDY}") from None
-    if length != entry["bytes"]:
-        raise DamagedError(f"{path} has {length} bytes where {entry['bytes']} were committed. {REMEDY}")
-    if whole and sha256_file(path) != entry["sha256"]:
-        raise DamagedError(f"{path} differs from its committed checksum. {REMEDY}")
+        return place.read(name)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
-def _check_seal(path: Path, meta: StoreMeta, commits: dict[int, dict[str, Any]]) -> None:
-    sealed = read_self_checked(layout.seal(path))["commits"]
-    for name, digest in sealed.items():
-        file = path / "commits" / f"{name}.json"
-        if not file.exists():
-            raise DamagedError(f"{file} is missing from a finished store. {REMEDY}")
-        if sha256_file(file) != digest:
-            raise DamagedError(f"{file} differs from what the seal names. {REMEDY}")
-    if len(commits) != meta.n_parts:
-        raise DamagedError(
-            f"{layout.seal(path)} seals {len(sealed) - 1} parts where zarr.json promises {meta.n_parts}. {REMEDY}"
+def _checked(place: Place, name: str, data: bytes) -> dict[str, Any]:
+    try:
+        return parse_self_checked(data, place.where(name))
+    except DamagedError as error:
+        raise DamagedError(f"{error}. {_remedy(place)}") from None
+
+
+def _check_entry(place: Place, name: str, data: bytes, entry: dict[str, Any] | None) -> None:
+    """Length and SHA-256 of a committed file."""
+    if entry is None:
+        raise _damaged(place, name, "is not listed by the commit that should cover it")
+    if len(data) != entry["bytes"]:
+        raise _damaged(place, name, f"has {len(data)} bytes where {entry['bytes']} were committed")
+    if sha256_bytes(data) != entry["sha256"]:
+        raise _damaged(place, name, "differs from its committed checksum")
+
+
+def _damaged(place: Place, name: str, what: str) -> DamagedError:
+    return DamagedError(f"{place.where(name)} {what}. {_remedy(place)}")
+
+
+def _remedy(place: Place) -> str:
+    if place.local is None:
+        return (
+            f"Say what else is damaged: python -m store verify {place}; then push it again, or pull from another copy"
         )
+    return f"Say what else is damaged: python -m store verify {place}; mend it: python -m store repair {place} [--from COPY]"
+
+
+def _keep(kept: dict[Any, Any], key: Any, value: Any, most: int) -> None:
+    kept[key] = value
+    while len(kept) > most:
+        del kept[next(iter(kept))]

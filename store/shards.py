@@ -5,24 +5,27 @@
                                           (row,) int32; step (row,) int16; for txt also real (row,) uint8
     PACK/img_0/means.safetensors          float64 means of the split: `mlp_in/step.0/all`; for txt also
                                           `…/real` and `…/padding`
+    PACK/weights/sha256-….safetensors     only with recomputed targets: the MLP that gives mlp_out from mlp_in
 
 Row r of a shard is the same (image, step, token) at every site of a stream.  Before a shard is mapped
 its length and its header are checked, because a truncated map reads as zeros.
 """
 
 import json
+import re
 import struct
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import google_crc32c
+import crc32c
 import ml_dtypes
 import numpy as np
 
 from store.errors import DamagedError, ForeignError, MismatchError, UnfinishedError, UsageError
 from store.files import READ_BLOCK, read_self_checked
+from store.format import Targets
 from store.sites import Point, Site, Stream
 
 FORMAT = "granary-pack"
@@ -57,18 +60,28 @@ def means_file(site: Site) -> str:
     return f"{site}/{MEANS}"
 
 
+def weights_name(name: str) -> str:
+    """`weights/sha256-….safetensors`, in a pack as in a store"""
+    return f"weights/{name}"
+
+
 def mean_name(point: Point, step: int, group: Group) -> str:
     """`mlp_in/step.0/all`"""
     return f"{point}/step.{step}/{group}"
 
 
+def crc32c_hex(data: bytes) -> str:
+    """CRC-32C, 8 hex digits."""
+    return f"{crc32c.crc32c(data):08x}"
+
+
 def crc32c_of(path: Path) -> str:
     """CRC-32C of a file, 8 hex digits."""
-    checksum = google_crc32c.Checksum()
+    checksum = 0
     with path.open("rb") as file:
         while block := file.read(READ_BLOCK):
-            checksum.update(block)
-    return str(checksum.hexdigest().decode())
+            checksum = crc32c.crc32c(block, checksum)
+    return f"{checksum:08x}"
 
 
 @dataclass(frozen=True)
@@ -90,7 +103,8 @@ class Shard:
     def columns(self, *names: str) -> dict[str, np.ndarray]:
         """The named columns (all of them when none is named) as read-only memory maps.
 
-        `DamagedError` for a missing, truncated or unreadable shard, `MismatchError` for one of another pack or place.
+        `UsageError` for a point that has no column, `DamagedError` for a missing, truncated or unreadable shard,
+        `MismatchError` for one of another pack or place.
         """
         entry = self.pack.files[shard_file(self.site, self.index)]
         header, start = read_header(self.path, entry["bytes"])
@@ -102,6 +116,7 @@ class Shard:
             )
         dtypes = columns_of(self.site.stream, self.pack.points, self.pack.dtype)
         wanted = names or tuple(dtypes)
+        self.pack.require_stored(*(name for name in wanted if name not in dtypes))
         return {name: self._map(name, dtypes[name], header, start) for name in wanted}
 
     def _map(self, name: str, dtype: Any, header: dict[str, Any], start: int) -> np.ndarray:
@@ -136,21 +151,37 @@ class Pack:
         self.seed: int = plan["seed"]
         self.d_model: int = plan["d_model"]
         self.points: tuple[Point, ...] = tuple(plan["points"])
+        """the points that are columns"""
+        self.targets: Targets = plan.get("targets", "stored")  # packs of before had no other
+        self.weights: dict[str, str] = plan.get("weights", {})
+        """site -> file of its MLP, with recomputed targets"""
         self.steps: tuple[int, ...] = tuple(plan["steps"])
         self.sites: tuple[Site, ...] = tuple(Site.parse(name) for name in plan["sites"])
         self.dtype: Any = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}[plan["dtype"]]
         self.files: dict[str, dict[str, Any]] = manifest["files"]
 
+    @property
+    def recomputed(self) -> bool:
+        """Whether mlp_out is no column, but to be computed from mlp_in and `weights_file`."""
+        return self.targets == "recomputed"
+
     def require(self, site: Site, *points: Point) -> None:
-        """`UsageError`, naming what there is, unless the pack has `points` of `site`."""
+        """`UsageError`, naming what there is, unless the pack has `points` of `site`, as columns or to be recomputed."""
         if site not in self.sites:
             raise UsageError(f"{self.path} has no site {site}; it has {', '.join(map(str, self.sites))}")
         missing = [point for point in points if point not in self.points]
-        if missing:
+        if missing and not self.recomputed:
             raise UsageError(
                 f"{self.path} has no {', '.join(missing)}; it has {', '.join(self.points)}: "
                 f"pack again with --points {','.join(points)}"
             )
+
+    def require_stored(self, *points: str) -> None:
+        """`UsageError` for what has no column and no mean here."""
+        missing = [point for point in points if point not in self.points]
+        if missing:
+            why = "; its targets are to be recomputed from mlp_in, as train does" if self.recomputed else ""
+            raise UsageError(f"{self.path} has no column {', '.join(missing)}; it has {', '.join(self.points)}{why}")
 
     def shard_rows(self, stream: Stream) -> tuple[int, ...]:
         """Rows of each shard, the same at every site of a stream."""
@@ -170,14 +201,14 @@ class Pack:
 
         `real` and `padding` (txt only) are the means over those tokens alone.
         """
-        self.require(site, point)
+        self.require(site)
+        self.require_stored(point)
         return self._means(site).get(mean_name(point, step, group))
 
     def _means(self, site: Site) -> dict[str, np.ndarray]:
         if site not in self._loaded:
-            path = self.path / means_file(site)
-            header, start = read_header(path, self.files[means_file(site)]["bytes"])
-            data = path.read_bytes()
+            header, start = self._header(means_file(site))
+            data = self._checked(means_file(site))
             self._loaded[site] = {
                 name: np.frombuffer(data, np.float64, self.d_model, start + entry["data_offsets"][0])
                 for name, entry in header.items()
@@ -188,6 +219,29 @@ class Pack:
     @cached_property
     def _loaded(self) -> dict[Site, dict[str, np.ndarray]]:
         return {}
+
+    def weights_file(self, site: Site) -> bytes | None:
+        """The MLP of a site as a safetensors file; None unless targets are recomputed.  `DamagedError` names the file."""
+        self.require(site)
+        if not self.recomputed:
+            return None
+        self.check_weights(site)
+        return self._checked(weights_name(self.weights[str(site)]))
+
+    def check_weights(self, site: Site) -> None:
+        """`DamagedError`, naming the file, unless the MLP of a site is there, long enough and with a readable header."""
+        if self.recomputed:
+            self._header(weights_name(self.weights[str(site)]))
+
+    def _header(self, name: str) -> tuple[dict[str, Any], int]:
+        return read_header(self.path / name, self.files[name]["bytes"])
+
+    def _checked(self, name: str) -> bytes:
+        """A small file, whole, and equal to its checksum."""
+        data = (self.path / name).read_bytes()
+        if crc32c_hex(data) != self.files[name]["crc32c"]:
+            raise DamagedError(f"{self.path / name} differs from the checksum in {MANIFEST}. {REPACK}")
+        return data
 
     def verify(self) -> None:
         """Read every byte; `DamagedError` names the first file that differs from the manifest."""
@@ -205,6 +259,8 @@ def open_pack(path: str | Path) -> Pack:
     """
     path = Path(path)
     if not path.is_dir():
+        if re.match(r"\w+:/", str(path)):
+            raise UsageError(f"{path}: a pack is mapped into memory, so it must lie on this machine: pull it first")
         raise UsageError(f"there is no pack at {path}: make one with python -m store pack STORE --out {path}")
     if not (path / MANIFEST).exists():
         if (path / JOURNAL).exists():

@@ -1,314 +1,353 @@
 """Writes a store, part by part, so that whatever can be seen is whole.
 
-1. Creation writes the Zarr metadata, weights and cards, then `commits/store.json` with their checksums.
-2. A part's chunks, tokens, prompts and pictures are written under their final names and fsynced.
+1. Creation writes the Zarr metadata, the card and the weights, then `commits/store.json` with their checksums.
+2. A part's chunks, tokens, prompts, pictures and statistics are written, each by temporary file, fsync and rename.
 3. Its commit is published last: every file with length and SHA-256, and the commit's own checksum.
 4. When the last part lands, `seal.json` names the hash of every commit.
 
-A reader trusts only commits, so a process killed anywhere costs at most the part that it was writing.
-The commit hashes whole files with SHA-256 and not with CRC-32C, because each chunk ends with its own
-CRC-32C, and the CRC of any message followed by its CRC is one and the same number.
+A reader trusts only commits, so a process killed anywhere costs at most the part that it was writing.  A part is
+written under a lease, which is checked again before each rename.  Files are hashed with SHA-256 and not with CRC-32C,
+because each chunk ends with its own CRC-32C, and the CRC of any message followed by its CRC is one and the same number.
 """
 
-import fcntl
-import json
+import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import zarr
-from zarr.codecs import BytesCodec, Crc32cCodec
+import safetensors.numpy
 
 from store import layout
-from store.errors import DamagedError, NonFiniteError, UsageError
+from store.chunks import encode, from_e4m3, padded, to_e4m3
+from store.errors import DamagedError, MismatchError, NonFiniteError, UsageError
 from store.files import (
-    fsync_file,
     fsync_folder,
-    is_temporary,
     json_bytes,
+    parse_self_checked,
+    read_self_checked,
     self_checked,
-    sha256_file,
-    write_bytes,
-    write_json,
+    sha256_bytes,
+    temporary_of,
 )
-from store.format import StoreMeta, array_path, part_files, part_name, to_carrier, tokens_path
+from store.format import (
+    StoreMeta,
+    array_path,
+    array_specs,
+    chunk_file,
+    part_files,
+    part_name,
+    scale_path,
+    to_float32,
+    tokens_path,
+)
+from store.leases import Lease, Leases
+from store.metadata import documents
+from store.opening import peek, refuse_other, uncommitted
 from store.sites import Point, Site, Stream
-from store.statistics import array_statistics
-from store.tables import write_table
+from store.statistics import Statistics, array_statistics
+from store.tables import table_bytes
 
-SETTLING_THREADS = 4
+WRITING_THREADS = 4
+Key = tuple[Site, int, Point]
+Pieces = Sequence[memoryview | bytes]
 
 
 @dataclass(frozen=True)
 class Part:
     """The content of one part, `n` images long."""
 
-    activations: Mapping[tuple[Site, int, Point], np.ndarray]
+    activations: Mapping[Key, np.ndarray]
     """(site, step, point) -> (n, kept token, d_model) in the store's logical dtype; empty slots are NaN"""
     tokens: Mapping[tuple[Stream, int], np.ndarray]
     """(stream, step) -> (n, kept token) int32, for streams of which not all tokens are kept"""
     prompts: pa.Table
     pictures: pa.Table | None
+    errors: Mapping[Key, float] = field(default_factory=dict)
+    """(site, step, point) -> sum of squared differences between what was computed and `activations`; absent: none"""
 
 
 class StoreWriter:
     """A store that is being filled; `open_or_create` is the way to one."""
 
-    def __init__(self, path: Path, meta: StoreMeta) -> None:
-        self.path, self.meta = path, meta
-        self._arrays: dict[str, zarr.Array[Any]] = {}
-        self._leftovers = [] if layout.seal(path).exists() else _leftovers(path)
+    def __init__(self, path: Path, meta: StoreMeta, mixed: dict[str, Any] | None = None) -> None:
+        self.path, self.meta, self.mixed = path, meta, mixed
+        self.leases = Leases(layout.runs_folder(path) / "leases")
+        self._specs = {spec.name: spec for spec in array_specs(meta)}
 
     @classmethod
-    def open_or_create(cls, path: Path, meta: StoreMeta, weights: bytes | None = None) -> "StoreWriter":
+    def open_or_create(
+        cls,
+        path: Path,
+        meta: StoreMeta,
+        weights: Callable[[str], bytes] | None = None,
+        allow_mixed: bool = False,
+    ) -> "StoreWriter":
         """The store at `path`, created when nothing is there; `UsageError` when something else is.
 
-        `weights` is the content of the file that `meta.weights["file"]` names, for a store that carries it.
+        `weights(name)` is the content of a weights file, for a store that carries them.  With `allow_mixed` a store that
+        was begun under another batch size, thread count, device or versions goes on, and its later commits say so.
         """
-        with _locked(path, "create"):
-            refuse_other(path, meta)
-            writer = cls(path, meta)
-            if not layout.store_commit(path).exists():
-                writer._create(weights)
+        there, mixed = refuse_other(path, meta, allow_mixed)
+        writer = cls(path, there, mixed)
+        with writer.leases.held("create", wait=True) as lease:
+            assert lease is not None
+            if not (path / layout.STORE_COMMIT).exists():
+                writer._create(lease, weights)
         return writer
 
-    def _create(self, weights: bytes | None) -> None:
-        """Write what is missing of the metadata; never touches what is there."""
+    @classmethod
+    def extend(cls, path: Path, meta: StoreMeta, weights: Callable[[str], bytes] | None = None) -> "StoreWriter":
+        """The finished store at `path` made ready for `meta.n_images` images; committed parts stay as they are.
+
+        `UsageError` unless `meta` differs from what is there in its length alone, and the store ends with a whole chunk.
+        """
+        refuse_extension(path, meta)
+        writer = cls(path, meta)
+        with writer.leases.held("create", wait=True) as lease:
+            assert lease is not None
+            there = peek(path)
+            if (path / layout.STORE_COMMIT).exists() and there is not None and there.n_images == meta.n_images:
+                return writer  # another worker has extended it, and may even have finished it
+            for name in (layout.SEAL, layout.STORE_COMMIT):  # from here on the same command, or --resume, goes on
+                (path / name).unlink(missing_ok=True)
+                fsync_folder((path / name).parent)
+            writer._create(lease, weights)
+        return writer
+
+    def _create(self, lease: Lease, weights: Callable[[str], bytes] | None) -> None:
+        """Write metadata, card and weights, and the record of them; `MismatchError` when parts of another run are there."""
         meta = self.meta
-        commits = [layout.seal(self.path), *(layout.part_commit(self.path, part) for part in range(meta.n_parts))]
-        if any(file.exists() for file in commits):
-            raise DamagedError(
-                f"{layout.store_commit(self.path)} is missing from a store that has committed parts: "
-                "restore it from a copy of the store"
-            )
-        for folder in ("commits", "prompts", "images"):
-            if folder != "images" or meta.pictures != "none":
-                (self.path / folder).mkdir(parents=True, exist_ok=True)
-        created = [_ensure_group(self.path, {"granary": meta.attributes()})]
-        folders: set[str] = set()
-        for name, shape, chunks, attributes in _arrays(meta):
-            for parent in _parents(name):
-                if parent not in folders:
-                    folders.add(parent)
-                    created.append(_ensure_group(self.path / parent, {}))
-            _ensure_array(self.path / name, meta, shape, chunks, attributes)
-            created.append(self.path / name / "zarr.json")
-        if weights is not None:
-            file = self.path / "weights" / meta.weights["file"]
-            write_bytes(file, weights)
-            created.append(file)
-        self._clear_leftovers("zarr.", ".")
-        files = {str(file.relative_to(self.path)): entry for file, entry in _settled(sorted(created)).items()}
-        fsync_folder(self.path)
-        fsync_folder(self.path.parent)
-        write_json(layout.store_commit(self.path), self_checked({"files": files, "parts": meta.n_parts}))
+        for part in range(meta.n_parts):
+            self._check_origin(self.path / layout.part_commit(part))
+        files = documents(meta)
+        folders = {(self.path / name).parent for name in (*files, *part_files(meta, 0), layout.STORE_COMMIT)}
+        if meta.weights["policy"] == "copy":
+            folders.add(self.path / "weights")
+        for folder in (self.path / "commits", *sorted(folders)):  # first what shows that the folder is ours
+            folder.mkdir(parents=True, exist_ok=True)
+        entries: dict[str, dict[str, Any]] = {}
+
+        def put(name: str) -> None:
+            entries[name] = self._put(name, (files[name],), lease)
+
+        _all_of([partial(put, name) for name in files])
+        if meta.weights["policy"] == "copy":
+            assert weights is not None
+            for name in sorted(set(meta.weights["files"].values())):  # one at a time: together they may be gigabytes
+                entries[f"weights/{name}"] = self._put(f"weights/{name}", (weights(name),), lease)
+        for folder in sorted({self.path, self.path.parent, *folders, *(f.parent for f in folders)}):
+            fsync_folder(folder)
+        record = self_checked({"files": dict(sorted(entries.items())), "origin": meta.origin, "parts": meta.n_parts})
+        self._put(layout.STORE_COMMIT, (json_bytes(record),), lease)
+        fsync_folder(self.path / "commits")
+
+    def _check_origin(self, commit: Path) -> None:
+        if commit.exists():
+            found = read_self_checked(commit).get("origin")
+            if found != self.meta.origin:
+                raise MismatchError(
+                    f"{commit} belongs to a run of origin {found}, and these settings give origin {self.meta.origin}: "
+                    "go on with the settings that the store was made with, or choose another --out"
+                )
 
     def missing(self) -> list[int]:
         """The parts that have no commit yet."""
         return uncommitted(self.path, self.meta)
 
+    def is_committed(self, part: int) -> bool:
+        return (self.path / layout.part_commit(part)).exists()
+
     @contextmanager
-    def claim(self, part: int) -> Iterator[bool]:
-        """Hold a part against other processes of this machine; False when another one holds it.
+    def claim(self, part: int, wait: bool = False) -> Iterator[Lease | None]:
+        """Hold a part against every other process; None while another one holds it, unless `wait`."""
+        with self.leases.held(part_name(part), wait) as lease:
+            yield lease
 
-        The lock is the kernel's: it ends with the process, however that ends.
+    def write_part(self, part: int, content: Part, lease: Lease | None = None) -> None:
+        """Write and commit one part, under `lease` or one of its own.
+
+        Errors: `NonFiniteError` names site, step and prompt of a NaN or an infinity; `LostLeaseError` when another process
+        took the part over; either way nothing was committed.
         """
-        with _locked(self.path, part_name(part), wait=False) as mine:
-            yield mine
-
-    def write_part(self, part: int, content: Part) -> None:
-        """Write and commit one part; `NonFiniteError` names site, step and prompt of a NaN or an infinity."""
+        if lease is None:
+            with self.claim(part, wait=True) as own:
+                return self.write_part(part, content, own)
         images = self.meta.part_images(part)
-        statistics = self._check(content, images)
-        self._clear_leftovers(f"c.{part}.", f".{part_name(part)}.")
-        for (site, step, point), values in content.activations.items():
-            self._write_array(array_path(site, step, point), images, to_carrier(values, self.meta))
-        for (stream, step), positions in content.tokens.items():
-            self._write_array(tokens_path(stream, step), images, positions)
-        write_table(self.path / "prompts" / f"{part_name(part)}.parquet", content.prompts)
-        if content.pictures is not None:
-            write_table(self.path / "images" / f"{part_name(part)}.parquet", content.pictures)
-        files = [self.path / name for name in part_files(self.meta, part)]
-        entries = _settled(files)
+        entries: dict[str, dict[str, Any]] = {}
+        statistics: dict[Key, Statistics] = {}
+
+        def put_array(key: Key) -> None:
+            statistics[key], pieces = self._array(part, content, key, images)
+            for name, values in pieces.items():
+                entries[name] = self._put(name, self._encoded(name, values), lease)
+
+        def put_tokens(stream: Stream, step: int) -> None:
+            name = chunk_file(tokens_path(stream, step), part)
+            entries[name] = self._put(name, self._encoded(name, content.tokens[stream, step]), lease)
+
+        def put_table(folder: str, table: pa.Table) -> None:
+            name = f"{folder}/{part_name(part)}.parquet"
+            entries[name] = self._put(name, (table_bytes(table),), lease)
+
+        _all_of(
+            [partial(put_array, key) for key in content.activations]
+            + [partial(put_tokens, *key) for key in content.tokens]
+            + [partial(put_table, "prompts", content.prompts)]
+            + ([partial(put_table, "images", content.pictures)] if content.pictures is not None else [])
+        )
+        name = f"statistics/{part_name(part)}.safetensors"
+        entries[name] = self._put(name, (statistics_bytes(statistics),), lease)
+        names = part_files(self.meta, part)
+        assert set(entries) == set(names), sorted(set(entries) ^ set(names))
+        _all_of([partial(fsync_folder, folder) for folder in sorted({(self.path / name).parent for name in names})])
+        scalars: dict[str, Any] = {}
+        for (site, step, point), found in statistics.items():
+            scalars.setdefault(str(site), {}).setdefault(str(step), {})[point] = found.scalars()
         commit = {
             "part": part,
             "images": [images.start, images.stop],
-            "files": {str(file.relative_to(self.path)): entry for file, entry in entries.items()},
-            "statistics": statistics,
+            "origin": self.meta.origin,
+            "files": entries,
+            "statistics": scalars,
         }
-        write_json(layout.part_commit(self.path, part), self_checked(commit))
+        if self.mixed:
+            commit["mixed"] = self.mixed
+        self._put(layout.part_commit(part), (json_bytes(self_checked(commit)),), lease)
+        fsync_folder(self.path / "commits")
+        return None
 
     def seal(self) -> bool:
         """Write the seal when every part is committed; whether the store is finished."""
         if self.missing():
             return False
-        if not layout.seal(self.path).exists():
-            names = [layout.store_commit(self.path)]
-            names += [layout.part_commit(self.path, part) for part in range(self.meta.n_parts)]
-            commits = {file.stem: sha256_file(file) for file in names}
-            self._leftovers = _leftovers(self.path)  # again: another process may have died meanwhile
-            self._clear_leftovers("")
-            write_json(layout.seal(self.path), self_checked({"commits": commits}))
+        with self.leases.held("create", wait=True) as lease:  # so that nobody extends it meanwhile
+            assert lease is not None
+            there = peek(self.path)
+            if there is not None and there.n_images != self.meta.n_images:
+                raise MismatchError(
+                    f"{self.path} was extended to {there.n_images} images by another process meanwhile: "
+                    "everything that was to be done here is done"
+                )
+            if not (self.path / layout.SEAL).exists():
+                content = json_bytes(sealed(self.path, self.meta))
+                self._put(layout.SEAL, (content,), lease)
+                fsync_folder(self.path)
+            self.leases.clear()
         return True
 
-    def _check(self, content: Part, images: range) -> dict[str, Any]:
-        statistics: dict[str, Any] = {}
-        for (site, step, point), values in content.activations.items():
-            expected = (len(images), self.meta.tokens[site.stream].kept, self.meta.d_model)
-            assert values.shape == expected, (str(site), values.shape, expected)
-            positions = content.tokens.get((site.stream, step))
-            found, bad = array_statistics(values, None if positions is None else positions >= 0)
-            if bad is not None:
-                prompt = content.prompts.column("prompt")[bad].as_py()
-                raise NonFiniteError(
-                    f"{site} {point} at step {step} of image {images.start + bad} holds a NaN or an infinity "
-                    f"in {self.meta.store_dtype} (prompt: {prompt!r}). Nothing of this part was written; "
-                    "try --dtype float32 or a store dtype of greater range (--store-dtype bfloat16)."
-                )
-            statistics.setdefault(str(site), {}).setdefault(str(step), {})[point] = found
-        return statistics
+    def _array(self, part: int, content: Part, key: Key, images: range) -> tuple[Statistics, dict[str, np.ndarray]]:
+        """The statistics of one array's part, and the values of its chunk files as they lie in Zarr."""
+        site, step, point = key
+        values = content.activations[key]
+        expected = (len(images), self.meta.tokens[site.stream].kept, self.meta.d_model)
+        assert values.shape == expected, (str(site), values.shape, expected)
+        positions = content.tokens.get((site.stream, step))
+        kept = None if positions is None else positions >= 0
+        error = content.errors.get(key, 0.0)
+        name = chunk_file(array_path(*key), part)
+        if self.meta.carrier.scaled:
+            bits, scale = to_e4m3(values)
+            stored = from_e4m3(bits, scale)
+            lost = to_float32(stored) - to_float32(values)
+            error += float(np.square(lost if kept is None else lost[kept], dtype=np.float64).sum())
+            pieces = {name: bits, chunk_file(scale_path(*key), part): scale}
+        else:
+            stored = values
+            pieces = {name: values.view(np.uint16) if self.meta.store_dtype == "bfloat16" else values}
+        found = array_statistics(stored, kept, error)
+        if isinstance(found, int):
+            prompt = content.prompts.column("prompt")[found].as_py()
+            raise NonFiniteError(
+                f"{site} {point} at step {step} of image {images.start + found} holds a NaN or an infinity "
+                f"in {self.meta.store_dtype} (prompt: {prompt!r}). Nothing of this part was committed; "
+                "try --dtype float32 or a store dtype of greater range (--store-dtype bfloat16)."
+            )
+        return found, pieces
 
-    def _write_array(self, name: str, images: range, values: np.ndarray) -> None:
-        if name not in self._arrays:
-            array = zarr.open_array(self.path / name, mode="r+", zarr_format=3, config={"write_empty_chunks": True})
-            self._arrays[name] = array
-        self._arrays[name][images.start : images.stop] = values
+    def _encoded(self, name: str, values: np.ndarray) -> Pieces:
+        """The content of a chunk's file."""
+        spec = self._specs[name.rpartition("/")[0]]
+        return encode(padded(values, self.meta.chunk_images, spec.fill), spec.codec)
 
-    def _clear_leftovers(self, *prefixes: str) -> None:
-        """Remove what killed processes left half-written of the files with these prefixes."""
-        for file in [file for file in self._leftovers if file.name.startswith(prefixes)]:
-            file.unlink(missing_ok=True)
-            self._leftovers.remove(file)
-
-
-def _leftovers(path: Path) -> list[Path]:
-    """Temporary files of killed processes below a folder."""
-    found = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
-    return [file for file in found if is_temporary(file)]
-
-
-def uncommitted(path: Path, meta: StoreMeta) -> list[int]:
-    """The parts that have no commit yet; all of them where there is no store."""
-    return [part for part in range(meta.n_parts) if not layout.part_commit(path, part).exists()]
-
-
-def refuse_other(path: Path, meta: StoreMeta) -> None:
-    """`UsageError` when `path` holds anything but nothing, or the store that `meta` describes."""
-    found = layout.peek(path)
-    if found is not None:
-        there, here = (_leaves(json.loads(json_bytes(each.attributes()))) for each in (found, meta))
-        if there != here:
-            raise UsageError(_other_run(path, there, here))
-    elif path.exists() and (not path.is_dir() or any(not is_temporary(file) for file in path.iterdir())):
-        raise UsageError(f"{path} exists and is not a Granary store: choose another --out, or remove it")
-
-
-@contextmanager
-def _locked(path: Path, name: str, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock of a store against other processes of this machine; without `wait`, whether it was free.
-
-    The lock is the kernel's: it ends with the process, however that ends.  The file stays, in `STORE.runs/`.
-    """
-    folder = layout.runs_folder(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f".{name}.lock").open("w") as file:
+    def _put(self, name: str, pieces: Pieces, lease: Lease) -> dict[str, Any]:
+        """Publish a file under a lease, and its length and SHA-256; the caller syncs the folder."""
+        path = self.path / name
+        for generation in range(1, lease.generation):  # what a process that lost the part left half-written
+            temporary_of(path, str(generation)).unlink(missing_ok=True)
+        temporary = temporary_of(path, str(lease.generation))
+        digest, length = hashlib.sha256(), 0
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+            with temporary.open("wb", buffering=0) as file:
+                for piece in pieces:
+                    view = memoryview(piece)
+                    digest.update(view)
+                    length += len(view)
+                    while view:
+                        view = view[file.write(view) :]
+                os.fsync(file.fileno())
+            lease.check()
+            temporary.replace(path)
+        except BaseException as error:
+            temporary.unlink(missing_ok=True)
+            if isinstance(error, FileNotFoundError):
+                lease.check()  # whoever took the part over has removed the temporary file
+            raise
+        return {"bytes": length, "sha256": digest.hexdigest()}
 
 
-def _settled(files: Sequence[Path]) -> dict[Path, dict[str, Any]]:
-    """Length and SHA-256 of files that are on the disk now, names included; several at a time, as both wait outside Python."""
-    with ThreadPoolExecutor(SETTLING_THREADS) as pool:
-        entries = dict(zip(files, pool.map(_settle, files), strict=True))
-    for folder in sorted({file.parent for file in files}):
-        fsync_folder(folder)
-    return entries
+def statistics_bytes(statistics: Mapping[Key, Statistics]) -> bytes:
+    """The statistics file of a part."""
+    tensors: dict[str, np.ndarray] = {}
+    for (site, step, point), found in statistics.items():
+        tensors |= found.tensors(f"{site}/step.{step}/{point}")
+    return bytes(safetensors.numpy.save(tensors))
 
 
-def _settle(file: Path) -> dict[str, Any]:
-    fsync_file(file)
-    return {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+def sealed(path: Path, meta: StoreMeta) -> dict[str, Any]:
+    """The content of the seal of a store whose parts are all committed; `DamagedError` for a commit that is not whole."""
+    commits = {}
+    for name in (layout.STORE_COMMIT, *(layout.part_commit(part) for part in range(meta.n_parts))):
+        data = (path / name).read_bytes()
+        if parse_self_checked(data, str(path / name)).get("origin") != meta.origin:
+            raise DamagedError(f"{path / name} belongs to another run: python -m store repair {path}")
+        commits[Path(name).stem] = sha256_bytes(data)
+    return self_checked({"commits": commits})
 
 
-def _arrays(meta: StoreMeta) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...], dict[str, Any]]]:
-    """Name, shape, chunk shape and attributes of every array of a store."""
-    for site in meta.site_objects:
-        kept = meta.tokens[site.stream].kept
-        for step in meta.steps:
-            for point in meta.points:
-                attributes = {"logical_dtype": meta.store_dtype, "site": str(site), "step": step, "point": point}
-                shape = (meta.n_images, kept, meta.d_model)
-                yield array_path(site, step, point), shape, (meta.chunk_images, kept, meta.d_model), attributes
-    for stream in meta.streams:
-        kept = meta.tokens[stream].kept
-        if not meta.tokens[stream].all_kept:
-            for step in meta.steps:
-                yield (
-                    tokens_path(stream, step),
-                    (meta.n_images, kept),
-                    (meta.chunk_images, kept),
-                    {"stream": stream, "step": step},
-                )
+def refuse_extension(path: Path, meta: StoreMeta) -> list[int]:
+    """The parts to be made; `UsageError` unless the store at `path` can grow into the one that `meta` describes."""
+    found = peek(path)
+    if found is None:
+        raise UsageError(f"there is no store at {path} to extend")
+    if found.origin != meta.origin:
+        refuse_other(path, meta)
+    last = found.n_parts - 1
+    short = found.n_images % found.chunk_images and meta.n_images != found.n_images
+    if short and (path / layout.part_commit(last)).exists():
+        raise UsageError(
+            f"{path} has {found.n_images} images, {found.chunk_images} a chunk: its last chunk is not full, and committed "
+            f"chunks are never changed. Take the last part out first (python -m store rm {path} --parts {last}), "
+            "then extend: it is made again"
+        )
+    if meta.n_images < found.n_images:
+        raise UsageError(f"{path} has {found.n_images} images already; --images {meta.n_images} would be fewer")
+    return [part for part in range(meta.n_parts) if not (path / layout.part_commit(part)).exists()]
 
 
-def _ensure_group(path: Path, attributes: dict[str, Any]) -> Path:
-    """The metadata file of a group, written when it is not there."""
-    file = path / "zarr.json"
-    if not file.exists():
-        zarr.create_group(path, zarr_format=3, attributes=attributes)
-    return file
-
-
-def _ensure_array(
-    path: Path, meta: StoreMeta, shape: tuple[int, ...], chunks: tuple[int, ...], attributes: dict[str, Any]
-) -> None:
-    """Create an array when it is not there."""
-    if (path / "zarr.json").exists():
-        return
-    activations = len(shape) == 3
-    zarr.create_array(
-        path,
-        shape=shape,
-        chunks=chunks,
-        dtype=meta.carrier.stored if activations else "int32",
-        fill_value=(np.nan if meta.carrier.fill == "NaN" else meta.carrier.fill) if activations else -1,
-        serializer=BytesCodec(),
-        compressors=[Crc32cCodec()],
-        filters=(),
-        chunk_key_encoding={"name": "default", "separator": "."},
-        dimension_names=("image", "token", "channel")[: len(shape)],
-        attributes=attributes,
-        zarr_format=3,
-    )
-
-
-def _parents(name: str) -> list[str]:
-    words = name.split("/")
-    return ["/".join(words[:count]) for count in range(1, len(words))]
-
-
-def _leaves(value: Any, name: str = "") -> dict[str, Any]:
-    """`{"model": {"id": "x"}}` as `{"model.id": "x"}`."""
-    if not isinstance(value, dict):
-        return {name: value}
-    return {k: v for key, each in value.items() for k, v in _leaves(each, f"{name}.{key}".lstrip(".")).items()}
-
-
-def _other_run(path: Path, there: dict[str, Any], here: dict[str, Any]) -> str:
-    odd = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
-    lines = [f"  {key}: there {there.get(key)!r}, asked for {here.get(key)!r}" for key in odd]
-    return (
-        f"{path} holds another run; it differs in\n"
-        + "\n".join(lines)
-        + "\nRun with the settings that it was made with to go on, or choose another --out."
-    )
+def _all_of(jobs: Sequence[Callable[[], None]]) -> None:
+    """Do all jobs, a few at a time; the first error stops those that have not begun."""
+    with ThreadPoolExecutor(WRITING_THREADS) as pool:
+        running = [pool.submit(job) for job in jobs]
+        try:
+            for each in running:
+                each.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise

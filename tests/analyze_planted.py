@@ -119,6 +119,7 @@ def _meta(plan: Plan) -> StoreMeta:
     return StoreMeta(
         n_images=plan.n_images, chunk_images=plan.chunk_images, sites=plan.sites, points=("mlp_in", "mlp_out"),
         steps=tuple(range(plan.steps)), d_model=plan.d_model, store_dtype=plan.store_dtype,  # type: ignore[arg-type]
+        codec="none", targets="stored",
         tokens={stream: policy for stream, policy in tokens.items() if stream in streams},  # type: ignore[misc]
         height=plan.grid[0] * plan.pixels, width=plan.grid[1] * plan.pixels, pixels_per_token=plan.pixels,
         num_inference_steps=plan.steps, max_sequence_length=plan.text_tokens, guidance=0.0, seed=plan.seed,

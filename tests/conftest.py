@@ -14,6 +14,7 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 
+from tests.object_server import bucket, hub, s3_server, session  # noqa: E402, F401
 from tests.small_store import SmallStore, make_store  # noqa: E402
 
 

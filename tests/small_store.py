@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import safetensors.numpy
 from PIL import Image
 
 from harvest.rows import picture_table
 from store import Site, Store, open_store
-from store.format import StoreDtype, StoreMeta, StreamTokens, carrier_of
+from store.format import Codec, StoreDtype, StoreMeta, StreamTokens, carrier_of
 from store.sites import POINTS, Point
 from store.split import split_of
 from store.tokens import kept_positions
@@ -37,6 +38,8 @@ def small_meta(
     chunk_images: int = 4,
     pictures: str = "png",
     seed: int = 0,
+    codec: Codec = "none",
+    weights: bool = False,
 ) -> StoreMeta:
     """A StoreMeta for a 24 x 32 pixel model with 12 image tokens of 8 pixels and 8 text tokens."""
     streams = dict.fromkeys(Site.parse(name).stream for name in sites)
@@ -49,6 +52,8 @@ def small_meta(
         steps=tuple(steps),
         d_model=d_model,
         store_dtype=store_dtype,
+        codec=codec,
+        targets="stored",
         tokens={stream: tokens[stream] for stream in streams},
         height=24,
         width=32,
@@ -67,9 +72,25 @@ def small_meta(
         model={"id": "random", "revision": None, "weights_sha256": {"transformer": "0" * 64}, "transformer": {}},
         scheduler={"class": "none", "config": {}},
         prompts={"source": "made up", "sha256": "0" * 64, "count": n_images, "split": "all"},
-        weights={"policy": "none"},
+        weights={"policy": "copy", "files": {site: weights_name(d_model) for site in sites}}
+        if weights
+        else {"policy": "none"},
         versions={},
     )
+
+
+def weights_content(name: str) -> bytes:
+    """MLP matrices for a small store: of the width that the name ends with, the same at every site."""
+    d_model = int(name.removesuffix(".safetensors").rpartition("-")[2])
+    rng = np.random.default_rng(d_model)
+    shapes = {"net.0.proj.weight": (4 * d_model, d_model), "net.0.proj.bias": (4 * d_model,)}
+    shapes |= {"net.2.weight": (d_model, 4 * d_model), "net.2.bias": (d_model,)}
+    tensors = {key: (rng.normal(size=shape) / 4).astype(np.float32) for key, shape in shapes.items()}
+    return bytes(safetensors.numpy.save(tensors))
+
+
+def weights_name(d_model: int) -> str:
+    return f"sha256-{'0' * 60}-{d_model}.safetensors"
 
 
 def make_store(
@@ -88,7 +109,7 @@ def make_store(
         for step in meta.steps
         for point in meta.points
     }
-    writer = StoreWriter.open_or_create(path, meta)
+    writer = StoreWriter.open_or_create(path, meta, weights_content if meta.weights["policy"] == "copy" else None)
     for part in writer.missing():
         writer.write_part(part, small_part(meta, part, values, words, truths))
     assert writer.seal()

@@ -42,7 +42,7 @@ class Case:
 def test_a_dictionary_of_a_site_that_the_store_lacks(tmp_path: Path) -> None:
     case = Case(tmp_path)
     save_dictionary(tmp_path / "dictionaries" / "transcoder_img_7", reading_dictionary("img_7"), None, [])
-    with pytest.raises(MismatchError, match=r"img_7, which the store has not; it has img_0, txt_0"):
+    with pytest.raises(MismatchError, match=r"img_7, which store .*store has not; it has img_0, txt_0"):
         scores.run(ScoresSettings(**case.where()))
     scores.run(ScoresSettings(**case.where(sites="img_0,txt_0")))  # the others can be chosen
 
@@ -50,7 +50,7 @@ def test_a_dictionary_of_a_site_that_the_store_lacks(tmp_path: Path) -> None:
 def test_a_dictionary_of_another_width(tmp_path: Path) -> None:
     case = Case(tmp_path)
     save_dictionary(tmp_path / "other" / "transcoder_img_0", reading_dictionary("img_0", d_model=16), None, [])
-    with pytest.raises(MismatchError, match="d_model 16, the store's activations have 32"):
+    with pytest.raises(MismatchError, match=r"d_model 16, the activations of store .*store have 32"):
         scores.run(ScoresSettings(**case.where(dictionaries=tmp_path / "other")))
 
 
@@ -58,7 +58,9 @@ def test_a_dictionary_trained_on_another_model(tmp_path: Path) -> None:
     planted_store(tmp_path / "store", PLAN)
     other = {**MODEL, "weights_sha256": {"transformer": "cd" * 32}}
     planted_dictionaries(tmp_path / "dictionaries", PLAN, parent=Parent("sha256-p", "sha256-s", other))
-    with pytest.raises(MismatchError, match="trained on a transformer with weights cdcd"):
+    with pytest.raises(
+        MismatchError, match=r"planted \(transformer cdcd.*is of planted \(transformer abab.*another model"
+    ):
         scores.run(
             ScoresSettings(store=tmp_path / "store", dictionaries=tmp_path / "dictionaries", out=tmp_path / "out")
         )
@@ -90,11 +92,8 @@ def test_an_output_folder_that_holds_another_run(tmp_path: Path) -> None:
     scores.run(ScoresSettings(**case.where()))
     with pytest.raises(UsageError, match="holds another run"):
         scores.run(ScoresSettings(**case.where(padding=True)))
-    planted_store(tmp_path / "other", Plan(n_images=6, steps=1, seed=9))
-    with pytest.raises(UsageError, match="holds another run"):
-        scores.run(ScoresSettings(**case.where(store=tmp_path / "other")))
     save_dictionary(tmp_path / "changed" / "transcoder_img_0", reading_dictionary("img_0", seed=5), None, [])
-    with pytest.raises(MismatchError, match="scores of another dictionary"):
+    with pytest.raises(MismatchError, match="scores of another dictionary: transcoder_img_0"):
         scores.run(ScoresSettings(**case.where(dictionaries=tmp_path / "changed")))
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "to mother.txt").write_text("dear")

@@ -12,12 +12,14 @@ import pytest
 import safetensors.torch
 import torch
 
+import train.checkpoint
 from store.errors import DamagedError, ForeignError, UnfinishedError, UsageError
-from store.files import self_checked, write_json
+from store.files import read_self_checked, self_checked, write_json
 from store.sites import Site
 from train import SAE, DictionaryConfig, Transcoder, load_dictionaries, load_dictionary
 from train.__main__ import COMMANDS
 from train.checkpoint import RESUME, read_config, save_dictionary
+from train.config import Parent
 from train.dictionary import Dictionary, PreBiasSAE, build, sinusoidal
 from train.loss import loss_of_record
 from train.published import ExportSettings, ImportSettings, import_file, run_export, run_import, to_bytes
@@ -164,6 +166,50 @@ def test_export_then_import_gives_the_same_dictionary(changes: dict[str, Any], t
     )  # the same again: nothing to complain about
 
 
+@pytest.mark.parametrize("survives", range(4))
+def test_a_killed_import_goes_on_with_the_same_command(
+    survives: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = GOLDEN / "transcoders" / "transcoder_img_0.pt"
+    run_import(ImportSettings(file, tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        for name in ("write_bytes", "write_json"):
+            patch.setattr(train.checkpoint, name, dying(getattr(train.checkpoint, name), survives))
+        with pytest.raises(KeyboardInterrupt):
+            run_import(ImportSettings(file, tmp_path / "killed"))
+    run_import(ImportSettings(file, tmp_path / "killed"))
+    contents = [
+        {path.name: path.read_bytes() for path in (tmp_path / name / "transcoder_img_0").iterdir()}
+        for name in ("whole", "killed")
+    ]
+    assert contents[0] == contents[1]
+
+
+def dying(write: Any, survives: int) -> Any:
+    """`write` for so many files of a dictionary (config.json is the fourth), and then a kill in the middle of the next."""
+    written = ["weights.safetensors", "metrics.json", "log.jsonl", "config.json"][survives]
+
+    def dies(path: Path, content: Any) -> None:
+        if path.name == written:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.with_name(f".{path.name}.0badf00d.tmp").write_bytes(b"torn")
+            raise KeyboardInterrupt
+        write(path, content)
+
+    return dies
+
+
+def test_an_import_does_not_write_over_something_else(tmp_path: Path) -> None:
+    file = GOLDEN / "transcoders" / "transcoder_img_0.pt"
+    save_dictionary(tmp_path / "transcoder_img_0", random_dictionary(site=Site.parse("img_0")), None, [])
+    with pytest.raises(UsageError, match="holds something else"):
+        run_import(ImportSettings(file, tmp_path))
+    (tmp_path / "letters" / "transcoder_img_0").mkdir(parents=True)
+    (tmp_path / "letters" / "transcoder_img_0" / "to mother.txt").touch()
+    with pytest.raises(UsageError, match="holds something else"):
+        run_import(ImportSettings(file, tmp_path / "letters"))
+
+
 def test_an_exported_transcoder_has_the_keys_and_shapes_of_the_published_ones(tmp_path: Path) -> None:
     published = torch.load(GOLDEN / "transcoders" / "transcoder_img_0.pt", weights_only=True)
     ours = random_dictionary(d_model=64, n_features=256, time_embed_dim=64)
@@ -270,6 +316,15 @@ def test_a_dictionary_of_another_version_is_refused(tmp_path: Path) -> None:
     write_json(folder / "config.json", self_checked({**found, "format_version": 7}))
     with pytest.raises(ForeignError, match=r"version 7.*reads version 1"):
         load_dictionary(folder)
+
+
+def test_a_parent_of_before_targets_could_be_recomputed_had_stored_ones(tmp_path: Path) -> None:
+    parent = Parent("sha256-p", "sha256-s", {"id": "m"})
+    save_dictionary(tmp_path / "d", random_dictionary(parent=parent), None, [])
+    content = read_self_checked(tmp_path / "d" / "config.json")
+    del content["parent"]["targets"]
+    write_json(tmp_path / "d" / "config.json", self_checked(content))
+    assert load_dictionary(tmp_path / "d").config.parent == parent and parent.targets == "stored"
 
 
 def test_missing_unfinished_and_double_dictionaries_are_told_apart(tmp_path: Path) -> None:

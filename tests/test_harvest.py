@@ -178,21 +178,20 @@ def test_the_function_runs_as_often_as_it_is_called(tmp_path: Path) -> None:
 
 def test_the_same_command_on_a_finished_store_does_nothing(plain: Store, capsys: pytest.CaptureFixture[str]) -> None:
     before = tree(plain.path)
-    harvest(plain.path)
+    harvest(Path(plain.path))
     assert "0 images harvested" in capsys.readouterr().out
     assert tree(plain.path) == before
 
 
 def test_copied_weights_recompute_mlp_out(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     store = harvest(tmp_path / "store", weights="copy", images=2, store_dtype="float32")
-    weights = load_file(store.path / "weights" / store.meta.weights["file"])
+    weights = load(store.weights_file(IMG) or b"")
     x = torch.from_numpy(store.read(IMG, 0, "mlp_in"))
-    hidden = torch.nn.functional.gelu(
-        x @ weights["img_1.net.0.proj.weight"].T + weights["img_1.net.0.proj.bias"], approximate="tanh"
-    )
-    y = hidden @ weights["img_1.net.2.weight"].T + weights["img_1.net.2.bias"]
+    before = x @ weights["net.0.proj.weight"].T + weights["net.0.proj.bias"]
+    hidden = torch.nn.functional.gelu(before, approximate="tanh")
+    y = hidden @ weights["net.2.weight"].T + weights["net.2.bias"]
     np.testing.assert_allclose(store.read(IMG, 0, "mlp_out"), y.numpy(), atol=2e-5)
 
 
@@ -279,7 +278,7 @@ def test_a_full_disk_is_refused_before_the_first_image(
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=1000))
     assert command(*words("--out", str(tmp_path / "store"))) == 1
     assert not (tmp_path / "store").exists()
-    assert "the disk has 0.00 GB free" in capsys.readouterr().err
+    assert "has 1 KB free" in capsys.readouterr().err
 
 
 def test_a_disk_that_fills_up_meanwhile_is_one_message(
@@ -292,7 +291,7 @@ def test_a_disk_that_fills_up_meanwhile_is_one_message(
     def full(*_args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
 
-    monkeypatch.setattr(StoreWriter, "_write_array", full)
+    monkeypatch.setattr(StoreWriter, "_encoded", full)
     assert command(*words("--out", str(tmp_path / "store"))) == 1
     error = capsys.readouterr().err
     assert "No space left on device" in error

@@ -17,8 +17,9 @@ import store.pack
 from store import Site, open_store
 from store.errors import DamagedError, ForeignError, MismatchError, StoreError, UnfinishedError, UsageError
 from store.files import read_self_checked, self_checked, write_json
-from store.pack import PackSettings, human_size, parse_size, run
+from store.pack import PackSettings, run
 from store.shards import Pack, open_pack
+from store.sizes import human_size, parse_size
 from tests.toy_stores import SIGMAS, toy_store
 
 
@@ -256,6 +257,10 @@ def test_a_manifest_that_was_edited_or_is_of_another_version_is_refused(a_store:
     write_json(manifest, {**content, "key": "0"})
     with pytest.raises(DamagedError, match="edited"):
         open_pack(pack.path)
+    plan = {key: value for key, value in content["plan"].items() if key not in ("targets", "weights")}
+    write_json(manifest, self_checked({**content, "plan": plan}))  # as packs were before targets could be recomputed
+    before = open_pack(pack.path)
+    assert before.targets == "stored" and before.shards(Site.parse("img_0"))[0].columns("mlp_out")
     manifest.unlink()
     with pytest.raises(ForeignError, match="is no pack"):
         open_pack(pack.path)

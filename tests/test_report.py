@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -76,6 +76,24 @@ def test_pictures_have_words_for_those_who_do_not_see_them(made: Made) -> None:
 def test_the_report_is_the_same_bytes_again(made: Made) -> None:
     folder = made.report.index.parent
     first = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    report.run(made.settings)
+    assert {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()} == first
+
+
+def test_a_report_of_fewer_features_leaves_no_pictures_of_the_other_behind(made: Made) -> None:
+    folder = made.report.index.parent
+    first = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    other = folder / "pictures" / "img_0" / "step0-feature1-for-my-talk.webp"
+    other.write_bytes(b"not the report's")
+    table = folder.parent / "truth.json"  # every feature that it names is shown; without it --best alone decides
+    table.rename(folder.parent / "aside")
+    report.run(replace(made.settings, best=2))
+    report.run(replace(made.settings, best=1))
+    (folder.parent / "aside").rename(table)
+    shown = set(re.findall(r'src="(pictures/[^"]+)"', made.report.index.read_text()))
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*.webp") if path != other} == shown
+    assert len(shown) == 1
+    other.unlink()
     report.run(made.settings)
     assert {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()} == first
 

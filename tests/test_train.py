@@ -26,6 +26,7 @@ from train import Dictionary, TrainSettings, load_dictionaries, load_dictionary,
 from train.__main__ import COMMANDS
 from train.evaluate import evaluate
 from train.loader import Loader
+from train.means import TrainingMeans
 from train.trainer import learning_rate
 
 SITE = Site.parse("img_0")
@@ -309,7 +310,8 @@ def test_a_training_that_diverges_says_so(packs: tuple[Path, Path], tmp_path: Pa
 
 def test_evaluating_again_gives_the_saved_figures(packs: tuple[Path, Path], trained: Path) -> None:
     (dictionary,) = load_dictionaries(trained)
-    assert evaluate(dictionary, open_pack(packs[0]), open_pack(packs[1])) == dictionary.metrics
+    means = TrainingMeans(open_pack(packs[0]), dictionary.site, dictionary.target_point)
+    assert evaluate(dictionary, means, open_pack(packs[1])) == dictionary.metrics
 
 
 def test_the_command_line_equals_python_and_imports_neither_diffusers_nor_zarr(

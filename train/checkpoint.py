@@ -21,10 +21,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from store.errors import DamagedError, ForeignError, UnfinishedError, UsageError
+from store.errors import DamagedError, ForeignError, MismatchError, UnfinishedError, UsageError
 from store.files import json_bytes, read_self_checked, self_checked, sha256_bytes, sha256_file, write_bytes, write_json
 from train.config import DictionaryConfig
 from train.dictionary import Dictionary, build
+from train.provenance import model_name
 
 CONFIG, WEIGHTS, METRICS, LOG, RESUME = (
     "config.json",
@@ -117,7 +118,7 @@ def save_progress(folder: Path, dictionary: Dictionary, optimizer: torch.optim.O
 def load_progress(folder: Path, dictionary: Dictionary, optimizer: torch.optim.Optimizer) -> Progress:
     """Bring dictionary and optimizer to where `save_progress` left them; a fresh `Progress` when it never ran.
 
-    `UsageError` when the folder holds the training of another dictionary.
+    `UsageError` when the folder holds the training of another dictionary, `MismatchError` when it is on another pack.
     """
     path = folder / RESUME
     if not path.exists():
@@ -140,8 +141,13 @@ def load_progress(folder: Path, dictionary: Dictionary, optimizer: torch.optim.O
 
 
 def refuse_other(folder: Path, found: DictionaryConfig, asked: DictionaryConfig) -> None:
-    """`UsageError` naming every difference, unless both are the same training."""
+    """`UsageError` naming every difference, unless both are the same training; `MismatchError` where the packs differ."""
     there, here = (config.trained(0, 0).to_json() for config in (found, asked))
+    if there["parent"] != here["parent"]:
+        raise MismatchError(
+            f"{folder} was trained on {_parent_name(found)}; now asked for is {_parent_name(asked)}: train on the same "
+            "pack to go on, choose another --out, or remove that folder"
+        )
     differing = [key for key in here if there[key] != here[key]]
     if not differing:
         return
@@ -158,6 +164,13 @@ def refuse_other(folder: Path, found: DictionaryConfig, asked: DictionaryConfig)
         + "\n".join(lines)
         + "\nChoose another --out, or remove that folder."
     )
+
+
+def _parent_name(config: DictionaryConfig) -> str:
+    parent = config.parent
+    if parent is None:
+        return "nobody knows what (parent: unknown)"
+    return f"pack {parent.pack} of store {parent.store}, {model_name(parent.model)}, targets {parent.targets}"
 
 
 def _parameters(dictionary: Dictionary) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from store.errors import ForeignError, UsageError
+from store.format import Targets
 from store.sites import Point, Site
 
 FORMAT = "granary-dictionary"
@@ -29,6 +30,8 @@ class Parent:
     """content id of the store that the pack was made from"""
     model: dict[str, Any]
     """the model as the store names it: id, revision, hash of the weights"""
+    targets: Targets = "stored"
+    """whether mlp_out was read, or computed from mlp_in by the MLP of the site"""
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,13 @@
     pooled FVU    = sum over steps of the residuals / sum over steps of the deviations
 
 Sums run in float64 over all rows of the pack.  Text tokens are judged together, and apart as real
-tokens and padding, each against its own means.
+tokens and padding, each against its own means.  Recomputed targets are judged like stored ones; their
+means cost one pass over the training pack (`train.means`).
 """
 
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -18,10 +20,11 @@ from store.shards import GROUPS, Group, Pack
 from store.sites import Site
 from train.config import DictionaryConfig
 from train.dictionary import Dictionary
-from train.loader import read_rows
+from train.loader import ROWS_AT_ONCE, read_rows
+from train.means import TrainingMeans
+from train.provenance import check_same_model
+from train.recompute import PackPoints
 from train.tensors import to_torch
-
-ROWS_AT_ONCE = 4096
 
 
 class Tally:
@@ -67,9 +70,10 @@ def figures(tallies: list[Tally]) -> dict[str, Any] | None:
 
 
 @torch.no_grad()
-def evaluate(dictionary: Dictionary, train_pack: Pack, val_pack: Pack) -> dict[str, Any]:
+def evaluate(dictionary: Dictionary, means: TrainingMeans, val_pack: Pack) -> dict[str, Any]:
     """What `metrics.json` holds: figures over all rows of `val_pack`, `steps` apart; for txt also `real` and `padding`.
 
+    `means` are those of the dictionary's target in the pack that it was trained on.
     Memory: one shard, and a few (4096, n_features) matrices.  A dead feature is active on none of `rows` rows.
     """
     site, groups = dictionary.site, GROUPS[dictionary.site.stream]
@@ -77,21 +81,22 @@ def evaluate(dictionary: Dictionary, train_pack: Pack, val_pack: Pack) -> dict[s
     tallies: dict[tuple[Group, int], Tally] = {}
     for group in groups:
         for step in val_pack.steps:
-            mean = train_pack.mean(site, step, dictionary.target_point, group)
+            mean = means.of(step, group)
             if mean is None:  # the training split has no such row; judged against the mean of the whole stream
-                mean = train_pack.mean(site, step, dictionary.target_point)
+                mean = means.of(step)
             assert mean is not None
-            tallies[group, step] = Tally(to_torch(mean), n_features)
+            tallies[group, step] = Tally(mean, n_features)
+    points = PackPoints(val_pack, site, dictionary.input_point, dictionary.target_point)
     for shard in val_pack.shards(site):
-        rows = read_rows(shard, dictionary.input_point, dictionary.target_point)
+        rows = read_rows(shard, *points.columns)
         labels = {
             name: to_torch(column)
             for name, column in shard.columns("step", *(["real"] if len(groups) > 1 else [])).items()
         }
         columns = [torch.split(column, ROWS_AT_ONCE) for column in (*rows, *labels.values())]
         for x, y, sigma, step_of, *real in zip(*columns, strict=True):
-            y = y.float()
-            z = dictionary.encode(x.float(), sigma)
+            x, y = points.pair(x, y)
+            z = dictionary.encode(x, sigma)
             y_hat = dictionary.decode(z)
             residual = (y - y_hat).double().square().sum(dim=-1)
             cosine = torch.cosine_similarity(y.double(), y_hat.double(), dim=-1)
@@ -110,25 +115,32 @@ def evaluate(dictionary: Dictionary, train_pack: Pack, val_pack: Pack) -> dict[s
             if pooled is None
             else {**pooled, "steps": {str(step): figures([tally]) for step, tally in mine.items()}}
         )
-    return {"pack": val_pack.id, "split": val_pack.split, **by_group.pop("all"), **by_group}
+    about = {"pack": val_pack.id, "split": val_pack.split, "targets": val_pack.targets}
+    return {**about, **by_group.pop("all"), **by_group}
 
 
-def check_val(train_pack: Pack, val_pack: Pack, config: DictionaryConfig) -> None:
-    """Refuse a validation pack whose figures would mean nothing, before any step is taken."""
+def check_packs(train_pack: Pack, val_pack: Pack) -> None:
+    """Refuse a validation pack whose figures would mean nothing; a note where it cannot be known."""
     if val_pack.split == train_pack.split:
         raise UsageError(
             f"--val {val_pack.path} is of the split {val_pack.split!r}, which is trained on: pack --split val"
         )
-    if val_pack.model != train_pack.model or val_pack.d_model != train_pack.d_model:
+    if val_pack.d_model != train_pack.d_model:
         raise MismatchError(
-            f"{val_pack.path} is of another model than {train_pack.path}: {val_pack.model} against {train_pack.model}"
+            f"--val {val_pack.path} has rows of width {val_pack.d_model}, --pack {train_pack.path} of width "
+            f"{train_pack.d_model}: pack both from stores of one model"
         )
+    known = check_same_model(
+        f"--pack {train_pack.path}", train_pack.model, f"--val {val_pack.path}", val_pack.model,
+        "pack both from stores of one model",
+    )  # fmt: skip
+    if not known:
+        print(f"note: whether {val_pack.path} and {train_pack.path} are of one model is not known: they do not say")
     if not set(val_pack.steps) <= set(train_pack.steps):
         raise MismatchError(
-            f"{val_pack.path} has steps {val_pack.steps}, {train_pack.path} has {train_pack.steps}: FVU needs "
-            "the mean of every step from training"
+            f"--val {val_pack.path} has steps {', '.join(map(str, val_pack.steps))}, --pack {train_pack.path} has "
+            f"{', '.join(map(str, train_pack.steps))}: FVU needs the mean of every step from training"
         )
-    check_site(val_pack, config.site, config)
 
 
 def check_site(pack: Pack, site: Site, config: DictionaryConfig) -> None:
@@ -136,3 +148,21 @@ def check_site(pack: Pack, site: Site, config: DictionaryConfig) -> None:
     pack.require(site, config.input_point, config.target_point)
     if pack.rows(site) == 0:
         raise UsageError(f"{pack.path} has no rows of {site}: pack more images")
+
+
+def check_sigmas(train_pack: Pack, val_pack: Pack, site: Site) -> None:
+    """Refuse a validation pack whose steps are not those of training: the same number, another sigma."""
+    trained, held_out = sigmas_of(train_pack, site), sigmas_of(val_pack, site)
+    for step in sorted(set(trained) & set(held_out)):
+        if trained[step] != held_out[step]:
+            raise MismatchError(
+                f"step {step} is at sigma {held_out[step]:g} in --val {val_pack.path} and at {trained[step]:g} in --pack "
+                f"{train_pack.path}: pack both from stores of one schedule (steps, resolution and dtype decide it)"
+            )
+
+
+def sigmas_of(pack: Pack, site: Site) -> dict[int, float]:
+    """Sigma of every step that occurs in the first shard of a site."""
+    columns = pack.shards(site)[0].columns("step", "sigma")
+    steps, first = np.unique(columns["step"], return_index=True)
+    return {int(step): float(columns["sigma"][row]) for step, row in zip(steps, first, strict=True)}

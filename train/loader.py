@@ -20,7 +20,11 @@ from torch import Tensor
 from store.errors import NonFiniteError, UsageError
 from store.shards import Pack, Shard
 from store.sites import Point, Site
+from train.recompute import PackPoints
 from train.tensors import to_torch
+
+ROWS_AT_ONCE = 4096
+"""rows of a shard that are computed with at once, where order does not matter"""
 
 
 class Batch(NamedTuple):
@@ -28,7 +32,7 @@ class Batch(NamedTuple):
 
     x: Float[Tensor, "row d_model"]
     y: Float[Tensor, "row d_model"]
-    """the targets; the same tensor as x where input and target are one point"""
+    """the targets, read or recomputed; the same tensor as x where input and target are one point"""
     sigma: Float[Tensor, " row"]
 
 
@@ -61,13 +65,8 @@ class Loader:
     """The batches of one site."""
 
     def __init__(self, pack: Pack, site: Site, input_point: Point, target_point: Point, batch: int, seed: int) -> None:
-        pack.require(site, input_point, target_point)
-        self.shards, self.points, self.batch_rows, self.seed = (
-            pack.shards(site),
-            (input_point, target_point),
-            batch,
-            seed,
-        )
+        self.points = PackPoints(pack, site, input_point, target_point)
+        self.shards, self.batch_rows, self.seed = pack.shards(site), batch, seed
         counts = [shard.rows // batch for shard in self.shards]
         if min(counts) == 0:
             least = min(shard.rows for shard in self.shards)
@@ -89,19 +88,24 @@ class Loader:
         first = (k - (self._ends[shard - 1] if shard else 0)) * self.batch_rows
         rows, order = self._shard(shard), self._permutation(epoch, shard)
         chosen = order[first : first + self.batch_rows]
-        x = rows.x.index_select(0, chosen).float()
-        y = x if rows.y is rows.x else rows.y.index_select(0, chosen).float()
-        return Batch(x, y, rows.sigma.index_select(0, chosen))
+        x = rows.x.index_select(0, chosen)
+        y = x if rows.y is rows.x else rows.y.index_select(0, chosen)
+        return Batch(*self.points.pair(x, y), rows.sigma.index_select(0, chosen))
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
         """Batches `first` to `last`, counted through all epochs."""
         for number in range(first, last):
             yield self.batch(*divmod(number, len(self)))
 
+    def release(self) -> None:
+        """Let go of the shard and the MLP that are held in RAM; they are read again when they are needed again."""
+        self._rows = self._order = None
+        self.points.release()
+
     def _shard(self, index: int) -> Rows:
         if self._rows is None or self._rows[0] != index:
             self._rows = None  # let go of the old shard before the new one is read
-            self._rows = index, read_rows(self.shards[index], *self.points)
+            self._rows = index, read_rows(self.shards[index], *self.points.columns)
         return self._rows[1]
 
     def _permutation(self, epoch: int, shard: int) -> Tensor:

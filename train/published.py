@@ -21,9 +21,9 @@ import tyro
 from torch import Tensor
 
 from store.errors import ForeignError, UsageError
-from store.files import write_bytes
+from store.files import is_temporary, write_bytes
 from store.sites import Site
-from train.checkpoint import CONFIG, fill, frozen, load_dictionary, save_dictionary
+from train.checkpoint import CONFIG, COVERED, fill, frozen, load_dictionary, save_dictionary
 from train.config import DictionaryConfig, Kind
 from train.dictionary import Dictionary, build
 
@@ -71,11 +71,13 @@ def run_export(settings: ExportSettings) -> None:
 
 
 def run_import(settings: ImportSettings) -> None:
-    """Write the dictionary folder below `settings.out`."""
+    """Write the dictionary folder below `settings.out`; goes on where an import was killed."""
     dictionary = import_file(settings.file, settings.site, settings.kind)
     folder = settings.out / dictionary.name
-    if folder.exists() and not _same(folder, dictionary):
+    if folder.exists() and not _begun(folder) and not _same(folder, dictionary):
         raise UsageError(f"{folder} exists and holds something else: choose another --out, or remove it")
+    for leftover in folder.glob(".*.tmp"):  # of an import that was killed while it wrote
+        leftover.unlink()
     save_dictionary(folder, dictionary, None, [])
     config = dictionary.config
     print(
@@ -151,6 +153,11 @@ def import_file(path: Path, site: str | None = None, kind: Kind | None = None) -
     dictionary = build(config)
     fill(dictionary, state, str(path))
     return frozen(dictionary)
+
+
+def _begun(folder: Path) -> bool:
+    """Whether a folder holds nothing, or what an import writes before `config.json` makes it a dictionary."""
+    return folder.is_dir() and {path.name for path in folder.iterdir() if not is_temporary(path)} <= set(COVERED)
 
 
 def _same(folder: Path, dictionary: Dictionary) -> bool:

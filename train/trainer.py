@@ -9,12 +9,11 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from store.errors import NonFiniteError, UsageError
+from store.errors import MismatchError, NonFiniteError, UsageError
 from store.shards import Pack, open_pack
 from store.sites import Site, choose_sites
 from train.checkpoint import (
@@ -33,11 +32,12 @@ from train.checkpoint import (
 )
 from train.config import DictionaryConfig, Parent
 from train.dictionary import Dictionary, build
-from train.evaluate import check_site, check_val, evaluate
+from train.evaluate import check_packs, check_sigmas, check_site, evaluate
 from train.loader import Batch, Loader
 from train.loss import Loss, loss_of_record
+from train.means import TrainingMeans
+from train.recompute import PackPoints
 from train.settings import TrainSettings
-from train.tensors import to_torch
 
 RECORD_ROWS, RECORD_PERIOD = 1_000_000, 256
 
@@ -49,6 +49,11 @@ def run(settings: TrainSettings) -> list[Dictionary]:
         raise UsageError(f"--pack {pack.path} is of the split {pack.split!r}, which is held out: pack --split train")
     val = None if settings.val is None else open_pack(settings.val)
     sites = choose_sites(settings.sites, pack.sites, str(pack.path))
+    if val is not None:
+        check_packs(pack, val)
+    for found in (pack, val):
+        if found is not None and found.recomputed:
+            print(f"{found.path}: targets are recomputed, mlp_out = MLP(mlp_in) in float32, by the MLPs in the pack")
     with thread_count(settings.threads):
         jobs = [Job(settings, pack, site, val) for site in sites]
         if val is None:
@@ -67,7 +72,10 @@ class Job:
         self.folder = settings.out / self.config.name
         check_site(pack, site, self.config)
         if val is not None:
-            check_val(pack, val, self.config)
+            check_site(val, site, self.config)
+            check_sigmas(pack, val, site)
+            PackPoints(val, site, self.config.input_point, self.config.target_point)  # looks for its MLP
+        self.means = TrainingMeans(pack, site, self.config.target_point)
         self.loader = Loader(
             pack, site, self.config.input_point, self.config.target_point, settings.batch, settings.seed
         )
@@ -83,9 +91,10 @@ class Job:
             refuse_other(self.folder, read_config(self.folder), self.config)
             measured = (load_dictionary(self.folder).metrics or {}).get("pack")
             if self.val is not None and measured != self.val.id:
-                raise UsageError(
-                    f"{self.folder} is complete and was measured on {measured or 'no pack'}, not on {self.val.path}: "
-                    "choose another --out, or remove it"
+                kind = UsageError if measured is None else MismatchError
+                raise kind(
+                    f"{self.folder} is complete and was measured on {measured or 'no pack'}, not on {self.val.path} "
+                    f"({self.val.id}): choose another --out, or remove it"
                 )
             return True
         there = {path.name for path in self.folder.glob("*") if path.suffix != ".tmp"}
@@ -107,7 +116,8 @@ class Job:
         self._train(dictionary, optimizer, progress)
         dictionary.config = self.config.trained(self.steps, self.steps * self.settings.batch)
         frozen(dictionary)
-        dictionary.metrics = None if self.val is None else evaluate(dictionary, self.pack, self.val)
+        self.loader.release()
+        dictionary.metrics = None if self.val is None else evaluate(dictionary, self.means, self.val)
         save_dictionary(self.folder, dictionary, dictionary.metrics, progress.log)
         return dictionary
 
@@ -164,8 +174,8 @@ class Job:
     def _decoder_bias(self) -> Tensor | None:
         if self.settings.decoder_bias == "zero":
             return None
-        means = [self.pack.mean(self.config.site, step, self.config.target_point) for step in self.pack.steps]
-        return to_torch(np.mean([mean for mean in means if mean is not None], axis=0)).float()
+        means = [mean for step in self.pack.steps if (mean := self.means.of(step)) is not None]
+        return torch.stack(means).mean(dim=0).float()
 
 
 def config_of(settings: TrainSettings, pack: Pack, site: Site) -> DictionaryConfig:
@@ -178,7 +188,7 @@ def config_of(settings: TrainSettings, pack: Pack, site: Site) -> DictionaryConf
         activation=settings.activation,
         k=settings.k,
         time_embed_dim=settings.time_embed_dim,
-        parent=Parent(pack.id, pack.store_id, pack.model),
+        parent=Parent(pack.id, pack.store_id, pack.model, pack.targets),
         training=settings.resolved(site),
     )
 

@@ -1,0 +1,238 @@
+"""What a harvest takes: bytes by site, files, memory and time, said before it begins; what does not fit is refused.
+
+1. The bytes of activations follow from the settings; those of everything else are estimated, and said to be.
+2. They are held against the free space and inodes of the disk that the store lies on; only what is missing counts.
+3. A batch is drawn and a file is written, timed and dropped: the slower of the two says how long it will take.
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from harvest.measure import bytes_a_second, seconds_a_batch
+from harvest.plan import Outline, Plan
+from harvest.volume import Volume
+from store.errors import GranaryError
+from store.format import StoreMeta
+from store.layout import STORE_COMMIT
+from store.sites import Stream
+from store.sizes import human_size
+
+FEW_BATCHES = 16
+"""a harvest of fewer batches is not timed beforehand unless `--plan` asks: that would take longer than it tells"""
+TEXT_BYTES = 150.0
+"""of a prompt, where the prompts are not at hand"""
+
+
+@dataclass(frozen=True)
+class Disk:
+    """What is free on the disk of a folder."""
+
+    folder: Path
+    """the nearest one that is there"""
+    free: int
+    inodes: int | None
+    """None where the file system has no fixed number of them"""
+    block: int
+
+    @classmethod
+    def of(cls, out: Path) -> "Disk":
+        """The disk that `out` lies on, or will lie on."""
+        path = out.absolute()
+        folder = next(each for each in (path, *path.parents) if each.is_dir())
+        if folder == path and path.parent.stat().st_dev == path.stat().st_dev:
+            folder = path.parent  # where a file may be written that is none of the store's
+        about = os.statvfs(folder)
+        return cls(folder, shutil.disk_usage(folder).free, about.f_favail if about.f_files else None, about.f_frsize)
+
+
+def announce(plan: Outline, out: Path | None, missing: Sequence[int], measure: bool = True) -> None:
+    """Print what the parts `missing` will take, of which `out` may hold others; `GranaryError` when that does not fit.
+
+    With `measure` a batch is drawn and a file is written to tell the time, unless there is little to do.
+    """
+    meta, volume = plan.meta, volume_of(plan)
+    new = bool(missing) and (out is None or not (out / STORE_COMMIT).exists())
+    print("\n".join(_head(plan, out, missing)), flush=True)
+    if not missing:
+        return
+    print("\n".join(["", *_table(volume, len(missing), new)]))
+    disk = Disk.of(out) if out is not None else None
+    print(_line("memory", _memory(meta)))
+    if disk is not None:
+        inodes = "" if disk.inodes is None else f" and {disk.inodes:,} inodes"
+        print(_line("disk", f"{human_size(disk.free)}{inodes} are free at {disk.folder}"), flush=True)
+        refuse_what_does_not_fit(volume, disk, len(missing), new)
+    print(_line("time", _time(plan, volume, disk, missing) if measure else "not measured"), flush=True)
+
+
+def volume_of(plan: Outline) -> Volume:
+    """The files that a plan's store consists of."""
+    policy, files = plan.meta.weights["policy"], plan.meta.weights.get("files", {})
+    count = (len(set(files.values())) or len(plan.meta.sites)) if policy == "copy" else 0
+    prompts = plan.prompts
+    text = TEXT_BYTES if prompts is None else float(np.mean([len(p.text.encode()) for p in prompts.found]))
+    return Volume(plan.meta, text, (plan.weights_file_bytes,) * count)
+
+
+def refuse_what_does_not_fit(volume: Volume, disk: Disk, parts: int, new: bool) -> None:
+    """`GranaryError` with numbers and remedies when so many parts need more bytes or inodes than the disk has."""
+    needed = volume.on_disk(parts, new, disk.block)
+    if needed > disk.free:
+        images = volume.parts_within(disk.free, new, disk.block) * volume.meta.chunk_images
+        fit = f"{images:,} of these images would fit; or keep" if images else "Keep"
+        raise GranaryError(
+            f"{human_size(needed)} are still to be written and the disk at {disk.folder} has {human_size(disk.free)} free. "
+            f"{fit} fewer tokens (--tokens 64 --text-tokens real), layers or steps, choose a smaller --store-dtype or "
+            f"--targets recomputed, or a larger disk. What fits: the same command with --plan --budget "
+            f"{human_size(disk.free).replace(' ', '')}"
+        )
+    inodes = volume.files(parts, new) + (volume.folders if new else 0)
+    if disk.inodes is not None and inodes > disk.inodes:
+        raise GranaryError(
+            f"{inodes:,} files and folders are still to be written and the disk at {disk.folder} has {disk.inodes:,} "
+            "inodes free. Keep fewer layers, steps or images; or fewer tokens, so that a part holds more images (up to "
+            "64); or choose a disk with more inodes."
+        )
+
+
+def _head(plan: Outline, out: Path | None, missing: Sequence[int]) -> list[str]:
+    meta = plan.meta
+    count = "not fetched, " if plan.prompts is None else f"{meta.prompts['count']:,}, "
+    prompts = f"prompts: {meta.prompts['source']} ({count}split {meta.prompts['split']})"
+    lines = [
+        f"harvest {meta.model['id']}" + ("" if out is None else f" -> {out}"),
+        _line(
+            "images",
+            f"{meta.n_images:,} of {meta.height}x{meta.width} pixels in {meta.num_inference_steps} "
+            f"step{'s' * (meta.num_inference_steps > 1)} (kept: {spans(meta.steps)}); {prompts}",
+        ),
+        *(_line("", remark) for remark in plan.remarks),
+        _line("parts", f"{meta.n_parts:,} of {meta.chunk_images} images, " + _extension(meta)),
+    ]
+    if len(missing) < meta.n_parts:
+        images = sum(len(meta.part_images(part)) for part in missing)
+        now = (
+            f"{images:,} images in {len(missing):,} part{'s' * (len(missing) > 1)}" if missing else "nothing to harvest"
+        )
+        lines.append(_line("now", f"{now}; the other parts are there already or left to others"))
+    return lines
+
+
+def _extension(meta: StoreMeta) -> str:
+    """Whether a store of so many images can grow: committed chunks are never touched again."""
+    over = meta.n_images % meta.chunk_images
+    if not over:
+        return "all of them whole: the store can be extended"
+    there = f"{over} image{'s' * (over != 1)} leave{'s' * (over == 1)} the last part short"
+    return (
+        f"and {there}: this store cannot be extended as it is; "
+        f"with --images {meta.n_images - over + meta.chunk_images} it could"
+    )
+
+
+def _table(volume: Volume, parts: int, new: bool) -> list[str]:
+    meta = volume.meta
+    rows = [("site", "", "an image", "to write")]
+    written = parts * meta.chunk_images
+    for stream in meta.streams:
+        names = [site.layer for site in meta.site_objects if site.stream == stream]
+        each = len(names) * len(meta.steps) * len(meta.points) * meta.tokens[stream].kept * meta.row_bytes
+        how = (
+            f"{len(names)} site{'s' * (len(names) > 1)} x {len(meta.steps)} step{'s' * (len(meta.steps) > 1)} x "
+            f"{' and '.join(meta.points)} x {_kept(meta, stream)} x {meta.row_bytes:,} B"
+        )
+        rows.append((f"{stream}_{spans(names)}", how, human_size(each), human_size(each * written)))
+    kinds = volume.by_kind(parts, new)
+    before = ", before compression" if meta.codec == "zstd" else ""
+    rows.append((
+        "all sites", f"{meta.store_dtype}, targets {meta.targets}, codec {meta.codec}{before}",
+        human_size(meta.bytes_per_image), human_size(kinds["activations"]),
+    ))  # fmt: skip
+    beside = {kind: size for kind, size in kinds.items() if size and kind not in ("activations", "weights")}
+    rows.append(("beside", f"{', '.join(beside)} (estimated)", "", human_size(sum(beside.values()))))
+    if kinds.get("weights"):
+        each_file = f"{len(volume.weights)} of {human_size(volume.weights[0])}"
+        rows.append(
+            ("weights", f"MLP matrices, a file for each that differs: {each_file}", "", human_size(kinds["weights"]))
+        )
+    files, folders = volume.files(parts, new), volume.folders if new else 0
+    inodes = f"{files:,} files in {folders:,} new folders: {files + folders:,} inodes"
+    rows.append(("in all", inodes, "", human_size(sum(kinds.values()))))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}".rstrip() for a, b, c, d in rows]
+
+
+def _kept(meta: StoreMeta, stream: Stream) -> str:
+    tokens = meta.tokens[stream]
+    return (
+        f"all {tokens.total} tokens" if tokens.all_kept else f"{tokens.kept} of {tokens.total} tokens ({tokens.policy})"
+    )
+
+
+def _memory(meta: StoreMeta) -> str:
+    part = meta.chunk_images * sum(meta.tokens[site.stream].kept for site in meta.site_objects) * meta.d_model
+    part *= len(meta.steps) * len(meta.points) * np.dtype(meta.carrier.logical).itemsize
+    text = f"{human_size(2 * part)} for two parts of {human_size(part)}, one being drawn and one being written, beside the model"
+    available = _available_memory()
+    if available is None or 2 * part < available:
+        return text
+    return f"{text}; only {human_size(available)} are available: keep fewer tokens or layers"
+
+
+def _available_memory() -> int | None:
+    """What Linux thinks that programs can still get; None on other systems."""
+    try:
+        words = Path("/proc/meminfo").read_text().split()
+        return int(words[words.index("MemAvailable:") + 1]) * 1024
+    except (OSError, ValueError):
+        return None
+
+
+def _time(plan: Outline, volume: Volume, disk: Disk | None, missing: Sequence[int]) -> str:
+    if not isinstance(plan, Plan):
+        return f"unknown until the weights of {plan.meta.model['id']} are here"
+    meta = plan.meta
+    images = sum(len(meta.part_images(part)) for part in missing)
+    batches = sum(-(-len(meta.part_images(part)) // meta.batch_size) for part in missing)
+    if batches < FEW_BATCHES and not plan.settings.plan:
+        return f"not measured for {batches} batch{'es' * (batches > 1)}; --plan measures"
+    seconds, size = seconds_a_batch(plan, meta.part_images(missing[0]).start)
+    drawing = seconds * images / size
+    drawn = f"a batch of {size} was drawn in {_duration(seconds)}, {size / seconds:.3g} images/s"
+    chunk = max(volume.part["activations"])
+    rate = bytes_a_second(disk.folder, chunk) if disk is not None else None
+    if rate is None:
+        return f"about {_duration(drawing)}: {drawn}; how fast the disk is was not measured"
+    writing = sum(volume.by_kind(len(missing), False).values()) / rate
+    limit = "drawing" if drawing >= writing else "writing"
+    return (
+        f"about {_duration(max(drawing, writing))}, limited by {limit}: {drawn}; files of {human_size(chunk)} were "
+        f"written at {human_size(rate)}/s, {_duration(writing)} for these"
+    )
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """`0-3,7` for the ascending numbers 0, 1, 2, 3, 7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def _line(name: str, text: str) -> str:
+    return f"  {name:<8}  {text}"
+
+
+def _duration(seconds: float) -> str:
+    """`0.41 s`, `12 min`, `3.2 h`, `5.6 days`."""
+    size, unit = next(((s, u) for s, u in ((86400, "days"), (3600, "h"), (60, "min")) if seconds >= 2 * s), (1, "s"))
+    count = seconds / size
+    return f"{count:.2g} {unit}" if count < 9.95 else f"{count:,.0f} {unit}"

@@ -1,0 +1,67 @@
+"""Measures what a harvest will be held up by: drawing a batch, and writing a chunk.
+
+Neither leaves a trace.  A batch's pictures come from generators of their own, so drawing one more changes no byte of
+what is drawn later; the file that is written has no name, and is gone even if the process is killed.
+"""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from harvest.plan import Plan
+from store.errors import GranaryError
+
+WARM_SECONDS = 1.5
+"""a first batch that took less than this says more about warming up than about the next one: it is drawn again"""
+PROBE_BYTES = 64 * 2**20
+PROBE_SECONDS = 0.2
+
+
+def seconds_a_batch(plan: Plan, first_image: int) -> tuple[float, int]:
+    """How long a batch at about `first_image` takes to draw, with all that is done to it before it is written, and its images.
+
+    What was drawn is dropped.
+    """
+    from harvest.fill import fill_part  # which imports this module
+
+    size = min(plan.meta.batch_size, plan.meta.chunk_images)
+    batches = replace(plan, meta=replace(plan.meta, chunk_images=size))  # every part of it is one batch
+    index = first_image // size
+    try:
+        seconds = _timed(lambda: fill_part(batches, index))
+        if seconds < WARM_SECONDS:
+            seconds = min(seconds, _timed(lambda: fill_part(batches, index)))
+    except torch.OutOfMemoryError as error:
+        raise GranaryError(
+            f"a batch of {size} images does not fit on {plan.meta.device}: {str(error).splitlines()[0]} "
+            f"Use a smaller --batch-size than {plan.meta.batch_size}."
+        ) from None
+    return seconds, len(batches.meta.part_images(index))
+
+
+def _timed(work: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
+def bytes_a_second(folder: Path, chunk: int) -> float | None:
+    """The rate at which files of `chunk` bytes (at most 64 MiB) reach the disk of `folder`; None where none can be written."""
+    block = os.urandom(min(chunk, PROBE_BYTES))
+    written, begun = 0, time.perf_counter()
+    try:
+        while written == 0 or (time.perf_counter() - begun < PROBE_SECONDS and written < PROBE_BYTES):
+            with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+                view = memoryview(block)
+                while view:
+                    view = view[file.write(view) :]
+                os.fsync(file.fileno())
+            written += len(block)
+    except OSError:
+        return None
+    return written / (time.perf_counter() - begun)

@@ -1,0 +1,105 @@
+"""How many bytes and files a store takes: activations to the byte, everything else about.
+
+A part is one chunk of every array, and a chunk is written whole, so the last part takes as much as any other.
+Compression is not foreseen: with `--codec zstd` the activations take less than is said here.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Literal
+
+import numpy as np
+
+from store.chunks import TRAILER
+from store.format import StoreMeta, array_specs, metadata_files, part_files
+
+Kind = Literal["activations", "tokens", "prompts", "pictures", "statistics", "commits", "metadata", "weights"]
+
+PICTURE_BYTES_A_PIXEL = {"none": 0.0, "webp": 0.35, "png": 1.5}
+TABLE_BYTES = 5_000
+"""a Parquet file of no rows"""
+PROMPT_BYTES = 150
+"""a prompt's row beside its text: ids and pieces of its tokens, seed, sigmas; compressed"""
+STATISTICS_BYTES = 900
+"""of an array beside 16 bytes a channel: counts of norms, names"""
+COMMIT_BYTES, COMMIT_SCALARS = 190, 240
+"""a commit's words about a file, and about the statistics of an array"""
+DOCUMENT_BYTES = 760
+"""the metadata of an array"""
+
+
+@dataclass(frozen=True)
+class Volume:
+    """The files of a store: sizes of those of one part, and of those that are written once."""
+
+    meta: StoreMeta
+    text_bytes: float
+    """an average prompt's text"""
+    weights: tuple[int, ...]
+    """sizes of the weights files that the store holds"""
+
+    @cached_property
+    def part(self) -> dict[Kind, Counter[int]]:
+        """{kind: {size of a file: how many}} of one part."""
+        meta = self.meta
+        found: dict[Kind, Counter[int]] = {"activations": Counter(), "tokens": Counter()}
+        for spec in array_specs(meta):
+            kind: Kind = "tokens" if spec.name.startswith("tokens/") else "activations"
+            found[kind][prod(spec.chunk) * np.dtype(spec.dtype).itemsize + TRAILER] += 1
+        arrays = len(meta.sites) * len(meta.steps) * len(meta.points)
+        picture = PICTURE_BYTES_A_PIXEL[meta.pictures] * meta.height * meta.width
+        found["prompts"] = _one(TABLE_BYTES + meta.chunk_images * (PROMPT_BYTES + self.text_bytes))
+        if meta.pictures != "none":
+            found["pictures"] = _one(TABLE_BYTES + meta.chunk_images * picture)
+        found["statistics"] = _one(arrays * (16 * meta.d_model + STATISTICS_BYTES))
+        found["commits"] = _one(COMMIT_BYTES * len(part_files(meta, 0)) + COMMIT_SCALARS * arrays)
+        return found
+
+    @cached_property
+    def once(self) -> dict[Kind, Counter[int]]:
+        """{kind: {size of a file: how many}} of what is written at creation; the seal as well."""
+        documents = len(metadata_files(self.meta))
+        record = COMMIT_BYTES * (documents + len(self.weights))
+        small = Counter({DOCUMENT_BYTES: documents, record: 1}) + _one(100 * self.meta.n_parts)
+        return {"metadata": small, "weights": Counter(self.weights)}
+
+    def by_kind(self, parts: int, new: bool) -> dict[Kind, int]:
+        """Bytes by kind of so many parts; with `new` also of what is written once."""
+        sums = {kind: parts * _total(files) for kind, files in self.part.items()}
+        return sums | {kind: _total(files) for kind, files in self.once.items() if new}
+
+    def on_disk(self, parts: int, new: bool, block: int) -> int:
+        """Bytes in whole blocks of the file system, which is what they take of it."""
+        size = sum(_total(files, block) for files in self.part.values()) * parts
+        return size + (sum(_total(files, block) for files in self.once.values()) if new else 0)
+
+    def files(self, parts: int, new: bool) -> int:
+        """How many files that is, the seal among those that are written once."""
+        return parts * (len(part_files(self.meta, 0)) + 1) + (sum(c.total() for c in self.once.values()) if new else 0)
+
+    @cached_property
+    def folders(self) -> int:
+        """How many folders a store has, its own included."""
+        names = [
+            *part_files(self.meta, 0),
+            *metadata_files(self.meta),
+            "commits/x",
+            *["weights/x"][: len(self.weights)],
+        ]
+        above = {"/".join(name.split("/")[:depth]) for name in names for depth in range(name.count("/") + 1)}
+        return len(above)
+
+    def parts_within(self, size: int, new: bool, block: int = 1) -> int:
+        """The greatest number of parts that fit into so many bytes, not below 0."""
+        once, part = self.on_disk(0, new, block), self.on_disk(1, False, block)
+        return max((size - once) // part, 0)
+
+
+def _one(size: float | int) -> Counter[int]:
+    return Counter({int(size): 1})
+
+
+def _total(files: Counter[int], block: int = 1) -> int:
+    return sum(-(-size // block) * block * count for size, count in files.items())

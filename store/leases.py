@@ -1,0 +1,209 @@
+"""Who is writing what: leases that any number of processes, on any number of machines with one file system, agree on.
+
+1. A lease is a file `STORE.runs/leases/NAME.GENERATION.json`, made by exclusive creation: one process alone succeeds.
+2. Whoever holds it keeps touching it.  One that was not touched for a minute, by the clock of the file system, or whose
+   process is dead on this machine, or that was given back, may be followed by the next generation, made the same way.
+3. The holder of the highest generation holds the part.  Every rename of a file of the part checks again that there is no
+   higher one, so a process that was stopped for an hour finds that it has lost the part, and commits nothing.
+
+A process frozen between that last check and its rename can still rename; the file that it then puts in place holds the same
+bytes as its successor's, because a part's bytes depend on nothing but the settings.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from store.errors import LostLeaseError
+
+LEASE_SECONDS = 60.0
+BEATS = 10
+"""how many times a lease is touched before it would expire"""
+POLL_SECONDS = 0.2
+
+
+class Lease:
+    """A part, or the creation of a store, held by this process."""
+
+    def __init__(self, file: Path, name: str, generation: int, token: str) -> None:
+        self.file, self.name, self.generation, self._token = file, name, generation, token
+
+    def check(self) -> None:
+        """`LostLeaseError` unless this process still holds it."""
+        try:
+            mine = json.loads(self.file.read_bytes()).get("token") == self._token
+        except (OSError, ValueError, AttributeError):
+            mine = False
+        if not mine or _file(self.file.parent, self.name, self.generation + 1).exists():
+            raise LostLeaseError(
+                f"{self.name} was taken over by another process, because this one had not been heard of for "
+                f"{LEASE_SECONDS:.0f} s: nothing of it was committed here"
+            )
+
+    def touch(self) -> None:
+        """Say that this process is alive."""
+        with contextlib.suppress(OSError):
+            os.utime(self.file)
+
+    def give_back(self) -> None:
+        """Let others have it; the file stays, so that an older generation never comes back."""
+        with contextlib.suppress(OSError):
+            temporary = self.file.with_suffix(".tmp")
+            temporary.write_text(json.dumps({"released": True}))
+            temporary.replace(self.file)
+
+
+class Leases:
+    """The leases of a store, and a thread that touches those which this process holds."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._held: dict[str, Lease] = {}
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def take(self, name: str) -> Lease | None:
+        """The lease, or None while another process holds it."""
+        while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another process finished the store and removed the folder
+                return self._take(name)
+
+    def _take(self, name: str) -> Lease | None:
+        generation = _highest(self.folder, name)
+        if generation and not self._free(_file(self.folder, name, generation)):
+            return None
+        file, token = _file(self.folder, name, generation + 1), secrets.token_hex(8)
+        try:
+            with file.open("x") as opened:
+                opened.write(json.dumps({"token": token, **_myself()}))
+        except FileExistsError:
+            return None
+        lease = Lease(file, name, generation + 1, token)
+        self._held[name] = lease
+        self._beat()
+        return lease
+
+    @contextmanager
+    def held(self, name: str, wait: bool) -> Iterator[Lease | None]:
+        """Hold a lease while the context lasts: wait for it, or get None while another process holds it."""
+        lease = self.take(name)
+        while lease is None and wait:
+            time.sleep(POLL_SECONDS)
+            lease = self.take(name)
+        try:
+            yield lease
+        finally:
+            if lease is not None:
+                self.give_back(lease)
+
+    def give_back(self, lease: Lease) -> None:
+        """End a lease, unless it was lost."""
+        self._held.pop(lease.name, None)
+        with contextlib.suppress(LostLeaseError):
+            lease.check()
+            lease.give_back()
+        if not self._held:
+            self._stop.set()
+
+    def holder(self, name: str) -> str | None:
+        """Who holds a lease now, in words; None when it could be taken."""
+        generation = _highest(self.folder, name)
+        file = _file(self.folder, name, generation)
+        if not generation or self._free(file):
+            return None
+        try:
+            about = json.loads(file.read_bytes())
+            return f"process {about['pid']} on {about['host']}"
+        except (OSError, ValueError, KeyError):
+            return "another process"
+
+    def clear(self) -> None:
+        """Remove every lease, all at the same moment: the store is finished, and whoever clears holds its creation."""
+        away = self.folder.with_name(f"{self.folder.name}.{secrets.token_hex(4)}.old")
+        with contextlib.suppress(FileNotFoundError):
+            self.folder.rename(away)
+            shutil.rmtree(away, ignore_errors=True)
+
+    def _free(self, file: Path) -> bool:
+        try:
+            about = json.loads(file.read_bytes())
+        except (FileNotFoundError, ValueError):
+            about = {}  # being written, or gone: its age decides
+        if about.get("released") or _is_dead(about):
+            return True
+        try:
+            return self._now() - file.stat().st_mtime > LEASE_SECONDS
+        except FileNotFoundError:
+            return True
+
+    def _now(self) -> float:
+        """The time by the clock of the file system, which all machines share."""
+        probe = self.folder / f"clock.{os.getpid()}.{threading.get_ident()}"
+        probe.touch()
+        try:
+            return probe.stat().st_mtime
+        finally:
+            probe.unlink(missing_ok=True)
+
+    def _beat(self) -> None:
+        if self._thread is None or not self._thread.is_alive() or self._stop.is_set():
+            self._stop = threading.Event()
+            self._thread = threading.Thread(target=self._touch_all, args=(self._stop,), name="leases", daemon=True)
+            self._thread.start()
+
+    def _touch_all(self, stop: threading.Event) -> None:
+        while not stop.wait(LEASE_SECONDS / BEATS):
+            for lease in list(self._held.values()):
+                lease.touch()
+
+
+def _file(folder: Path, name: str, generation: int) -> Path:
+    return folder / f"{name}.{generation}.json"
+
+
+def _highest(folder: Path, name: str) -> int:
+    generation = 0
+    while _file(folder, name, generation + 1).exists():
+        generation += 1
+    return generation
+
+
+def _myself() -> dict[str, Any]:
+    return {"host": platform.node(), "pid": os.getpid(), "started": _started(os.getpid()), "processes": _processes()}
+
+
+def _is_dead(about: dict[str, Any]) -> bool:
+    """Whether the holder is a process of this machine that is no more; False when that cannot be known."""
+    here = _processes()
+    if here is None or about.get("processes") != here:
+        return False
+    return bool(_started(int(about["pid"])) != about["started"])
+
+
+def _processes() -> str | None:
+    """Names this boot of this machine and its table of processes, which containers have apart; None where /proc is unknown."""
+    try:
+        return (
+            f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}:{Path('/proc/self/ns/pid').stat().st_ino}"
+        )
+    except OSError:
+        return None
+
+
+def _started(pid: int) -> str | None:
+    """When a process began, in ticks since boot, so that a number used again is not taken for it; None when there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]

@@ -1,0 +1,96 @@
+"""What lies at a path before anything is written there: nothing, this run, the same run begun elsewhere, or something else."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from store import layout
+from store.errors import DamagedError, ForeignError, UsageError
+from store.files import is_temporary, json_bytes
+from store.format import StoreMeta
+from store.places import Place, place_of
+
+MAY_BE_MIXED = ("batch_size", "threads", "device", "versions")
+"""what may differ between the runs that fill one store, with `--allow-mixed`: it changes roundings, and no meaning"""
+
+
+def read_meta(location: str | Path | Place) -> StoreMeta:
+    """What a store says about itself; `ForeignError` when the folder is no store of ours, `DamagedError` when it cannot be read."""
+    place = place_of(location)
+    try:
+        content = json.loads(place.read(layout.ROOT))
+    except FileNotFoundError:
+        if place.local is not None and place.local.exists():
+            raise ForeignError(f"{place} is no Granary store: it has no zarr.json") from None
+        raise ForeignError(f"there is no store at {place}") from None
+    except NotADirectoryError:
+        raise ForeignError(f"{place} is a file; a store is a folder") from None
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise DamagedError(
+            f"{place.where(layout.ROOT)} is not JSON any more ({error}): python -m store repair {place}"
+        ) from None
+    attributes = content.get("attributes") if isinstance(content, dict) else None
+    return StoreMeta.from_attributes(attributes.get("granary") if isinstance(attributes, dict) else None, str(place))
+
+
+def peek(path: Path) -> StoreMeta | None:
+    """The meta of the store at `path`, or None when there is no store there."""
+    return read_meta(path) if (path / layout.ROOT).exists() else None
+
+
+def uncommitted(path: Path, meta: StoreMeta) -> list[int]:
+    """The parts that have no commit yet, all of them where there is no store; `DamagedError` where a finished one lost a commit."""
+    missing = [part for part in range(meta.n_parts) if not (path / layout.part_commit(part)).exists()]
+    if missing and (path / layout.SEAL).exists():
+        missing = [part for part in missing if not (path / layout.part_commit(part)).exists()]
+    if missing and (path / layout.SEAL).exists():  # looked at twice: others may have finished the store meanwhile
+        raise DamagedError(
+            f"{path / layout.part_commit(missing[0])} is missing from a finished store: it was lost, not left to be "
+            f"harvested. Take it from a copy, or have it made again: python -m store repair {path} [--from COPY]"
+        )
+    return missing
+
+
+def refuse_other(path: Path, meta: StoreMeta, allow_mixed: bool = False) -> tuple[StoreMeta, dict[str, Any] | None]:
+    """The meta to write under, and what is mixed: `UsageError` when `path` holds anything but nothing, or this run."""
+    found = peek(path)
+    if found is not None:
+        there, here = (leaves(json.loads(json_bytes(each.attributes()))) for each in (found, meta))
+        odd = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
+        if not odd:
+            return found, None
+        if not (path / layout.STORE_COMMIT).exists() and found.origin == meta.origin:
+            return meta, None  # its creation, or its extension, did not end
+        mixed = {key: here.get(key) for key in odd if key.split(".")[0] in MAY_BE_MIXED}
+        if allow_mixed and len(mixed) == len(odd):
+            return found, mixed
+        raise UsageError(_other_run(path, there, here, odd, len(mixed) == len(odd)))
+    if path.exists() and not _is_ours(path):
+        raise UsageError(f"{path} exists and is not a Granary store: choose another --out, or remove it")
+    return meta, None
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a folder without zarr.json is empty, or a store whose zarr.json was lost."""
+    if not path.is_dir():
+        return False
+    return (path / "commits").is_dir() or all(is_temporary(file) for file in path.iterdir())
+
+
+def leaves(value: Any, name: str = "") -> dict[str, Any]:
+    """`{"model": {"id": "x"}}` as `{"model.id": "x"}`."""
+    if not isinstance(value, dict):
+        return {name: value}
+    return {k: v for key, each in value.items() for k, v in leaves(each, f"{name}.{key}".lstrip(".")).items()}
+
+
+def _other_run(path: Path, there: dict[str, Any], here: dict[str, Any], odd: list[str], may_be_mixed: bool) -> str:
+    lines = [f"  {key}: there {there.get(key)!r}, asked for {here.get(key)!r}" for key in odd]
+    advice = " or say --allow-mixed (its later parts will then not be byte-equal to an undisturbed run's, and say so)"
+    return (
+        f"{path} holds another run; it differs in\n"
+        + "\n".join(lines)
+        + "\nRun with the settings that it was made with to go on, choose another --out"
+        + (advice if may_be_mixed else "")
+        + "."
+    )
