@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from analyze.attributes import Attribute
 from analyze.inputs import Analysis, Subject
+from analyze.prompts import prompt_texts
 from analyze.words import fires_on, percent
 from store.errors import MismatchError
 from store.files import read_json
@@ -178,7 +179,7 @@ def sentence(analysis: Analysis, spot: Spotlight, held_out: bool) -> str:
     name = f"{spot.subject.name} feature {spot.feature} at step {spot.step}"
     if spot.attribute is None:
         row = analysis.matrix(spot.subject, spot.step).features().slice(spot.feature, 1).to_pylist()[0]
-        prompt = analysis.store.prompts()["prompt"][row["unique_image"][0]].as_py()
+        prompt = prompt_texts(analysis.store)[row["unique_image"][0]]
         prompt = prompt if len(prompt) <= 60 else prompt[:59].rstrip() + "…"
         shares = f"{percent(row['image_share'])} of the images and {percent(row['density'])} of the tokens"
         return f"{name} is active on {shares}, most on “{prompt}”"

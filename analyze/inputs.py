@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from analyze.matrices import ScoreMatrix, step_folder
+from analyze.prompts import prompt_texts
 from analyze.rows import StoreRows
 from analyze.settings import Inputs
 from store import Store, open_store
@@ -218,7 +219,11 @@ def check_output(analysis: Analysis, wanted: dict[str, Any] | None = None) -> di
 
 def _images(store: Store) -> pa.Table:
     """What belongs to the rows of every score matrix: image, prompt, seed, split."""
-    return store.prompts().select(["image", "prompt", "seed", "split"])
+    table = store.prompts()
+    columns = {name: table[name] for name in ("image", "seed", "split")}
+    return pa.table({**columns, "prompt": pa.array(prompt_texts(store), pa.string())}).select(
+        ["image", "prompt", "seed", "split"]
+    )
 
 
 def sigmas(store: Store, step: int) -> np.ndarray:

@@ -8,6 +8,7 @@ from analyze.attributes import VALUES, Attribute
 from analyze.curves import sparkline
 from analyze.findings import Spotlight, Truth
 from analyze.inputs import Analysis, Subject
+from analyze.prompts import prompt_texts
 from analyze.truth_table import verdict_line
 from analyze.words import percent
 
@@ -25,7 +26,7 @@ def facts(analysis: Analysis, padding: bool) -> list[tuple[str, str]]:
     """What was run, as name and value, in the order in which a reader asks."""
     meta, store = analysis.store.meta, analysis.store
     prompts = store.prompts()
-    n_prompts = len(set(prompts["prompt"].to_pylist()))
+    n_prompts = len(set(prompt_texts(store)))
     held_out = sum(split == "val" for split in prompts["split"].to_pylist())
     weights = (
         (meta.model.get("weights_sha256") or {}).get("transformer")
@@ -57,7 +58,7 @@ def facts(analysis: Analysis, padding: bool) -> list[tuple[str, str]]:
 
 def tiles(analysis: Analysis, truth: Truth | None, overview: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     """Summary figures: value, what it is, and a word more."""
-    n_prompts = len(set(analysis.store.prompts()["prompt"].to_pylist()))
+    n_prompts = len(set(prompt_texts(analysis.store)))
     n_features = sum(row["n_features"] for row in overview)
     found = [
         {"value": f"{analysis.store.n_images:,}", "name": "images", "more": f"{n_prompts:,} prompts"},

@@ -25,6 +25,7 @@ from analyze.counted import are_lower_bounds, counted_rows, text_lengths
 from analyze.features import RowStatistics, feature_table
 from analyze.inputs import Analysis, Subject, claim_output, open_analysis, sigmas
 from analyze.matrices import ScoreWriter, step_folder
+from analyze.prompts import prompt_texts
 from analyze.settings import ScoresSettings
 from store.errors import NonFiniteError
 from store.sites import Site
@@ -115,7 +116,7 @@ def score_site(
                 scores, tokens = maxima(blocks, image, positions[counted], stop - start, subject.n_features, statistic)
                 writer.append(scores, tokens)
             progress.update(stop - start)
-        prompts = store.prompts()["prompt"].to_pylist()
+        prompts = prompt_texts(store)
         for writer, statistic in zip(writers, statistics, strict=True):
             writer.finish(feature_table(writer.matrix(), statistic, prompts, settings.top))
 

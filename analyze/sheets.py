@@ -15,6 +15,7 @@ from tqdm import tqdm
 from analyze.heat import Heat, heats
 from analyze.inputs import Analysis, Subject, check_output, open_analysis
 from analyze.overlay import heat_scale, overlay, token_grid
+from analyze.prompts import prompt_texts
 from analyze.settings import SheetSettings
 from analyze.words import Piece, highlighted, percent
 from store import Store
@@ -100,7 +101,7 @@ def gather_examples(
     """The top images of each feature, one a prompt, with their heat; `table` is the feature table of the subject and step."""
     wanted: dict[int, Sequence[int]] = {feature: table["unique_image"][feature].as_py()[:top] for feature in features}
     prompts = analysis.store.prompts()
-    texts = prompts["prompt"]
+    texts = prompt_texts(analysis.store)
     pieces = prompts["text_pieces"] if "text_pieces" in prompts.column_names and subject.site.stream == "txt" else None
     found = {}
     for feature, group in heats(analysis, subject, step, wanted).items():
@@ -110,7 +111,7 @@ def gather_examples(
             Example(
                 heat,
                 float(score),
-                texts[heat.image].as_py(),
+                texts[heat.image],
                 None if pieces is None else tuple(highlighted(pieces[heat.image].as_py(), heat, scale)),
             )
             for heat, score in zip(group, scores, strict=False)

@@ -21,10 +21,10 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 
 from bench.timing import Comparison, by_turns
 from store import Store, open_store
+from store.care.verify import VerifySettings
+from store.care.verify import run as verify
 from store.format import StoreMeta, StreamTokens
 from store.statistics import Statistics, array_statistics
-from store.verify import VerifySettings
-from store.verify import run as verify
 from store.writer import Key, Part, StoreWriter
 from tests.small_store import small_meta, small_part
 

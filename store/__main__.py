@@ -2,9 +2,12 @@
 
 import sys
 
-from store import diff, importing, info, pack, pull, push, remove, repair, verify
+from store import info, pack
+from store.care import diff, remove, repair, verify
 from store.command import Command, program
+from store.foreign import importing
 from store.foreign.settings import ImportSettings
+from store.sharing import pull, push
 
 COMMANDS = {
     "info": Command(

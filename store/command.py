@@ -21,7 +21,7 @@ from store.errors import GranaryError, Interrupted
 
 OF_THE_DISK = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
-    errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY, errno.EIO, errno.ESTALE,
+    errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY, errno.EIO, errno.ESTALE, errno.EFBIG,
 }  # fmt: skip
 """Errors of the file system that a user can do something about; anything else is a bug of ours and shows its traceback."""
 

@@ -37,6 +37,11 @@ EMPTY_TOKEN = -1
 StoreDtype = Literal["bfloat16", "float16", "float32", "fp8-e4m3"]
 Codec = Literal["none", "zstd"]
 Targets = Literal["stored", "recomputed"]
+Pictures = Literal["none", "webp", "png"]
+WHOLE_NUMBERS = ("max_sequence_length", "seed", "seeds_per_prompt", "batch_size", "threads")
+WEIGHTS_NAME = re.compile(r"sha256-[0-9a-z-]{1,80}\.safetensors")
+MOST_PARTS, MOST_CHUNK_BYTES, MOST_LAYERS = 10**7, 2**40, 9999
+"""far beyond any store: metadata that claim more are not believed, rather than memory asked for it"""
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,7 @@ class StoreMeta:
     threads: int
     dtype: str
     device: str
-    pictures: Literal["none", "webp", "png"]
+    pictures: Pictures
     model: dict[str, Any]
     scheduler: dict[str, Any]
     prompts: dict[str, Any]
@@ -205,7 +210,7 @@ class StoreMeta:
                 values[name] = tuple(found[name])
             meta = cls(**values)
             _check_values(meta)
-        except (TypeError, KeyError, AttributeError, UsageError) as error:
+        except (TypeError, KeyError, AttributeError, ValueError, OverflowError, RecursionError) as error:
             raise ForeignError(f"{where}: the attribute 'granary' is malformed: {error}") from None
         return meta
 
@@ -217,11 +222,20 @@ def _check_values(meta: StoreMeta) -> None:
         value = getattr(meta, name)
         if type(value) is not int or value < 1:
             raise UsageError(f"{name} is {value!r}")
+    for name, kind in (("dtype", str), ("device", str), ("cycle", bool), *dict.fromkeys(WHOLE_NUMBERS, int).items()):
+        if type(getattr(meta, name)) is not kind:
+            raise UsageError(f"{name} is {getattr(meta, name)!r}")
+    if type(meta.guidance) not in (int, float):
+        raise UsageError(f"guidance is {meta.guidance!r}")
     if not meta.sites or not meta.steps or not meta.points:
         raise UsageError("it has no sites, steps or points")
     if any(type(step) is not int or not 0 <= step < meta.num_inference_steps for step in meta.steps):
         raise UsageError(f"steps are {meta.steps!r} of {meta.num_inference_steps}")
-    for name, choices in (("codec", Codec), ("targets", Targets)):
+    if any(len(set(each)) < len(each) for each in (meta.sites, meta.steps, meta.points)):
+        raise UsageError("a site, step or point is there twice")
+    if any(site.layer > MOST_LAYERS for site in meta.site_objects):
+        raise UsageError(f"sites are {meta.sites!r}")
+    for name, choices in (("codec", Codec), ("targets", Targets), ("pictures", Pictures)):
         if getattr(meta, name) not in get_args(choices):
             raise UsageError(f"{name} is {getattr(meta, name)!r}, which is not one of {', '.join(get_args(choices))}")
     if any(point not in POINTS for point in meta.points) or set(meta.tokens) != set(meta.streams):
@@ -229,11 +243,18 @@ def _check_values(meta: StoreMeta) -> None:
     for tokens in meta.tokens.values():
         if type(tokens.kept) is not int or type(tokens.total) is not int or not 1 <= tokens.kept <= tokens.total:
             raise UsageError(f"{tokens.kept!r} of {tokens.total!r} tokens are kept")
+        if type(tokens.policy) is not str or (tokens.all_kept and tokens.kept != tokens.total):
+            raise UsageError(f"{tokens.kept!r} of {tokens.total!r} tokens are kept by policy {tokens.policy!r}")
     for name in ("model", "scheduler", "prompts", "weights", "versions"):
         if not isinstance(getattr(meta, name), dict):
             raise UsageError(f"{name} is {getattr(meta, name)!r}")
+    if meta.parent is not None and not isinstance(meta.parent, dict):
+        raise UsageError(f"parent is {meta.parent!r}")
     _check_weights(meta)
-    _ = meta.carrier, meta.bytes_per_image
+    largest = max(tokens.kept for tokens in meta.tokens.values()) * meta.row_bytes * meta.chunk_images
+    if meta.n_parts > MOST_PARTS or largest > MOST_CHUNK_BYTES:
+        raise UsageError(f"it has {meta.n_parts} parts and chunks of {largest} bytes")
+    _ = meta.bytes_per_image, meta.origin  # which JSON must be able to carry
 
 
 def _check_weights(meta: StoreMeta) -> None:
@@ -243,7 +264,7 @@ def _check_weights(meta: StoreMeta) -> None:
         raise UsageError(f"weights is {meta.weights!r}")
     if policy != "none" and set(files) != set(meta.sites):
         raise UsageError(f"weights names files of {sorted(files)}, and the sites are {sorted(meta.sites)}")
-    odd = [name for name in files.values() if not re.fullmatch(r"sha256-[0-9a-z-]+\.safetensors", str(name))]
+    odd = [name for name in files.values() if not WEIGHTS_NAME.fullmatch(str(name))]
     if odd:
         raise UsageError(f"weights names the file {odd[0]!r}")
     if meta.targets == "recomputed" and (tuple(meta.points) != ("mlp_in",) or policy != "copy"):

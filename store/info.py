@@ -45,11 +45,12 @@ def describe(store: Store) -> str:
         ("images", f"{images} of {meta.height}x{meta.width} pixels ({grid}), pictures: {meta.pictures}"),
         (
             "prompts",
-            f"{meta.prompts['source']}, {meta.prompts['count']} prompts, sha256 {meta.prompts['sha256'][:12]}…{_splits(store)}",
+            f"{meta.prompts.get('source')}, {meta.prompts.get('count')} prompts, "
+            f"sha256 {str(meta.prompts.get('sha256'))[:12]}…{_splits(store)}",
         ),
         (
             "sampler",
-            f"{meta.num_inference_steps} steps of {meta.scheduler['class']}, "
+            f"{meta.num_inference_steps} steps of {meta.scheduler.get('class')}, "
             f"steps kept: {', '.join(map(str, meta.steps))}{_sigmas(store)}",
         ),
         ("tokens", ", ".join(f"{stream}: {t.kept} of {t.total} ({t.policy})" for stream, t in meta.tokens.items())),
@@ -74,19 +75,22 @@ def describe(store: Store) -> str:
 
 def _parent(parent: dict[str, Any]) -> list[str]:
     """What a subset was taken from, or what was imported and assumed."""
-    if "imported" not in parent:
+    imported, assumed = parent.get("imported"), parent.get("assumed")
+    if not isinstance(imported, list) or not all(isinstance(each, dict) for each in imported):
         return [", ".join(f"{name} {value}" for name, value in parent.items())]
     files = [
-        f"{each.get('file')} ({each.get('dtype')} {each.get('shape')}) as {each.get('taken_for')}"
-        for each in parent["imported"]
+        f"{each.get('file')} ({each.get('dtype')} {each.get('shape')}) as {each.get('taken_for')}" for each in imported
     ]
-    return [f"imported from {file}" for file in files] + [f"assumed: {text}" for text in parent.get("assumed", ())]
+    return [f"imported from {file}" for file in files] + [
+        f"assumed: {text}" for text in (assumed if isinstance(assumed, list) else [])
+    ]
 
 
 def _model(store: Store) -> str:
     model = store.meta.model
-    digest = (model.get("weights_sha256") or {}).get("transformer")
-    return f"{model.get('id')}" + (f", transformer sha256 {digest[:12]}…" if digest else ", weights unknown")
+    hashes = model.get("weights_sha256")
+    digest = hashes.get("transformer") if isinstance(hashes, dict) else None
+    return f"{model.get('id')}" + (f", transformer sha256 {str(digest)[:12]}…" if digest else ", weights unknown")
 
 
 def _stored(store: Store) -> str:
@@ -102,16 +106,22 @@ def _targets(store: Store) -> str:
 
 
 def _splits(store: Store) -> str:
-    counts = Counter(store.prompts().column("split").to_pylist()) if store.committed_parts else Counter()
+    counts = Counter(map(str, _column(store, "split")))
     return (
         f"; images by split: {', '.join(f'{name} {count}' for name, count in sorted(counts.items()))}" if counts else ""
     )
 
 
 def _sigmas(store: Store) -> str:
-    if not store.committed_parts:
-        return ""
-    return ", sigma: " + ", ".join(f"{sigma:g}" for sigma in store.prompts().column("sigma")[0].as_py())
+    first = next(iter(_column(store, "sigma")), None)
+    known = isinstance(first, list) and all(isinstance(sigma, float) for sigma in first)
+    return ", sigma: " + ", ".join(f"{sigma:g}" for sigma in first) if known else ""
+
+
+def _column(store: Store, name: str) -> list[Any]:
+    """A column of the prompts, empty where there is none."""
+    prompts = store.prompts() if store.committed_parts else None
+    return prompts.column(name).to_pylist() if prompts is not None and name in prompts.column_names else []
 
 
 def _site_table(store: Store) -> list[str]:

@@ -21,4 +21,5 @@ def part_commit(part: int) -> str:
 
 def runs_folder(path: Path) -> Path:
     """Beside the store, never in it: command lines, rates, hosts and leases, on which no byte of the store depends."""
-    return path.with_name(f"{path.name}.runs")
+    whole = path.absolute()  # `.` has no name of its own
+    return whole.with_name(f"{whole.name}.runs")

@@ -29,6 +29,7 @@ LEASE_SECONDS = 60.0
 BEATS = 10
 """how many times a lease is touched before it would expire"""
 POLL_SECONDS = 0.2
+ATTEMPTS = 20
 
 
 class Lease:
@@ -56,10 +57,14 @@ class Lease:
 
     def give_back(self) -> None:
         """Let others have it; the file stays, so that an older generation never comes back."""
+        temporary = self.file.with_suffix(".tmp")
         with contextlib.suppress(OSError):
-            temporary = self.file.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"released": True}))
-            temporary.replace(self.file)
+            try:
+                temporary.write_text(json.dumps({"released": True}))
+                temporary.replace(self.file)
+            except OSError:  # a full disk: to be older than a lease can be takes no room
+                temporary.unlink(missing_ok=True)
+                os.utime(self.file, (0, 0))
 
 
 class Leases:
@@ -73,10 +78,12 @@ class Leases:
 
     def take(self, name: str) -> Lease | None:
         """The lease, or None while another process holds it."""
-        while True:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # another process finished the store and removed the folder
+        for _ in range(ATTEMPTS):
+            with contextlib.suppress(FileNotFoundError, FileExistsError):  # another process has just removed the folder
+                self.folder.mkdir(parents=True, exist_ok=True)
                 return self._take(name)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self._take(name)
 
     def _take(self, name: str) -> Lease | None:
         generation = _highest(self.folder, name)
@@ -88,6 +95,9 @@ class Leases:
                 opened.write(json.dumps({"token": token, **_myself()}))
         except FileExistsError:
             return None
+        except OSError:  # a full disk: an empty file would keep everybody waiting
+            file.unlink(missing_ok=True)
+            raise
         lease = Lease(file, name, generation + 1, token)
         self._held[name] = lease
         self._beat()
@@ -121,11 +131,8 @@ class Leases:
         file = _file(self.folder, name, generation)
         if not generation or self._free(file):
             return None
-        try:
-            about = json.loads(file.read_bytes())
-            return f"process {about['pid']} on {about['host']}"
-        except (OSError, ValueError, KeyError):
-            return "another process"
+        about = _about(file)
+        return f"process {about['pid']} on {about['host']}" if {"pid", "host"} <= set(about) else "another process"
 
     def clear(self) -> None:
         """Remove every lease, all at the same moment: the store is finished, and whoever clears holds its creation."""
@@ -135,10 +142,7 @@ class Leases:
             shutil.rmtree(away, ignore_errors=True)
 
     def _free(self, file: Path) -> bool:
-        try:
-            about = json.loads(file.read_bytes())
-        except (FileNotFoundError, ValueError):
-            about = {}  # being written, or gone: its age decides
+        about = _about(file)
         if about.get("released") or _is_dead(about):
             return True
         try:
@@ -165,6 +169,15 @@ class Leases:
         while not stop.wait(LEASE_SECONDS / BEATS):
             for lease in list(self._held.values()):
                 lease.touch()
+
+
+def _about(file: Path) -> dict[str, Any]:
+    """Who took a lease; nothing of one that is being written, was damaged or is gone: its age decides then."""
+    try:
+        about = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return about if isinstance(about, dict) else {}
 
 
 def _file(folder: Path, name: str, generation: int) -> Path:

@@ -25,6 +25,8 @@ def read_meta(location: str | Path | Place) -> StoreMeta:
         raise ForeignError(f"there is no store at {place}") from None
     except NotADirectoryError:
         raise ForeignError(f"{place} is a file; a store is a folder") from None
+    except IsADirectoryError:
+        raise ForeignError(f"{place} is no Granary store: its zarr.json is a folder") from None
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise DamagedError(
             f"{place.where(layout.ROOT)} is not JSON any more ({error}): python -m store repair {place}"

@@ -93,7 +93,7 @@ class Folder(Place):
             return done, file.read()
 
     def pieces(self, name: str, size: int) -> Iterator[bytes]:
-        with self._path(name).open("rb", buffering=0) as file:
+        with self._path(name).open("rb") as file:
             while piece := file.read(PIECE):
                 yield piece
 

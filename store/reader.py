@@ -6,7 +6,8 @@ folder is ever listed: names follow from the metadata.
 """
 
 import io
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -17,10 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.numpy
 from PIL import Image
+from safetensors import SafetensorError
 
 from store import layout
 from store.chunks import from_e4m3, read_chunk
-from store.errors import DamagedError, UnfinishedError, UsageError
+from store.errors import DamagedError, GranaryError, UnfinishedError, UsageError
 from store.files import parse_self_checked, sha256_bytes
 from store.format import (
     ArraySpec,
@@ -37,6 +39,7 @@ from store.format import (
 from store.opening import read_meta
 from store.places import Place, place_of
 from store.sites import Point, Site, Stream
+from store.sizes import human_size
 from store.statistics import Statistics, merged
 
 TABLES_KEPT, COMMITS_KEPT = 8, 64
@@ -69,15 +72,16 @@ class Store:
         if record is None:
             raise _damaged(place, layout.STORE_COMMIT, "is missing from a finished store")
         store = cls(place, meta, _checked(place, layout.STORE_COMMIT, record), None)
+        _check_form(place, layout.STORE_COMMIT, store._created)
         _check_entry(place, layout.ROOT, place.read(layout.ROOT), store._created["files"].get(layout.ROOT))
         if store._created.get("origin") != meta.origin:
             raise _damaged(place, layout.STORE_COMMIT, "belongs to another run than zarr.json")
         if seal is not None:
             store._seal = _checked(place, layout.SEAL, seal)
+            sealed = store._seal.get("commits")
             names = {Path(layout.STORE_COMMIT).stem, *(part_name(part) for part in range(meta.n_parts))}
-            if set(store._seal["commits"]) != names:
-                there, promised = len(store._seal["commits"]) - 1, meta.n_parts
-                raise _damaged(place, layout.SEAL, f"seals {there} parts where zarr.json promises {promised}")
+            if not isinstance(sealed, dict) or set(sealed) != names:
+                raise _damaged(place, layout.SEAL, f"does not seal the {meta.n_parts} parts that zarr.json promises")
             if sha256_bytes(record) != store._seal["commits"][Path(layout.STORE_COMMIT).stem]:
                 raise _damaged(place, layout.STORE_COMMIT, "differs from what the seal names")
         elif not unfinished:
@@ -160,7 +164,8 @@ class Store:
                 raise _damaged(self.place, name, "differs from what the seal names")
             if found.get("origin") != self.meta.origin or found.get("part") != part:
                 raise _damaged(self.place, name, "belongs to another run or part")
-            if set(found.get("files", ())) != set(part_files(self.meta, part)):
+            _check_form(self.place, name, found)
+            if set(found["files"]) != set(part_files(self.meta, part)):
                 raise _damaged(self.place, name, "does not list the files that a part has")
             self._trusted.add(part)
             _keep(self._commits, part, found, COMMITS_KEPT)
@@ -180,12 +185,16 @@ class Store:
         return dict(zip(keys, totals, strict=True))
 
     def _part_statistics(self, part: int, keys: Iterable[tuple[Site, int, Point]]) -> list[Statistics]:
-        tensors = safetensors.numpy.load(self._file(f"statistics/{part_name(part)}.safetensors", part))
-        scalars = self.commit(part)["statistics"]
-        return [
-            Statistics.of_part(f"{site}/step.{step}/{point}", tensors, scalars[str(site)][str(step)][point])
-            for site, step, point in keys
-        ]
+        name = f"statistics/{part_name(part)}.safetensors"
+        data, scalars = self._file(name, part), self.commit(part).get("statistics")
+        try:
+            tensors = safetensors.numpy.load(data)
+            return [
+                Statistics.of_part(f"{site}/step.{step}/{point}", tensors, scalars[str(site)][str(step)][point])
+                for site, step, point in keys
+            ]
+        except (SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
+            raise _damaged(self.place, name, f"and its commit hold no statistics: {error!r}") from None
 
     @property
     def size_bytes(self) -> int:
@@ -218,7 +227,9 @@ class Store:
         if policy is None:
             raise UsageError(f"{self.path} has no stream {stream!r}; it has {', '.join(self.meta.streams)}")
         if policy.all_kept:
-            return np.broadcast_to(np.arange(policy.kept, dtype=np.int32), (last - first, policy.kept))
+            every = self._array((policy.kept,), "int32")
+            every[:] = np.arange(policy.kept, dtype=np.int32)
+            return np.broadcast_to(every, (last - first, policy.kept))
         if step not in self.steps:
             raise UsageError(f"{self.path} has no step {step}; it has steps {', '.join(map(str, self.steps))}")
         return self._read(tokens_path(stream, step), first, last)
@@ -233,7 +244,11 @@ class Store:
             raise UnfinishedError(f"{self.path} has no committed part yet: run its harvest again")
         with ThreadPoolExecutor(self._threads) as pool:
             names = [(f"prompts/{part_name(part)}.parquet", part) for part in self.committed_parts]
-            return pa.concat_tables(list(pool.map(lambda each: self._table(*each), names)))
+            tables = list(pool.map(lambda each: self._table(*each), names))
+        try:
+            return pa.concat_tables(tables)
+        except pa.ArrowException as error:
+            raise _damaged(self.place, names[0][0], f"has other columns than those of later parts: {error}") from None
 
     def picture(self, image: int) -> Image.Image | None:
         """The picture of an image, RGB, or None when the store keeps no pictures."""
@@ -244,8 +259,11 @@ class Store:
         name = f"images/{part_name(part)}.parquet"
         if name not in self._tables:
             _keep(self._tables, name, self._table(name, part), TABLES_KEPT)
-        data = self._tables[name].column("image")[row].as_py()["bytes"]
-        return Image.open(io.BytesIO(data)).convert("RGB")
+        try:
+            data = self._tables[name].column("image")[row].as_py()["bytes"]
+            return Image.open(io.BytesIO(data)).convert("RGB")
+        except Exception as error:  # whatever Pillow raises at bytes that are no picture
+            raise _damaged(self.place, name, f"holds no picture of image {first}: {error!r}") from None
 
     def weights_file(self, site: Site) -> bytes | None:
         """The MLP matrices of a site as a safetensors file, or None when the store does not carry them."""
@@ -270,7 +288,14 @@ class Store:
         return data
 
     def _table(self, name: str, part: int) -> pa.Table:
-        return pq.read_table(io.BytesIO(self._file(name, part)))
+        data, rows = self._file(name, part), len(self.meta.part_images(part))
+        try:
+            table = pq.read_table(io.BytesIO(data))
+        except (pa.ArrowException, OSError) as error:
+            raise _damaged(self.place, name, f"is no table: {error}") from None
+        if table.num_rows != rows:
+            raise _damaged(self.place, name, f"has {table.num_rows} rows where the part has {rows} images")
+        return table
 
     def _range(self, start: int, stop: int | None) -> tuple[int, int]:
         last = self.n_images if stop is None else stop
@@ -284,7 +309,7 @@ class Store:
 
     def _read(self, name: str, start: int, stop: int) -> np.ndarray:
         spec, chunk = self._specs[name], self.chunk_images
-        values = np.empty((stop - start, *spec.shape[1:]), spec.dtype)
+        values = self._array((stop - start, *spec.shape[1:]), spec.dtype)
 
         def fill(part: int) -> None:
             first, last = max(start, part * chunk), min(stop, (part + 1) * chunk)
@@ -309,16 +334,24 @@ class Store:
             self.commit(part)
         try:
             return read_chunk(self.place, file, spec.chunk, spec.dtype, spec.codec, out)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise _damaged(self.place, file, "is missing") from None
         except DamagedError as error:
             raise DamagedError(f"{error}. {_remedy(self.place)}") from None
+        except MemoryError:
+            raise _too_much(self.place, spec.chunk, spec.dtype) from None
+
+    def _array(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        try:
+            return np.empty(shape, dtype)
+        except (MemoryError, ValueError):
+            raise _too_much(self.place, shape, dtype) from None
 
 
 def _found(place: Place, name: str) -> bytes | None:
     try:
         return place.read(name)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
 
 
@@ -327,6 +360,21 @@ def _checked(place: Place, name: str, data: bytes) -> dict[str, Any]:
         return parse_self_checked(data, place.where(name))
     except DamagedError as error:
         raise DamagedError(f"{error}. {_remedy(place)}") from None
+
+
+def _check_form(place: Place, name: str, content: dict[str, Any]) -> None:
+    """A record's `files` must be what every record's are."""
+    files = content.get("files")
+    if not isinstance(files, dict) or not all(
+        isinstance(entry, dict) and type(entry.get("bytes")) is int and type(entry.get("sha256")) is str
+        for entry in files.values()
+    ):
+        raise _damaged(place, name, "does not say length and SHA-256 of each file")
+
+
+def _too_much(place: Place, shape: Sequence[int], dtype: str) -> GranaryError:
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    return GranaryError(f"{human_size(size)} of {place} do not fit into memory: read fewer images at once")
 
 
 def _check_entry(place: Place, name: str, data: bytes, entry: dict[str, Any] | None) -> None:
@@ -353,5 +401,5 @@ def _remedy(place: Place) -> str:
 
 def _keep(kept: dict[Any, Any], key: Any, value: Any, most: int) -> None:
     kept[key] = value
-    while len(kept) > most:
-        del kept[next(iter(kept))]
+    for old in list(kept)[: len(kept) - most] if len(kept) > most else ():  # several threads may be at it
+        kept.pop(old, None)

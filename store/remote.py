@@ -11,13 +11,13 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
+from store.answers import Verdict, verdict_of
 from store.errors import DamagedError, MismatchError, UnreachableError, UsageError
 from store.places import PIECE, Place
 
 T = TypeVar("T")
-Verdict = Literal["missing", "exists", "denied", "refused", "unsupported", "again"]
 
 ATTEMPTS = 6
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0
@@ -34,11 +34,10 @@ CREDENTIALS = {
     "not allowed: then s3:ListBucket must be granted.)",
     "hf": "Log in with: hf auth login, or set HF_TOKEN.",
 }
-PASSING = {408, 409, 425, 429}
-"""besides 5xx: answers that another attempt may change"""
-PASSING_CODES = {"RequestTimeout", "BadDigest", "IncompleteBody", "SlowDown",
-                 "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"}  # fmt: skip
-"""S3's names for a body that did not arrive whole, some of which come as 400"""
+
+
+class UnsupportedError(UnreachableError):
+    """A request that the server does not know."""
 
 
 def remote_of(url: str) -> "Remote":
@@ -149,13 +148,11 @@ class Remote(Place):
             try:
                 return ask(path)
             except Exception as error:  # every file system raises its own
-                verdict = _verdict(error)
+                verdict = verdict_of(error)
                 if verdict == "missing":
                     raise FileNotFoundError(f"{self.where(name)} is missing") from None
                 if verdict == "exists":
                     raise FileExistsError(f"{self.where(name)} exists") from None
-                if verdict == "unsupported":
-                    raise NotImplementedError from error
                 last = verdict != "again" or attempt == ATTEMPTS
                 if last or self._stopped.wait(pause * random.uniform(0.5, 1.0)):
                     raise self._unreachable(name, verb, verdict, attempt, error) from error
@@ -168,7 +165,8 @@ class Remote(Place):
         if verdict == "again":
             remedy = f"Asked {attempts} times. When the server answers again, the same command goes on where it was."
             remedy += " (A server other than Amazon's: AWS_ENDPOINT_URL.)" if isinstance(self, S3) else ""
-        return UnreachableError(f"{self.where(name)} could not be {verb}: {said}. {remedy}".rstrip())
+        kind = UnsupportedError if verdict == "unsupported" else UnreachableError
+        return kind(f"{self.where(name)} could not be {verb}: {said}. {remedy}".rstrip())
 
     def _same_or_refused(self, name: str, data: bytes) -> None:
         """Nothing where an equal object is there already (our own, its answer lost on the way, or another's); else `MismatchError`."""
@@ -199,7 +197,9 @@ class S3(Remote):
     def write(self, name: str, data: bytes, create_only: bool = False) -> None:
         try:
             super().write(name, data, create_only)
-        except NotImplementedError:  # a server without conditional requests: look, then write
+        except UnsupportedError:  # a server without conditional requests: look, then write
+            if not create_only:
+                raise
             if self.size(name) is not None:
                 self._same_or_refused(name, data)
             else:
@@ -244,11 +244,20 @@ class Hub(Remote):
         return int(self.fs.info(path, expand_info=True)["size"])  # without it, the parent folder would be listed
 
     def _get(self, path: str, start: int | None, stop: int | None) -> bytes:
-        data = bytes(self.fs.cat_file(path, block_size=0))  # a stream, which needs no `info`
-        return data[start:stop]
+        """By the hub's own address of the file: its file system would list the parent folder, and answer from that list later."""
+        from huggingface_hub import HfFileSystem, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-    def pieces(self, name: str, size: int) -> Iterator[bytes]:
-        yield self.read(name)
+        there = self.fs.resolve_path(path) if isinstance(self.fs, HfFileSystem) else None
+        if there is None or not hasattr(there, "repo_id"):  # a stand-in, or one of the hub's buckets
+            return super()._get(path, start, stop)
+        where = {"repo_type": there.repo_type, "revision": there.revision, "endpoint": self.fs.endpoint}
+        url = hf_hub_url(there.repo_id, there.path_in_repo, **where)
+        span = {} if start is None or stop is None else {"Range": f"bytes={start}-{stop - 1}"}
+        headers = {**build_hf_headers(token=self.fs.token), "Accept-Encoding": "identity", **span}
+        answer = get_session().get(url, headers=headers, follow_redirects=True, timeout=READ_SECONDS)
+        hf_raise_for_status(answer)
+        return bytes(answer.content)
 
 
 class Web(Remote):
@@ -267,34 +276,3 @@ class Web(Remote):
             return super()._size(path)
         except FileNotFoundError as error:  # so fsspec calls whatever went wrong
             raise error.__cause__ or error from None
-
-
-def _verdict(error: BaseException) -> Verdict:
-    """What an error of any file system means for the request."""
-    status, code = _answer(error)
-    absent = isinstance(error, FileNotFoundError | NotADirectoryError)
-    if status == 404 or (status is None and absent):
-        return "missing"
-    if status == 412 or (status is None and isinstance(error, FileExistsError)):
-        return "exists"
-    if status in (401, 403) or isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError":
-        return "denied"
-    if status == 501:
-        return "unsupported"
-    if status is not None and status < 500 and status not in PASSING and code not in PASSING_CODES:
-        return "refused"
-    return "again"
-
-
-def _answer(error: BaseException | None) -> tuple[int | None, str]:
-    """HTTP status and S3's error code of the answer that an error tells of; (None, "") when there was none."""
-    seen = 0
-    while error is not None and seen < 8:
-        response = getattr(error, "response", None)
-        if isinstance(response, dict):  # botocore
-            return response.get("ResponseMetadata", {}).get("HTTPStatusCode"), response.get("Error", {}).get("Code", "")
-        for status in (getattr(response, "status_code", None), getattr(error, "status", None)):
-            if isinstance(status, int):  # huggingface_hub; aiohttp
-                return status, ""
-        error, seen = error.__cause__, seen + 1
-    return None, ""

@@ -23,6 +23,8 @@ BINS_PER_OCTAVE = 32
 LOWEST, HIGHEST = -40 * BINS_PER_OCTAVE, 72 * BINS_PER_OCTAVE
 """bins of norms from 2^-40 (zero as well) to 2^72; a bin is 2.2 % wide"""
 BLOCK = 2**20
+GREATEST = 1e120
+"""which no sum of squares of float32 reaches"""
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,23 @@ class Statistics:
 
     @classmethod
     def of_part(cls, name: str, tensors: Mapping[str, np.ndarray], scalars: Mapping[str, Any]) -> "Statistics":
-        """The inverse of `tensors` and `scalars`."""
+        """The inverse of `tensors` and `scalars`; `KeyError`, `TypeError` or `ValueError` for what is no statistics."""
         counts = np.zeros(HIGHEST - LOWEST, np.int64)
-        first, found = int(tensors[f"{name}/norm_first"][0]) - LOWEST, tensors[f"{name}/norm_counts"]
-        counts[first : first + len(found)] = found
-        sums = tensors[f"{name}/sum"], tensors[f"{name}/square_sum"]
-        return cls(int(scalars["rows"]), *sums, counts, float(scalars["max"]), float(scalars["error"]))
+        (first,), found = tensors[f"{name}/norm_first"], tensors[f"{name}/norm_counts"]
+        place = int(first) - LOWEST
+        if found.dtype != np.int64 or not 0 <= place <= len(counts) - len(found):
+            raise ValueError(f"norms of {name} from bin {first}")
+        counts[place : place + len(found)] = found
+        total, squares, rows = tensors[f"{name}/sum"], tensors[f"{name}/square_sum"], int(scalars["rows"])
+        peak, error = float(scalars["max"]), float(scalars["error"])
+        if not total.ndim == squares.ndim == 1 or total.shape != squares.shape or total.dtype != squares.dtype:
+            raise ValueError(f"sums of {name} have shapes {total.shape} and {squares.shape}")
+        sane = (squares >= 0).all() and (squares < GREATEST).all() and (np.abs(total) < GREATEST).all()
+        if total.dtype != np.float64 or not sane or not (0 <= peak < GREATEST and 0 <= error < GREATEST):
+            raise ValueError(f"the sums of {name} are none")
+        if (found < 0).any() or (found > rows).any() or found.sum() != rows:
+            raise ValueError(f"{name} has {rows} rows and norms of others")
+        return cls(rows, total, squares, counts, peak, error)
 
 
 def array_statistics(values: np.ndarray, kept: np.ndarray | None, error: float = 0.0) -> Statistics | int:

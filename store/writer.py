@@ -282,6 +282,7 @@ class StoreWriter:
         for generation in range(1, lease.generation):  # what a process that lost the part left half-written
             temporary_of(path, str(generation)).unlink(missing_ok=True)
         temporary = temporary_of(path, str(lease.generation))
+        path.parent.mkdir(parents=True, exist_ok=True)  # a copy may have left out empty folders
         digest, length = hashlib.sha256(), 0
         try:
             with temporary.open("wb", buffering=0) as file:
@@ -298,6 +299,8 @@ class StoreWriter:
             temporary.unlink(missing_ok=True)
             if isinstance(error, FileNotFoundError):
                 lease.check()  # whoever took the part over has removed the temporary file
+            if isinstance(error, OSError) and error.filename is None:
+                error.filename = str(path)  # which a full disk does not say
             raise
         return {"bytes": length, "sha256": digest.hexdigest()}
 

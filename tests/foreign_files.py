@@ -8,7 +8,7 @@ import safetensors.numpy
 
 from store import Store, open_store
 from store.command import Command
-from store.importing import ImportSettings, run
+from store.foreign.importing import ImportSettings, run
 
 COMMAND = {"import": Command(ImportSettings, run, "Make a store of activations that somebody already has.")}
 

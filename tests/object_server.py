@@ -5,7 +5,9 @@ the request was carried out, so that its answer is lost), refuses, or flips a bi
 """
 
 import http.client
+import json
 import logging
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +16,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import parse_qs
 
 import fsspec
 import pytest
@@ -22,19 +25,22 @@ from fsspec.registry import _registry
 
 from store import remote
 from store.files import sha256_bytes
-from store.pull import PullSettings
-from store.pull import run as pull
-from store.push import PushSettings
-from store.push import run as push
+from store.sharing.pull import PullSettings
+from store.sharing.pull import run as pull
+from store.sharing.push import PushSettings
+from store.sharing.push import run as push
 
 S3_OPTIONS = remote.S3._options
-Fault = Literal["500", "503", "cut", "403", "flip answer", "flip request"]
+Fault = Literal["500", "501", "503", "cut", "403", "flip answer", "flip request"]
 Request = tuple[str, str]
 """method, and path with its query"""
 SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 INTERNAL = b"<Error><Code>InternalError</Code><Message>We encountered an internal error.</Message></Error>"
 DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
-ANSWERS = {"500": (500, INTERNAL), "503": (503, SLOW_DOWN), "403": (403, DENIED)}
+NOT_IMPLEMENTED = (
+    b"<Error><Code>NotImplemented</Code><Message>A header implies what is not implemented.</Message></Error>"
+)
+ANSWERS = {"500": (500, INTERNAL), "501": (501, NOT_IMPLEMENTED), "503": (503, SLOW_DOWN), "403": (403, DENIED)}
 
 
 @dataclass
@@ -156,6 +162,54 @@ def web(folder: Path) -> Iterator[tuple[str, Weather]]:
 
     with serving(Quiet) as url, proxy("127.0.0.1", int(url.rsplit(":", 1)[1])) as behind:
         yield behind
+
+
+@contextmanager
+def hub_server(folder: Path, repository: str) -> Iterator[tuple[str, list[str]]]:
+    """What of the Hugging Face hub a reader of a dataset repository asks for; yields its URL and the paths that it saw."""
+    seen: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
+
+        def answer(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+            path = self.path.split("?")[0]
+            seen.append(path)
+            if path == f"/api/datasets/{repository}":
+                return self.say({"id": repository, "sha": "0" * 40, "private": False, "tags": [], "siblings": []})
+            if path == f"/api/datasets/{repository}/paths-info/main":
+                names = parse_qs(body)["paths"]
+                files = [(name, folder / name) for name in names if (folder / name).is_file()]
+                about = {"type": "file", "oid": "0" * 40}
+                return self.say([{**about, "path": name, "size": file.stat().st_size} for name, file in files])
+            file = folder / path.removeprefix(f"/datasets/{repository}/resolve/main/")
+            if file.is_file() and self.command == "GET":
+                span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+                content = file.read_bytes()
+                part = content[int(span[1]) : int(span[2]) + 1] if span else content
+                return self.send(206 if span else 200, part)
+            return self.send(404, b'{"error": "not found"}', ("X-Error-Code", "EntryNotFound"))
+
+        do_GET = do_POST = do_HEAD = answer  # noqa: N815
+
+        def say(self, value: object) -> None:
+            self.send(200, json.dumps(value).encode())
+
+        def send(self, status: int, content: bytes, *headers: tuple[str, str]) -> None:
+            self.send_response(status)
+            for name, value in (("Content-Length", str(len(content))), *headers):
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with serving(Handler) as url:
+        yield url, seen
 
 
 def tree(path: Path) -> dict[str, bytes]:

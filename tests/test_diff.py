@@ -9,9 +9,9 @@ import pytest
 
 from store import Site, layout
 from store.__main__ import COMMANDS
+from store.care.diff import Gap, diff
+from store.care.findings import Costs
 from store.command import program
-from store.diff import Gap, diff
-from store.findings import Costs
 from store.format import StreamTokens
 from store.writer import StoreWriter
 from tests.small_store import SmallStore, make_store, small_part

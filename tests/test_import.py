@@ -20,8 +20,8 @@ from store import Site, open_store
 from store.command import program
 from store.errors import DamagedError, NonFiniteError, UsageError
 from store.foreign.arrays import Rows, open_array
+from store.foreign.importing import ImportSettings, run
 from store.foreign.schedules import received_sigmas, scheduler_sigmas
-from store.importing import ImportSettings, run
 from store.info import describe
 from store.split import split_of
 from store.tokens import kept_positions
@@ -260,7 +260,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     code = """
         import re, sys
         from pathlib import Path
-        from store.importing import ImportSettings, run
+        from store.foreign.importing import ImportSettings, run
         def peak():
             return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
         folder = Path(sys.argv[1])
@@ -287,7 +287,7 @@ def test_an_import_that_is_killed_goes_on_and_ends_in_the_same_bytes(tmp_path: P
         import os, signal, sys
         from pathlib import Path
         from store.files import temporary_of
-        from store.importing import ImportSettings, run
+        from store.foreign.importing import ImportSettings, run
         from store.writer import StoreWriter
         put = StoreWriter._put
         def dies(self, name, pieces, lease):

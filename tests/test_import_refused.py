@@ -9,7 +9,7 @@ import safetensors.numpy
 
 from store.command import program
 from store.errors import UsageError
-from store.importing import ImportSettings, run
+from store.foreign.importing import ImportSettings, run
 from tests.foreign_files import COMMAND, imported, normal, saved
 
 

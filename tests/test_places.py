@@ -73,6 +73,16 @@ def test_every_place_gives_what_it_was_given_and_tells_what_is_missing(place: Pl
     assert place.where("x/y") == f"{place}/x/y"
 
 
+def test_a_server_without_conditional_requests_is_looked_at_before_it_is_written_to(bucket: Bucket) -> None:
+    place = place_of(bucket.url("old"))
+    conditional = iter(["501", None, "501"])
+    bucket.weather.fault = lambda number, request: next(conditional) if request[0] == "PUT" else None  # type: ignore[return-value]
+    place.write("seal", b"one", create_only=True)
+    with pytest.raises(MismatchError, match="seal is there already"):
+        place.write("seal", b"two", create_only=True)
+    assert bucket.objects("old") == {"seal": b"one"}
+
+
 def test_access_denied_is_asked_once_and_says_how_to_log_in(bucket: Bucket) -> None:
     bucket.weather.fault = lambda number, request: "403"
     with pytest.raises(UnreachableError, match=r"Access Denied\. Credentials: AWS_PROFILE"):

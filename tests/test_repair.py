@@ -13,11 +13,13 @@ import pytest
 
 from store import layout, open_store
 from store.__main__ import COMMANDS
+from store.care.repair import Repaired, RepairSettings, run
+from store.care.survey import remaking
+from store.care.verify import verify
 from store.command import program
 from store.errors import DamagedError, MismatchError, UsageError
 from store.format import part_files
-from store.repair import Repaired, RepairSettings, run
-from store.verify import verify
+from store.places import place_of
 from store.writer import StoreWriter
 from tests.small_store import SmallStore, make_store, small_meta, small_part, weights_content
 from tests.test_store import tree
@@ -146,7 +148,9 @@ def test_a_kill_at_any_moment_of_a_repair_leaves_nothing_that_looks_whole(
                 repair(path, replica)
                 ended = True
             except Killed:
-                assert not verify(path).ok
+                wrong = [each for each in verify(path).findings if each.kind in ("damaged", "missing", "other-run")]
+                assert {each.name for each in wrong} <= set(lost), "nothing that was whole looks damaged"
+                assert not verify(path).ok, "and nothing that is not whole looks so"
         done = repair(path, replica)
         assert not done.left
         if not with_copy:
@@ -207,7 +211,7 @@ def test_what_killed_processes_left_is_removed_and_what_is_foreign_only_when_ask
 ) -> None:
     put(copy, {"notes.txt": b"?", "prompts/.part-00001.parquet.1.tmp": b"?"})
     assert repair(copy).removed == ["prompts/.part-00001.parquet.1.tmp"]
-    assert "1 files that no commit lists were left: --remove-unlisted" in capsys.readouterr().out
+    assert "left alone: 1 file that no commit lists (--remove-unlisted removes them)" in capsys.readouterr().out
     assert repair(copy, remove_unlisted=True).removed == ["notes.txt"]
     assert tree(copy) == tree(made.path)
     for name in (layout.SEAL, layout.part_commit(1)):
@@ -287,6 +291,18 @@ def test_parts_that_cannot_be_made_again_are_not_taken_out(
     damage(copy, layout.ROOT, "cut")
     assert program("store", COMMANDS, ["rm", str(copy), "--parts", "0"]) == 1
     assert "First: python -m store repair" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("parent", "command"),
+    [
+        (None, "python -m harvest --resume 'a store'"),
+        ({"imported": {}}, "the import that made it, again: python -m store import … --out 'a store'"),
+        ({"store": "sha256-x"}, "pull it again from where it was taken: python -m store pull SOURCE 'a store' …"),
+    ],
+)
+def test_what_makes_a_store_again_depends_on_what_made_it(parent: dict[str, object] | None, command: str) -> None:
+    assert remaking(replace(small_meta(), parent=parent), place_of("a store")) == command
 
 
 @pytest.mark.slow

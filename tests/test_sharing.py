@@ -1,7 +1,8 @@
 """Stores travel to servers and back, whole or in part, and what arrives is what was sent, or nothing is.
 
-The S3 server is moto's, behind a proxy that fails (`tests/object_server.py`).  `hf://` is a stand-in: a folder of this machine
-under that protocol, because the hub cannot be had here; what it cannot show is how the real hub answers.
+The S3 server is moto's, behind a proxy that fails (`tests/object_server.py`).  The hub cannot be had here.  What `hf://` does is
+shown with two stand-ins, a folder of this machine under that protocol, and the hub's real client before a server of ours;
+how the real hub answers, neither can show.
 """
 
 import shutil
@@ -11,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-import store.push
+import store.sharing.push
 from store import Site, open_store, remote
 from store.__main__ import COMMANDS
 from store.command import program
 from store.errors import DamagedError, MismatchError, StoreError, UnfinishedError, UnreachableError, UsageError
 from store.places import place_of
-from tests.object_server import Bucket, fetched, moto_buckets, one_in, sent, tree, web
+from tests.object_server import Bucket, fetched, hub_server, moto_buckets, one_in, sent, tree, web
 from tests.small_store import SmallStore, make_store
 
 IMG = Site.parse("img_0")
@@ -155,6 +156,19 @@ def test_a_seal_is_never_replaced_even_when_another_one_lands_at_the_last_moment
     assert bucket.objects("store")["seal.json"] == (other.path / "seal.json").read_bytes()
 
 
+def test_of_two_stores_pushed_to_one_url_at_once_the_second_stops_before_it_overwrites_anything(
+    bucket: Bucket, made: SmallStore, other: SmallStore
+) -> None:
+    def meanwhile(number: int, request: tuple[str, str]) -> None:
+        if request == ("PUT", f"/{bucket.name}/store/zarr.json"):
+            bucket.put("store", other.path)
+
+    bucket.weather.fault = meanwhile
+    with pytest.raises(MismatchError, match=r"zarr\.json is there already"):
+        sent(made.path, bucket.url("store"))
+    assert bucket.objects("store") == tree(other.path)
+
+
 def test_a_byte_that_flips_on_the_way_there_is_found_by_reading_back_and_sent_again(
     bucket: Bucket, made: SmallStore
 ) -> None:
@@ -198,6 +212,28 @@ def test_hf_urls_by_a_local_stand_in(hub: Path, made: SmallStore, tmp_path: Path
     assert tree(tmp_path / "back") == tree(made.path)
 
 
+def test_the_hubs_own_client_reads_a_store_without_listing_a_folder(
+    made: SmallStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server of ours answers as the hub does; its client is the real one."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with hub_server(made.path.parent, "owner/name") as (url, seen):
+        monkeypatch.setattr(remote.Hub, "_options", lambda place: {"endpoint": url, "token": False})
+        found = open_store("hf://datasets/owner/name/store")
+        assert found.id == made.store.id
+        np.testing.assert_array_equal(found.read(IMG, 0, "mlp_in"), made.store.read(IMG, 0, "mlp_in"))
+        fetched("hf://datasets/owner/name/store", tmp_path / "back")
+        assert tree(tmp_path / "back") == tree(made.path)
+        place = place_of("hf://datasets/owner/name/store")
+        seal = (made.path / "seal.json").read_bytes()
+        assert (place.size("seal.json"), place.size("nothing")) == (len(seal), None)
+        monkeypatch.setattr(remote, "PIECE", 100)
+        assert b"".join(place.pieces("seal.json", len(seal))) == seal
+        with pytest.raises(FileNotFoundError):
+            place.read("nothing")
+    assert not [path for path in seen if "/tree/" in path]
+
+
 def test_a_store_is_read_and_pulled_over_http_but_not_pushed(
     made: SmallStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,7 +258,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_copied(
     made: SmallStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(store.push, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(store.sharing.push, "disk_usage", lambda _: usage)
     with pytest.raises(StoreError, match="1 KB are free"):
         fetched(str(made.path), tmp_path / "back")
     assert not (tmp_path / "back").exists()
@@ -254,3 +290,5 @@ def test_a_folder_that_holds_something_else_is_refused(made: SmallStore, tmp_pat
         fetched(str(made.path), tmp_path / "mine")
     with pytest.raises(UsageError, match="lie in one another"):
         sent(made.path, str(made.path / "copy"))
+    with pytest.raises(UsageError, match="is no folder"):
+        fetched(str(made.path), Path("s3://bucket/store"))

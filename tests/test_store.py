@@ -275,7 +275,9 @@ def test_the_files_of_a_part_are_known_without_listing(small_store: MakeStore) -
         name for name in tree(made.path) if not name.endswith("zarr.json") and not name.startswith(("commits", "seal"))
     }
     assert promised == there - {"README.md"}
-    assert set(metadata_files(made.store.meta)) == {n for n in tree(made.path) if n.endswith(("zarr.json", "README.md"))}
+    assert set(metadata_files(made.store.meta)) == {
+        n for n in tree(made.path) if n.endswith(("zarr.json", "README.md"))
+    }
 
 
 def test_pictures_come_back_and_load_with_datasets(

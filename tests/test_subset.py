@@ -10,12 +10,12 @@ import pytest
 
 from store import Site, Store, open_store
 from store.card import card_of, has_prompts
+from store.care.verify import verify
 from store.errors import DamagedError, UnfinishedError, UsageError
 from store.files import json_bytes, read_self_checked, self_checked, write_bytes
 from store.format import StreamTokens, part_files
-from store.pull import PullSettings, run
-from store.subset import KEPT_WITHOUT_PROMPTS
-from store.verify import verify
+from store.sharing.pull import PullSettings, run
+from store.sharing.subset import KEPT_WITHOUT_PROMPTS
 from tests.small_store import SmallStore, make_store
 from tests.toy_stores import mlp_of_site, toy_store
 

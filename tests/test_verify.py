@@ -13,14 +13,14 @@ import zarr
 
 from store import layout
 from store.__main__ import COMMANDS
-from store.checking import entry_of
+from store.care.checking import entry_of
+from store.care.findings import Costs, Finding, costs_of, spans, summary
+from store.care.verify import VerifySettings, run, verify
 from store.command import program
 from store.errors import DamagedError, ForeignError, UnfinishedError
 from store.files import json_bytes, parse_self_checked, self_checked, write_json
-from store.findings import Costs, Finding, costs_of, spans, summary
 from store.format import StreamTokens, array_specs, metadata_files, part_files
 from store.opening import read_meta
-from store.verify import VerifySettings, run, verify
 from store.writer import StoreWriter
 from tests.small_store import make_store, weights_content
 from tests.test_store import tree
@@ -160,7 +160,7 @@ def test_the_costs_of_every_file_name_what_the_metadata_say_of_it(store: Path) -
         ("images/part-00000.parquet", "missing", "(the pictures of a part) is missing; costs the pictures of images 0-3"),
         ("statistics/part-00001.safetensors", "missing", "costs the statistics of images 4-7"),
         ("weights/WEIGHTS", "damaged", "(MLP matrices) differs from its committed SHA-256; costs the MLP matrices of img_0, txt_0"),
-        ("README.md", "damaged", "(the dataset card) differs from its committed SHA-256; costs nothing"),
+        ("README.md", "damaged", "(the dataset card) differs from its committed SHA-256; costs no value"),
         ("zarr.json", "damaged", "differs from its committed SHA-256; costs no value, but the store cannot be opened"),
         ("zarr.json", "missing", "(the store's metadata) is missing"),
         (
@@ -419,3 +419,17 @@ def test_verify_goes_on_whatever_a_small_file_holds(store: Path) -> None:
                     assert found(store) == [("damaged", name)]
             with damaged(store, {layout.SEAL: None, name: data}):
                 assert not verify(store).ok
+
+
+def test_a_number_of_parts_that_cannot_be_is_damage(store: Path) -> None:
+    root = json.loads((store / layout.ROOT).read_bytes())
+    root["attributes"]["granary"]["n_images"] = 10**30
+    with damaged(store, {layout.SEAL: None, layout.STORE_COMMIT: None, layout.ROOT: json_bytes(root)}):
+        assert ("damaged", layout.ROOT) in found(store)
+
+
+def test_a_store_is_verified_from_inside(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(store)
+    assert verify(".").ok
+    with damaged(store, {layout.SEAL: None, layout.part_commit(1): None}):
+        assert [each.kind for each in verify(".").findings] == ["unfinished"]

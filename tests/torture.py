@@ -11,6 +11,7 @@ A worker is `python -m harvest` as the shell would run it.  Because a start cost
 forked from this process, which has imported everything, and has run and loaded nothing; one in `FRESH` is a new Python.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -28,9 +29,9 @@ from typing import Literal, NoReturn, get_args
 
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
-from store.command import Command, program  # noqa: E402
-from store.errors import GranaryError, UsageError  # noqa: E402
-from store.layout import ROOT, SEAL, STORE_COMMIT, part_commit, runs_folder  # noqa: E402
+from store.command import Command, program
+from store.errors import GranaryError, UsageError
+from store.layout import ROOT, SEAL, STORE_COMMIT, part_commit, runs_folder
 
 PROMPTS = "a red circle left of a blue square\na green triangle on black\ntwo white circles\n"
 FLAGS = (
@@ -43,6 +44,8 @@ FRESH = 12
 KILLS_A_PHASE = 5
 PATIENCE = 120.0
 """seconds after which a worker that neither ends nor gets anywhere is a failure"""
+GRACE = 2.0
+"""seconds that a `uname` or `ldconfig` of some library's may need to end by itself when its parent was killed"""
 POLL = 0.002
 SUBREAPER = 36  # prctl(2): orphans of this process's descendants become its children, and so cannot hide
 
@@ -180,7 +183,10 @@ class Torture:
             self.start((*self.flags, "--images", str(parts * PART), "--out", str(out)))
         self.finish()
         self.seconds = time.monotonic() - begun
-        commits = self.folder / f"whole-{lengths[0]}" / STORE_COMMIT, self.folder / f"whole-{lengths[0]}" / part_commit(0)
+        commits = (
+            self.folder / f"whole-{lengths[0]}" / STORE_COMMIT,
+            self.folder / f"whole-{lengths[0]}" / part_commit(0),
+        )
         self.part_seconds = commits[1].stat().st_mtime - commits[0].stat().st_mtime
         self.whole = {parts: _tree(self.folder / f"whole-{parts}") for parts in lengths}
         assert all(len([n for n in t if n.startswith("commits/part")]) == parts for parts, t in self.whole.items())
@@ -302,17 +308,16 @@ class Torture:
                     self.fail(worker, f"does not end for {PATIENCE:.0f} s")
                 time.sleep(POLL)
             self.alive.remove(worker)
-            try:
-                os.killpg(worker.pid, 0)
-            except ProcessLookupError:
-                continue
-            self.fail(worker, "has left processes of its group behind")
+        end = time.monotonic() + GRACE
+        while orphans := self.orphans():
+            if time.monotonic() > end:
+                raise GranaryError(f"processes {orphans} were left behind by {[worker.pid for worker in workers]}")
+            time.sleep(POLL)
+
+    def orphans(self) -> list[int]:
+        """Living processes that are not workers and whose parent was one: as its reaper this process has inherited them."""
         known = {worker.pid for worker in self.alive}
-        children = Path(f"/proc/self/task/{os.getpid()}/children")
-        if children.exists():  # where the kernel was built with it
-            orphans = [pid for pid in map(int, children.read_text().split()) if pid not in known]
-            if orphans:
-                raise GranaryError(f"processes {orphans} were left behind by a killed worker")
+        return [pid for pid in _children() if pid not in known and os.waitpid(pid, os.WNOHANG) == (0, 0)]
 
     def finish(self) -> None:
         """Wait until all have ended by themselves, with exit code 0."""
@@ -350,9 +355,10 @@ def _preload() -> None:
 
     with quiet():
         import pandas  # noqa: F401  # by pyarrow, when it first makes a table
-        import harvest.fill  # noqa: F401
         from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel  # noqa: F401
         from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast  # noqa: F401
+
+        import harvest.fill  # noqa: F401
 
 
 def _become_harvest(words: Sequence[str], log: Path, fresh: bool) -> NoReturn:
@@ -360,6 +366,7 @@ def _become_harvest(words: Sequence[str], log: Path, fresh: bool) -> NoReturn:
     code = 70
     try:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell ignores for a background job
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for descriptor in (1, 2):
             os.dup2(output, descriptor)
@@ -379,10 +386,27 @@ def _become_harvest(words: Sequence[str], log: Path, fresh: bool) -> NoReturn:
     os._exit(code)
 
 
+def _children() -> list[int]:
+    """The processes whose parent is this one."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):  # it may end while we look
+            if (
+                folder.name.isdecimal()
+                and int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == os.getpid()
+            ):
+                found.append(int(folder.name))
+    return found
+
+
 def _held(store: Path, pid: int) -> list[int]:
     """The parts that process holds by a lease and that have no commit."""
-    parts = []
-    for file in (runs_folder(store) / "leases").glob("part-*.json"):
+    parts, folder = [], runs_folder(store) / "leases"
+    try:
+        files = list(folder.glob("part-*.json"))
+    except FileNotFoundError:  # the store has just been finished
+        return []
+    for file in files:
         try:
             about = json.loads(file.read_bytes())
         except (OSError, ValueError):  # gone, or being written

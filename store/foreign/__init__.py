@@ -1,1 +1,1 @@
-"""What others made: arrays of activations and prompts, and how they become a store (`store.importing` is the command)."""
+"""What others made: arrays of activations and prompts, and how they become a store (`store.foreign.importing` is the command)."""

@@ -1,0 +1,209 @@
+"""Packs, dictionaries, score matrices and analyses as files to be copied, the same way as stores.
+
+They have no commits.  So a push writes, last, `granary-files.json`: what it is, and every file with length and SHA-256; a
+pull reads that list, where listing a folder may be impossible, and writes last whatever makes the folder look whole.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from store import layout
+from store.errors import DamagedError, ForeignError, MismatchError, UnfinishedError, UsageError
+from store.files import READ_BLOCK, is_temporary, json_bytes, parse_self_checked, read_self_checked, self_checked
+from store.places import Place
+from store.shards import MANIFEST, open_pack
+from store.sharing.cargo import Batch, Cargo, File
+
+LIST = "granary-files.json"
+FORMAT, VERSION = "granary files", 1
+CONFIG, RESUME = "config.json", "resume.safetensors"
+RUN = "run.json"
+ANALYSIS, SCORES = "granary analysis", "granary score matrix"
+Entry = dict[str, Any]
+
+KINDS = "a store, a pack, a dictionary, a folder of dictionaries, a score matrix, a folder of them, or an analysis"
+
+
+class Goods(Cargo):
+    """A folder of ours that is not a store: one batch, and what makes it look whole."""
+
+    replaces = False
+
+    def __init__(self, source: Place, kind: str, files: Mapping[str, Entry], with_list: bool) -> None:
+        """`with_list` writes `granary-files.json` at the target."""
+        self.source, self.kind, self.files = source, kind, dict(sorted(files.items()))
+        content = {"format": FORMAT, "version": VERSION, "kind": kind, "files": self.files}
+        self.list = File.of(LIST, json_bytes(self_checked(content)))
+        self.name = f"{kind} sha256-{self_checked(content)['sha256']}"
+        self.n_batches, self._with_list = 1, with_list
+        self._last = {name for name in self.files if _makes_whole(kind, name)}
+
+    def sizes(self, batch: int) -> tuple[int, int]:
+        return sum(entry["bytes"] for entry in self.files.values()), len(self.files)
+
+    def batch(self, batch: int) -> Batch:
+        return Batch(tuple(self._file(name) for name in self.files if name not in self._last), None)
+
+    def last(self) -> tuple[File, ...]:
+        whole = tuple(self._file(name) for name in sorted(self._last))
+        return (*whole, self.list) if self._with_list else whole
+
+    def _file(self, name: str) -> File:
+        return File(name, self.files[name]["bytes"], self.files[name]["sha256"], name)
+
+
+def goods_at(source: Place, with_list: bool) -> Goods:
+    """What lies at a place that is not a store.
+
+    Errors: `UsageError` where nothing of ours is, `UnfinishedError`, `DamagedError` where it differs from its own checksums.
+    """
+    try:
+        data = source.read(LIST)
+    except (FileNotFoundError, NotADirectoryError):
+        data = None
+    if data is not None:
+        found = parse_self_checked(data, source.where(LIST))
+        if (found.get("format"), found.get("version")) != (FORMAT, VERSION) or not _are_entries(found.get("files")):
+            raise ForeignError(
+                f"{source.where(LIST)} is of another version than this Granary reads ({FORMAT} {VERSION})"
+            )
+        return Goods(source, str(found["kind"]), found["files"], with_list)
+    if source.local is None:
+        raise UsageError(
+            f"there is nothing of Granary at {source}: neither {layout.ROOT} of a store nor {LIST} of a push"
+        )
+    if not source.local.is_dir():
+        raise UsageError(f"there is no folder {source}")
+    kind = kind_of(source.local)
+    if kind is None:
+        raise ForeignError(f"{source} is nothing that travels: it is not {KINDS}. What others made, import first.")
+    return Goods(source, kind, _entries(source.local, kind), with_list)
+
+
+def kind_of(folder: Path) -> str | None:
+    """`pack`, `dictionary`, `score matrix`, `analysis`, or the plural for a folder of the same; None for what is not ours."""
+    if (folder / MANIFEST).exists():
+        return "pack"
+    if (folder / CONFIG).exists() or (folder / RESUME).exists():
+        return "dictionary"
+    if _json(folder / RUN).get("format") == ANALYSIS:
+        return "analysis"
+    if _json(folder / layout.ROOT).get("attributes", {}).get("format") == SCORES:
+        return "score matrix"
+    inside = [each for each in sorted(folder.iterdir()) if not is_temporary(each)]
+    kinds = {kind_of(each) if each.is_dir() else None for each in inside}
+    plural = {"dictionary": "dictionaries", "score matrix": "score matrices", "score matrices": "score matrices"}
+    return plural.get(next(iter(kinds)) or "") if len(kinds) == 1 else None
+
+
+def _makes_whole(kind: str, name: str) -> bool:
+    """Whether a folder of that kind looks finished by this file."""
+    last = name.rpartition("/")[2]
+    if kind == "pack":
+        return name == MANIFEST
+    if kind in ("dictionary", "dictionaries"):
+        return last == CONFIG
+    if kind == "analysis":
+        return name == RUN
+    return last == layout.ROOT and not name.endswith((f"scores/{layout.ROOT}", f"argmax_token/{layout.ROOT}"))
+
+
+def _entries(folder: Path, kind: str) -> dict[str, Entry]:
+    """Every file that travels, with length and SHA-256; `DamagedError` for one that differs from a checksum of its own."""
+    if kind == "pack":
+        return _of_pack(folder)
+    if kind == "dictionary":
+        return _of_dictionary(folder)
+    if kind == "dictionaries":
+        each = [(path.name, _of_dictionary(path)) for path in sorted(folder.iterdir()) if path.is_dir()]
+        return {f"{name}/{file}": entry for name, files in each for file, entry in files.items()}
+    return {str(path.relative_to(folder)): _hashed(path) for path in _walk(folder)}
+
+
+def _of_pack(folder: Path) -> dict[str, Entry]:
+    pack = open_pack(folder)
+    pack.verify()
+    return {name: _hashed(folder / name) for name in (*pack.files, MANIFEST)}
+
+
+def _of_dictionary(folder: Path) -> dict[str, Entry]:
+    if not (folder / CONFIG).exists() and (folder / RESUME).exists():
+        raise UnfinishedError(f"{folder} did not finish training: run the same train command again, then push it")
+    listed: dict[str, Entry] = read_self_checked(folder / CONFIG).get("files") or {}
+    if not _are_entries(listed):
+        raise ForeignError(f"{folder / CONFIG} is not that of a dictionary of ours: it lists no files")
+    found = {name: _hashed(folder / name) for name in (*listed, CONFIG)}
+    for name, entry in listed.items():
+        if {key: entry[key] for key in ("bytes", "sha256")} != found[name]:
+            raise DamagedError(f"{folder / name} differs from the checksum in {CONFIG}: train or import it again")
+    return found
+
+
+def _hashed(path: Path) -> Entry:
+    digest, length = hashlib.sha256(), 0
+    try:
+        with path.open("rb") as file:
+            while block := file.read(READ_BLOCK):
+                digest.update(block)
+                length += len(block)
+    except FileNotFoundError:
+        raise DamagedError(f"{path} is missing") from None
+    return {"bytes": length, "sha256": digest.hexdigest()}
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Every file below a folder, but what a killed process left half-written."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not is_temporary(path):
+            yield from _walk(path)
+        elif path.is_file() and not is_temporary(path):
+            yield path
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _are_entries(found: object) -> bool:
+    """Whether something has the form {name: {bytes, sha256}}, with names that stay inside a folder."""
+    return (
+        isinstance(found, dict)
+        and bool(found)
+        and all(
+            isinstance(e, dict) and type(e.get("bytes")) is int and isinstance(e.get("sha256"), str)
+            for e in found.values()
+        )
+        and all(isinstance(name, str) and not name.startswith("/") and ".." not in name.split("/") for name in found)
+    )
+
+
+def refuse_other_goods(goods: Goods, target: Place) -> None:
+    """`MismatchError` or `UsageError` when something else lies at the target; what is there of the same is fine."""
+    there = _read(target.read, LIST)
+    if there is not None and there != goods.list.source:
+        other = parse_self_checked(there, target.where(LIST))
+        raise MismatchError(
+            f"{target} holds {other.get('kind')} sha256-{other['sha256']}, and this is {goods.name}: choose another target"
+        )
+    if layout.ROOT not in goods.files and _read(target.read, layout.ROOT) is not None:
+        raise UsageError(f"{target} holds a store or a Zarr group, and this is a {goods.kind}: choose another target")
+    if target.local is not None and target.local.exists():
+        if not target.local.is_dir():
+            raise UsageError(f"{target} is a file: choose another folder")
+        odd = [path for path in _walk(target.local) if str(path.relative_to(target.local)) not in {*goods.files, LIST}]
+        if odd:
+            raise UsageError(f"{target} holds other files ({odd[0].relative_to(target.local)}): choose another folder")
+
+
+def _read(read: Callable[[str], bytes], name: str) -> bytes | None:
+    try:
+        return read(name)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
