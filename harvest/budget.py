@@ -154,6 +154,8 @@ def _advice(plan: Outline, every: list[Choice]) -> list[str]:
     asked = (meta.store_dtype, meta.targets)
     if wanted is None:
         same = [c for c in every if c.policy.tokens == meta.tokens and (c.dtype, c.targets) == asked]
+        if not any(choice.images for choice in every):
+            return ["not even one part fits into that. Keep fewer layers (--layers) or steps (--steps)"]
         return [f"as asked: --images {c.images} {c.flags}" for c in same if c.images]
     lines: list[str] = []
     most = 0

@@ -26,14 +26,14 @@ from tqdm import tqdm
 from harvest import runs
 from harvest.capture import Captured, select_tokens
 from harvest.estimate import announce
-from harvest.model import DTYPES
+from harvest.model import DTYPES, too_large
 from harvest.plan import Plan, make_plan
-from harvest.rehearse import missing_parts, rehearse
+from harvest.rehearse import is_extension, missing_parts, rehearse
 from harvest.rows import picture_table, prompt_table, truth_of
 from harvest.settings import HarvestSettings
 from harvest.tiny_flux.scenes import PIXELS
 from store.errors import LostLeaseError
-from store.format import part_name
+from store.format import StoreMeta, part_name
 from store.leases import Lease
 from store.sites import Point, Site, Stream
 from store.tokens import kept_positions
@@ -54,31 +54,35 @@ class Summary:
 
 def run(settings: HarvestSettings) -> Summary | None:
     """Fill the store that `settings` describe, or go on filling it; what was done.  None for `--plan`, which writes nothing."""
-    extending = settings.extend is not None
-    settings = runs.restored(settings)
+    asked, settings = settings, runs.restored(settings)
     if settings.plan:
-        rehearse(settings, extending)
+        rehearse(asked, settings)
         return None
     assert settings.out is not None
     plan, out = make_plan(settings), settings.out
+    extending = is_extension(asked, plan)
     chosen = settings.parts_of(plan.meta.n_parts)
     missing = [part for part in missing_parts(plan, extending) if part in chosen]
     announce(plan, out, missing)
-    runs.keep_settings(settings, plan.meta, extending)
-    if extending:
-        writer = StoreWriter.extend(out, plan.meta, plan.weights)
-    else:
-        writer = StoreWriter.open_or_create(out, plan.meta, plan.weights, settings.allow_mixed)
+
+    def begin(meta: StoreMeta) -> None:
+        runs.keep_settings(settings, meta, extending)
+
+    opened = StoreWriter.extend if extending else StoreWriter.open_or_create
+    writer = opened(out, plan.meta, plan.weights, settings.allow_mixed, begin)
     images = sum(len(plan.meta.part_images(part)) for part in missing)
     begun = time.monotonic()
     with (
         runs.record(settings, images) as note,
         tqdm(total=images, unit="image", desc="harvest", mininterval=0.5, disable=not images) as bar,
     ):
-        done = _Line(plan, writer, bar).fill(missing)
-        finished = writer.seal() if not writer.missing() else False
-        seconds = time.monotonic() - begun
-        note(done, seconds, finished)
+        line, finished = _Line(plan, writer, bar), False
+        try:
+            done = line.fill(missing)
+            finished = writer.seal() if not writer.missing() else False
+        finally:
+            seconds = time.monotonic() - begun
+            note(line.images, seconds, finished)
     summary = Summary(out, done, seconds, finished)
     print(_closing(summary, writer))
     return summary
@@ -104,32 +108,40 @@ class _Line:
         self.images = 0
         self._leases: dict[int, Lease] = {}
         self._writing: tuple[int, Future[None]] | None = None
+        self._todo: deque[int] = deque()
 
     def fill(self, parts: Sequence[int]) -> int:
         """Fill parts, waiting at the end for those that other processes hold; how many images were committed here."""
-        todo, idle = deque(parts), 0
+        self._todo.extend(parts)
+        idle = 0
         with ThreadPoolExecutor(1, "writer") as pool:
             try:
-                while todo:
-                    part = todo.popleft()
+                while self._todo or self._writing:
+                    if not self._todo:
+                        self._settle()  # which may find that the part was lost, and is to be waited for
+                        continue
+                    part = self._todo.popleft()
                     if self._is_committed(part):
                         self.bar.total -= self._count(part)
                         continue
                     lease = self.writer.leases.take(part_name(part))
                     if lease is None:
-                        todo.append(part)
-                        idle = self._wait(part, idle, len(todo))
+                        self._todo.append(part)
+                        idle = self._wait(part, idle, len(self._todo))
                         continue
                     idle = 0
                     self._leases[part] = lease
                     if self._is_committed(part):  # by the one who held it a moment ago
                         self._give_back(part)
+                        self.bar.total -= self._count(part)
                         continue
-                    content = fill_part(self.plan, part, self.bar.update)
+                    try:
+                        content = fill_part(self.plan, part, self.bar.update)
+                    except torch.OutOfMemoryError as error:
+                        raise too_large(self.plan.meta, self.plan.meta.batch_size, error) from None
                     self._settle()
                     self._writing = part, pool.submit(self.writer.write_part, part, content, lease)
                     del content  # or the part would stay in memory while the one after the next is drawn
-                self._settle()
             finally:  # a part that is being written is finished; one that is being drawn is dropped
                 pool.shutdown(wait=True)
                 for part in list(self._leases):
@@ -148,6 +160,7 @@ class _Line:
         except LostLeaseError as error:
             self.bar.write(str(error))
             self.bar.update(-self._count(part))
+            self._todo.append(part)
         finally:
             self._give_back(part)
 

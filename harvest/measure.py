@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
+from harvest.model import too_large
 from harvest.plan import Plan
-from store.errors import GranaryError
 
 WARM_SECONDS = 1.5
 """a first batch that took less than this says more about warming up than about the next one: it is drawn again"""
@@ -37,10 +37,7 @@ def seconds_a_batch(plan: Plan, first_image: int) -> tuple[float, int]:
         if seconds < WARM_SECONDS:
             seconds = min(seconds, _timed(lambda: fill_part(batches, index)))
     except torch.OutOfMemoryError as error:
-        raise GranaryError(
-            f"a batch of {size} images does not fit on {plan.meta.device}: {str(error).splitlines()[0]} "
-            f"Use a smaller --batch-size than {plan.meta.batch_size}."
-        ) from None
+        raise too_large(plan.meta, size, error) from None
     return seconds, len(batches.meta.part_images(index))
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from harvest.quiet import quiet
 from harvest.settings import DEV, SCHNELL, TINY_FLUX, HarvestSettings
 from store.errors import GranaryError, UsageError
+from store.format import StoreMeta
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
@@ -228,6 +229,7 @@ def library_versions() -> dict[str, str]:
         "tokenizers",
         "zarr",
         "numcodecs",
+        "safetensors",
         "pyarrow",
         "Pillow",
         "numpy",
@@ -239,3 +241,11 @@ def library_versions() -> dict[str, str]:
 def cpu_threads(asked: int | None) -> int:
     """CPU threads that the model runs with: asked for, or the cores that this process may use."""
     return asked or len(os.sched_getaffinity(0))
+
+
+def too_large(meta: StoreMeta, images: int, error: torch.OutOfMemoryError) -> GranaryError:
+    """What to say when a batch does not fit into the device's memory."""
+    return GranaryError(
+        f"a batch of {images} images does not fit on {meta.device}: {str(error).splitlines()[0]} "
+        f"Use a smaller --batch-size than {meta.batch_size}."
+    )

@@ -7,19 +7,29 @@ from harvest import budget
 from harvest.estimate import announce
 from harvest.plan import Outline, Plan, make_outline
 from harvest.settings import HarvestSettings
+from store import layout
 from store.errors import UsageError
 from store.opening import peek, refuse_other, uncommitted
 from store.writer import refuse_extension
 
 
-def rehearse(settings: HarvestSettings, extending: bool) -> None:
-    """Print the plan, or with `--budget` what fits; `GranaryError` for what a harvest would refuse."""
+def rehearse(asked: HarvestSettings, settings: HarvestSettings) -> None:
+    """Print the plan, or with `--budget` what fits; `GranaryError` for what a harvest would refuse.
+
+    `settings` are those `asked` for, with what `--resume` and `--extend` restored.
+    """
     plan = make_outline(settings)
     if settings.budget is not None:
         budget.show(plan)
         return
     chosen = settings.parts_of(plan.meta.n_parts)
-    announce(plan, settings.out, [part for part in missing_parts(plan, extending) if part in chosen])
+    announce(plan, settings.out, [part for part in missing_parts(plan, is_extension(asked, plan)) if part in chosen])
+
+
+def is_extension(asked: HarvestSettings, plan: Outline) -> bool:
+    """Whether a store is to become longer: by `--extend`, or by `--resume` of an extension that was stopped before it began."""
+    there = peek(plan.settings.out) if asked.resume is not None and plan.settings.out is not None else None
+    return asked.extend is not None or (there is not None and there.n_images < plan.meta.n_images)
 
 
 def missing_parts(plan: Outline, extending: bool) -> Sequence[int]:
@@ -29,7 +39,10 @@ def missing_parts(plan: Outline, extending: bool) -> Sequence[int]:
         return range(plan.meta.n_parts)
     if extending:
         _refuse_other_prompts(plan, out)
-        return refuse_extension(out, plan.meta)
+        there = peek(out)
+        if isinstance(plan, Plan) or there is None:
+            refuse_extension(out, plan.meta, plan.settings.allow_mixed)
+        return [part for part in range(plan.meta.n_parts) if not (out / layout.part_commit(part)).exists()]
     if isinstance(plan, Plan):  # an outline does not know what the store says of its model
         refuse_other(out, plan.meta, plan.settings.allow_mixed)
     return uncommitted(out, plan.meta)

@@ -53,6 +53,7 @@ def restored(settings: HarvestSettings) -> HarvestSettings:
         raise UsageError(
             f"{file} is missing or damaged, so {flag} cannot know the settings: "
             f"give the flags of the first run with --out {folder}"
+            + ("" if settings.extend is None else ", which writes them again; then extend")
         ) from None
     kinds = typing.get_type_hints(HarvestSettings)
     values = {name: _restored(value, kinds[name]) for name, value in saved.items() if name in kinds}
@@ -72,6 +73,7 @@ def keep_settings(settings: HarvestSettings, meta: StoreMeta, extending: bool) -
     if extending or not file.exists() or not (settings.out / layout.ROOT).exists():
         device = "cpu" if meta.device == "cpu" else settings.device
         decided = {"threads": meta.threads, "dtype": meta.dtype, "images": meta.n_images, "device": device}
+        decided["batch_size"] = meta.batch_size
         write_json(file, {**_plain(settings), **decided})
 
 

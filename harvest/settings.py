@@ -70,7 +70,7 @@ class HarvestSettings:
     """what the model computes in; default bfloat16 on CUDA, float32 on a CPU"""
     store_dtype: StoreDtype | None = None
     """what activations are written in; default: as computed, but bfloat16 for float32. fp8-e4m3 has a scale for each
-    row: half the bytes, about 2 percent RMS error"""
+    row: half the bytes, about 2.7 percent RMS error"""
     codec: Codec = "none"
     """none, or zstd: about a fifth fewer bytes for bfloat16, at a third of the write speed"""
     targets: Targets = "stored"

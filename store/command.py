@@ -89,6 +89,12 @@ def guarded(work: Callable[[], Any]) -> int:
         return _fail(Interrupted("interrupted. What was committed is safe: the same command goes on from there."))
     except BrokenPipeError:
         return _nobody_listens()
+    except MemoryError as error:
+        return _fail(
+            GranaryError(
+                f"not enough memory: {error}. What was committed is safe: ask for less at once, or more memory"
+            )
+        )
     except OSError as error:
         if error.errno not in OF_THE_DISK:
             raise

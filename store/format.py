@@ -40,7 +40,7 @@ Targets = Literal["stored", "recomputed"]
 Pictures = Literal["none", "webp", "png"]
 WHOLE_NUMBERS = ("max_sequence_length", "seed", "seeds_per_prompt", "batch_size", "threads")
 WEIGHTS_NAME = re.compile(r"sha256-[0-9a-z-]{1,80}\.safetensors")
-MOST_PARTS, MOST_CHUNK_BYTES, MOST_LAYERS = 10**7, 2**40, 9999
+MOST_PARTS, MOST_CHUNK_BYTES, MOST_TOKENS, MOST_LAYERS = 10**7, 2**40, 10**8, 9999
 """far beyond any store: metadata that claim more are not believed, rather than memory asked for it"""
 
 
@@ -241,7 +241,11 @@ def _check_values(meta: StoreMeta) -> None:
     if any(point not in POINTS for point in meta.points) or set(meta.tokens) != set(meta.streams):
         raise UsageError(f"points are {meta.points!r}, token policies {sorted(meta.tokens)!r}")
     for tokens in meta.tokens.values():
-        if type(tokens.kept) is not int or type(tokens.total) is not int or not 1 <= tokens.kept <= tokens.total:
+        if (
+            type(tokens.kept) is not int
+            or type(tokens.total) is not int
+            or not 1 <= tokens.kept <= tokens.total < MOST_TOKENS
+        ):
             raise UsageError(f"{tokens.kept!r} of {tokens.total!r} tokens are kept")
         if type(tokens.policy) is not str or (tokens.all_kept and tokens.kept != tokens.total):
             raise UsageError(f"{tokens.kept!r} of {tokens.total!r} tokens are kept by policy {tokens.policy!r}")

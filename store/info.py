@@ -114,8 +114,9 @@ def _splits(store: Store) -> str:
 
 def _sigmas(store: Store) -> str:
     first = next(iter(_column(store, "sigma")), None)
-    known = isinstance(first, list) and all(isinstance(sigma, float) for sigma in first)
-    return ", sigma: " + ", ".join(f"{sigma:g}" for sigma in first) if known else ""
+    if not isinstance(first, list) or not all(isinstance(sigma, float) for sigma in first):
+        return ""
+    return ", sigma: " + ", ".join(f"{sigma:g}" for sigma in first)
 
 
 def _column(store: Store, name: str) -> list[Any]:

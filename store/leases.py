@@ -98,6 +98,9 @@ class Leases:
         except OSError:  # a full disk: an empty file would keep everybody waiting
             file.unlink(missing_ok=True)
             raise
+        if _highest(self.folder, name) != generation + 1:  # the folder was cleared meanwhile, and others began anew
+            file.unlink(missing_ok=True)
+            return None
         lease = Lease(file, name, generation + 1, token)
         self._held[name] = lease
         self._beat()
@@ -148,7 +151,7 @@ class Leases:
         try:
             return self._now() - file.stat().st_mtime > LEASE_SECONDS
         except FileNotFoundError:
-            return True
+            return False  # cleared meanwhile: look again
 
     def _now(self) -> float:
         """The time by the clock of the file system, which all machines share."""

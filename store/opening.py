@@ -10,6 +10,8 @@ from store.files import is_temporary, json_bytes
 from store.format import StoreMeta
 from store.places import Place, place_of
 
+OURS = {layout.CARD, "activations", "tokens", "prompts", "images", "statistics", "weights", "commits"}
+OF_LENGTH = {"n_images", "prompts.sha256", "prompts.count"}
 MAY_BE_MIXED = ("batch_size", "threads", "device", "versions")
 """what may differ between the runs that fill one store, with `--allow-mixed`: it changes roundings, and no meaning"""
 
@@ -57,26 +59,36 @@ def refuse_other(path: Path, meta: StoreMeta, allow_mixed: bool = False) -> tupl
     """The meta to write under, and what is mixed: `UsageError` when `path` holds anything but nothing, or this run."""
     found = peek(path)
     if found is not None:
-        there, here = (leaves(json.loads(json_bytes(each.attributes()))) for each in (found, meta))
-        odd = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
-        if not odd:
-            return found, None
         if not (path / layout.STORE_COMMIT).exists() and found.origin == meta.origin:
             return meta, None  # its creation, or its extension, did not end
-        mixed = {key: here.get(key) for key in odd if key.split(".")[0] in MAY_BE_MIXED}
-        if allow_mixed and len(mixed) == len(odd):
-            return found, mixed
-        raise UsageError(_other_run(path, there, here, odd, len(mixed) == len(odd)))
+        return found, refuse_difference(path, found, meta, allow_mixed)
+    for name in (layout.STORE_COMMIT, layout.SEAL):
+        if (path / name).exists():
+            raise DamagedError(
+                f"{path / layout.ROOT} is missing from a store that has a {name}: it was lost. "
+                f"Mend it first: python -m store repair {path} [--from COPY]"
+            )
     if path.exists() and not _is_ours(path):
         raise UsageError(f"{path} exists and is not a Granary store: choose another --out, or remove it")
     return meta, None
 
 
+def refuse_difference(path: Path, found: StoreMeta, meta: StoreMeta, allow_mixed: bool) -> dict[str, Any] | None:
+    """What is mixed, None for nothing; `UsageError` naming every difference between the run at `path` and the one asked for."""
+    there, here = (leaves(json.loads(json_bytes(each.attributes()))) for each in (found, meta))
+    odd = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
+    mixed = {key: here.get(key) for key in odd if key.split(".")[0] in MAY_BE_MIXED}
+    if odd and not (allow_mixed and len(mixed) == len(odd)):
+        raise UsageError(_other_run(path, there, here, odd))
+    return mixed or None
+
+
 def _is_ours(path: Path) -> bool:
-    """Whether a folder without zarr.json is empty, or a store whose zarr.json was lost."""
+    """Whether a folder without zarr.json is empty, or a store whose zarr.json `repair` removed or a killed creation never wrote."""
     if not path.is_dir():
         return False
-    return (path / "commits").is_dir() or all(is_temporary(file) for file in path.iterdir())
+    names = {file.name for file in path.iterdir() if not is_temporary(file)}
+    return not names or ("commits" in names and names <= OURS)
 
 
 def leaves(value: Any, name: str = "") -> dict[str, Any]:
@@ -86,7 +98,13 @@ def leaves(value: Any, name: str = "") -> dict[str, Any]:
     return {k: v for key, each in value.items() for k, v in leaves(each, f"{name}.{key}".lstrip(".")).items()}
 
 
-def _other_run(path: Path, there: dict[str, Any], here: dict[str, Any], odd: list[str], may_be_mixed: bool) -> str:
+def _other_run(path: Path, there: dict[str, Any], here: dict[str, Any], odd: list[str]) -> str:
+    may_be_mixed = all(key.split(".")[0] in MAY_BE_MIXED for key in odd)
+    if set(odd) <= OF_LENGTH and here["n_images"] > there["n_images"]:
+        return (
+            f"{path} has {there['n_images']} images, and {here['n_images']} are asked for: to add images to it, "
+            f"python -m harvest --extend {path} --images {here['n_images']}"
+        )
     lines = [f"  {key}: there {there.get(key)!r}, asked for {here.get(key)!r}" for key in odd]
     advice = " or say --allow-mixed (its later parts will then not be byte-equal to an undisturbed run's, and say so)"
     return (

@@ -20,10 +20,10 @@ import safetensors.numpy
 from PIL import Image
 from safetensors import SafetensorError
 
-from store import layout
+from store import layout, trust
 from store.chunks import from_e4m3, read_chunk
 from store.errors import DamagedError, GranaryError, UnfinishedError, UsageError
-from store.files import parse_self_checked, sha256_bytes
+from store.files import sha256_bytes
 from store.format import (
     ArraySpec,
     StoreMeta,
@@ -65,25 +65,26 @@ class Store:
         """
         place = place_of(location)
         meta = read_meta(place)
-        record = _found(place, layout.STORE_COMMIT)
-        seal = _found(place, layout.SEAL)
+        record = trust.found(place, layout.STORE_COMMIT)
+        seal = trust.found(place, layout.SEAL)
         if record is None and seal is None:
             raise UnfinishedError(f"{place} was not created to its end: run its harvest again, it goes on from there")
         if record is None:
-            raise _damaged(place, layout.STORE_COMMIT, "is missing from a finished store")
-        store = cls(place, meta, _checked(place, layout.STORE_COMMIT, record), None)
-        _check_form(place, layout.STORE_COMMIT, store._created)
-        _check_entry(place, layout.ROOT, place.read(layout.ROOT), store._created["files"].get(layout.ROOT))
+            raise trust.damaged(place, layout.STORE_COMMIT, "is missing from a finished store")
+        store = cls(place, meta, trust.checked(place, layout.STORE_COMMIT, record), None)
+        trust.check_form(place, layout.STORE_COMMIT, store._created)
+        trust.check_entry(place, layout.ROOT, place.read(layout.ROOT), store._created["files"].get(layout.ROOT))
         if store._created.get("origin") != meta.origin:
-            raise _damaged(place, layout.STORE_COMMIT, "belongs to another run than zarr.json")
+            raise trust.damaged(place, layout.STORE_COMMIT, "belongs to another run than zarr.json")
         if seal is not None:
-            store._seal = _checked(place, layout.SEAL, seal)
-            sealed = store._seal.get("commits")
+            store._seal = trust.checked(place, layout.SEAL, seal)
             names = {Path(layout.STORE_COMMIT).stem, *(part_name(part) for part in range(meta.n_parts))}
-            if not isinstance(sealed, dict) or set(sealed) != names:
-                raise _damaged(place, layout.SEAL, f"does not seal the {meta.n_parts} parts that zarr.json promises")
+            if not isinstance(store._seal.get("commits"), dict) or set(store._seal["commits"]) != names:
+                raise trust.damaged(
+                    place, layout.SEAL, f"does not seal the {meta.n_parts} parts that zarr.json promises"
+                )
             if sha256_bytes(record) != store._seal["commits"][Path(layout.STORE_COMMIT).stem]:
-                raise _damaged(place, layout.STORE_COMMIT, "differs from what the seal names")
+                raise trust.damaged(place, layout.STORE_COMMIT, "differs from what the seal names")
         elif not unfinished:
             missing = meta.n_parts - len(store.committed_parts)
             state = f"{missing} of {meta.n_parts} parts are missing" if missing else "it has no seal yet"
@@ -151,22 +152,27 @@ class Store:
         """The commit of a part, checked.  `UnfinishedError` when it is not there yet, `DamagedError` when it was lost or changed."""
         if part not in self._commits:
             name = layout.part_commit(part)
-            data = _found(self.place, name)
+            data = trust.found(self.place, name)
             if data is None and self._seal is not None:
-                raise _damaged(self.place, name, "is missing from a finished store")
+                raise trust.damaged(self.place, name, "is missing from a finished store")
             if data is None:
                 images = self.meta.part_images(part)
                 raise UnfinishedError(
                     f"{self.path}: images {images.start} to {images.stop - 1} (part {part}) are not harvested yet: run its harvest again"
                 )
-            found = _checked(self.place, name, data)
+            found = trust.checked(self.place, name, data)
             if self._seal is not None and sha256_bytes(data) != self._seal["commits"][part_name(part)]:
-                raise _damaged(self.place, name, "differs from what the seal names")
+                raise trust.damaged(self.place, name, "differs from what the seal names")
             if found.get("origin") != self.meta.origin or found.get("part") != part:
-                raise _damaged(self.place, name, "belongs to another run or part")
-            _check_form(self.place, name, found)
+                raise trust.damaged(self.place, name, "belongs to another run or part")
+            trust.check_form(self.place, name, found)
+            images = self.meta.part_images(part)
+            if found.get("images") != [images.start, images.stop]:
+                raise trust.damaged(
+                    self.place, name, f"is of images {found.get('images')}, not of {images.start} to {images.stop - 1}"
+                )
             if set(found["files"]) != set(part_files(self.meta, part)):
-                raise _damaged(self.place, name, "does not list the files that a part has")
+                raise trust.damaged(self.place, name, "does not list the files that a part has")
             self._trusted.add(part)
             _keep(self._commits, part, found, COMMITS_KEPT)
         return self._commits[part]
@@ -186,15 +192,15 @@ class Store:
 
     def _part_statistics(self, part: int, keys: Iterable[tuple[Site, int, Point]]) -> list[Statistics]:
         name = f"statistics/{part_name(part)}.safetensors"
-        data, scalars = self._file(name, part), self.commit(part).get("statistics")
+        data, commit = self._file(name, part), self.commit(part)
         try:
-            tensors = safetensors.numpy.load(data)
+            tensors, scalars = safetensors.numpy.load(data), commit["statistics"]
             return [
                 Statistics.of_part(f"{site}/step.{step}/{point}", tensors, scalars[str(site)][str(step)][point])
                 for site, step, point in keys
             ]
         except (SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
-            raise _damaged(self.place, name, f"and its commit hold no statistics: {error!r}") from None
+            raise trust.damaged(self.place, name, f"and its commit hold no statistics: {error!r}") from None
 
     @property
     def size_bytes(self) -> int:
@@ -227,9 +233,7 @@ class Store:
         if policy is None:
             raise UsageError(f"{self.path} has no stream {stream!r}; it has {', '.join(self.meta.streams)}")
         if policy.all_kept:
-            every = self._array((policy.kept,), "int32")
-            every[:] = np.arange(policy.kept, dtype=np.int32)
-            return np.broadcast_to(every, (last - first, policy.kept))
+            return np.broadcast_to(np.arange(policy.kept, dtype=np.int32), (last - first, policy.kept))
         if step not in self.steps:
             raise UsageError(f"{self.path} has no step {step}; it has steps {', '.join(map(str, self.steps))}")
         return self._read(tokens_path(stream, step), first, last)
@@ -248,7 +252,9 @@ class Store:
         try:
             return pa.concat_tables(tables)
         except pa.ArrowException as error:
-            raise _damaged(self.place, names[0][0], f"has other columns than those of later parts: {error}") from None
+            raise trust.damaged(
+                self.place, names[0][0], f"has other columns than those of later parts: {error}"
+            ) from None
 
     def picture(self, image: int) -> Image.Image | None:
         """The picture of an image, RGB, or None when the store keeps no pictures."""
@@ -263,7 +269,7 @@ class Store:
             data = self._tables[name].column("image")[row].as_py()["bytes"]
             return Image.open(io.BytesIO(data)).convert("RGB")
         except Exception as error:  # whatever Pillow raises at bytes that are no picture
-            raise _damaged(self.place, name, f"holds no picture of image {first}: {error!r}") from None
+            raise trust.damaged(self.place, name, f"holds no picture of image {first}: {error!r}") from None
 
     def weights_file(self, site: Site) -> bytes | None:
         """The MLP matrices of a site as a safetensors file, or None when the store does not carry them."""
@@ -272,19 +278,19 @@ class Store:
         if self.meta.weights["policy"] != "copy":
             return None
         name = f"weights/{self.meta.weights['files'][str(site)]}"
-        data = _found(self.place, name)
+        data = trust.found(self.place, name)
         if data is None:
-            raise _damaged(self.place, name, "is missing")
-        _check_entry(self.place, name, data, self._created["files"].get(name))
+            raise trust.damaged(self.place, name, "is missing")
+        trust.check_entry(self.place, name, data, self._created["files"].get(name))
         return data
 
     def _file(self, name: str, part: int) -> bytes:
         """A file of a part, checked against its commit."""
         entry = self.commit(part)["files"].get(name)
-        data = _found(self.place, name)
+        data = trust.found(self.place, name)
         if data is None:
-            raise _damaged(self.place, name, "is missing")
-        _check_entry(self.place, name, data, entry)
+            raise trust.damaged(self.place, name, "is missing")
+        trust.check_entry(self.place, name, data, entry)
         return data
 
     def _table(self, name: str, part: int) -> pa.Table:
@@ -292,9 +298,9 @@ class Store:
         try:
             table = pq.read_table(io.BytesIO(data))
         except (pa.ArrowException, OSError) as error:
-            raise _damaged(self.place, name, f"is no table: {error}") from None
+            raise trust.damaged(self.place, name, f"is no table: {error}") from None
         if table.num_rows != rows:
-            raise _damaged(self.place, name, f"has {table.num_rows} rows where the part has {rows} images")
+            raise trust.damaged(self.place, name, f"has {table.num_rows} rows where the part has {rows} images")
         return table
 
     def _range(self, start: int, stop: int | None) -> tuple[int, int]:
@@ -309,7 +315,10 @@ class Store:
 
     def _read(self, name: str, start: int, stop: int) -> np.ndarray:
         spec, chunk = self._specs[name], self.chunk_images
-        values = self._array((stop - start, *spec.shape[1:]), spec.dtype)
+        try:
+            values = np.empty((stop - start, *spec.shape[1:]), spec.dtype)
+        except (MemoryError, ValueError):
+            raise _too_much(self.place, (stop - start, *spec.shape[1:]), spec.dtype) from None
 
         def fill(part: int) -> None:
             first, last = max(start, part * chunk), min(stop, (part + 1) * chunk)
@@ -335,68 +344,16 @@ class Store:
         try:
             return read_chunk(self.place, file, spec.chunk, spec.dtype, spec.codec, out)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            raise _damaged(self.place, file, "is missing") from None
+            raise trust.damaged(self.place, file, "is missing") from None
         except DamagedError as error:
-            raise DamagedError(f"{error}. {_remedy(self.place)}") from None
+            raise DamagedError(f"{error}. {trust.remedy(self.place)}") from None
         except MemoryError:
             raise _too_much(self.place, spec.chunk, spec.dtype) from None
-
-    def _array(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        try:
-            return np.empty(shape, dtype)
-        except (MemoryError, ValueError):
-            raise _too_much(self.place, shape, dtype) from None
-
-
-def _found(place: Place, name: str) -> bytes | None:
-    try:
-        return place.read(name)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        return None
-
-
-def _checked(place: Place, name: str, data: bytes) -> dict[str, Any]:
-    try:
-        return parse_self_checked(data, place.where(name))
-    except DamagedError as error:
-        raise DamagedError(f"{error}. {_remedy(place)}") from None
-
-
-def _check_form(place: Place, name: str, content: dict[str, Any]) -> None:
-    """A record's `files` must be what every record's are."""
-    files = content.get("files")
-    if not isinstance(files, dict) or not all(
-        isinstance(entry, dict) and type(entry.get("bytes")) is int and type(entry.get("sha256")) is str
-        for entry in files.values()
-    ):
-        raise _damaged(place, name, "does not say length and SHA-256 of each file")
 
 
 def _too_much(place: Place, shape: Sequence[int], dtype: str) -> GranaryError:
     size = math.prod(shape) * np.dtype(dtype).itemsize
     return GranaryError(f"{human_size(size)} of {place} do not fit into memory: read fewer images at once")
-
-
-def _check_entry(place: Place, name: str, data: bytes, entry: dict[str, Any] | None) -> None:
-    """Length and SHA-256 of a committed file."""
-    if entry is None:
-        raise _damaged(place, name, "is not listed by the commit that should cover it")
-    if len(data) != entry["bytes"]:
-        raise _damaged(place, name, f"has {len(data)} bytes where {entry['bytes']} were committed")
-    if sha256_bytes(data) != entry["sha256"]:
-        raise _damaged(place, name, "differs from its committed checksum")
-
-
-def _damaged(place: Place, name: str, what: str) -> DamagedError:
-    return DamagedError(f"{place.where(name)} {what}. {_remedy(place)}")
-
-
-def _remedy(place: Place) -> str:
-    if place.local is None:
-        return (
-            f"Say what else is damaged: python -m store verify {place}; then push it again, or pull from another copy"
-        )
-    return f"Say what else is damaged: python -m store verify {place}; mend it: python -m store repair {place} [--from COPY]"
 
 
 def _keep(kept: dict[Any, Any], key: Any, value: Any, most: int) -> None:

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import safetensors.numpy
 
 from store import layout
 from store.chunks import encode, from_e4m3, padded, to_e4m3
-from store.errors import DamagedError, MismatchError, NonFiniteError, UsageError
+from store.errors import DamagedError, LostLeaseError, MismatchError, NonFiniteError, UsageError
 from store.files import (
     fsync_folder,
     json_bytes,
@@ -49,7 +49,7 @@ from store.format import (
 )
 from store.leases import Lease, Leases
 from store.metadata import documents
-from store.opening import peek, refuse_other, uncommitted
+from store.opening import peek, refuse_difference, refuse_other, uncommitted
 from store.sites import Point, Site, Stream
 from store.statistics import Statistics, array_statistics
 from store.tables import table_bytes
@@ -88,30 +88,45 @@ class StoreWriter:
         meta: StoreMeta,
         weights: Callable[[str], bytes] | None = None,
         allow_mixed: bool = False,
+        begin: Callable[[StoreMeta], None] | None = None,
     ) -> "StoreWriter":
         """The store at `path`, created when nothing is there; `UsageError` when something else is.
 
         `weights(name)` is the content of a weights file, for a store that carries them.  With `allow_mixed` a store that
         was begun under another batch size, thread count, device or versions goes on, and its later commits say so.
+        `begin` is called with the metadata when it is sure that this run may write here, before anything is written.
         """
-        there, mixed = refuse_other(path, meta, allow_mixed)
-        writer = cls(path, there, mixed)
-        with writer.leases.held("create", wait=True) as lease:
+        refuse_other(path, meta, allow_mixed)
+        with Leases(layout.runs_folder(path) / "leases").held("create", wait=True) as lease:
             assert lease is not None
+            writer = cls(path, *refuse_other(path, meta, allow_mixed))  # again, now that nobody else can begin
+            if begin is not None:
+                begin(writer.meta)
             if not (path / layout.STORE_COMMIT).exists():
                 writer._create(lease, weights)
         return writer
 
     @classmethod
-    def extend(cls, path: Path, meta: StoreMeta, weights: Callable[[str], bytes] | None = None) -> "StoreWriter":
-        """The finished store at `path` made ready for `meta.n_images` images; committed parts stay as they are.
+    def extend(
+        cls,
+        path: Path,
+        meta: StoreMeta,
+        weights: Callable[[str], bytes] | None = None,
+        allow_mixed: bool = False,
+        begin: Callable[[StoreMeta], None] | None = None,
+    ) -> "StoreWriter":
+        """The store at `path` made ready for `meta.n_images` images; committed parts stay as they are.
 
-        `UsageError` unless `meta` differs from what is there in its length alone, and the store ends with a whole chunk.
+        `UsageError` unless `meta` differs from what is there in its length alone, and the store ends with a whole chunk,
+        and `MismatchError` while another process writes a last part that is short.
         """
-        refuse_extension(path, meta)
-        writer = cls(path, meta)
-        with writer.leases.held("create", wait=True) as lease:
+        refuse_extension(path, meta, allow_mixed)
+        leases = Leases(layout.runs_folder(path) / "leases")
+        with leases.held("create", wait=True) as lease, _short_part(path, meta, leases):
             assert lease is not None
+            writer = cls(path, *refuse_extension(path, meta, allow_mixed))  # again, now that nobody else can extend
+            if begin is not None:
+                begin(writer.meta)
             there = peek(path)
             if (path / layout.STORE_COMMIT).exists() and there is not None and there.n_images == meta.n_images:
                 return writer  # another worker has extended it, and may even have finished it
@@ -219,6 +234,11 @@ class StoreWriter:
         }
         if self.mixed:
             commit["mixed"] = self.mixed
+        there = peek(self.path)
+        if there is not None and there.n_images != self.meta.n_images and there.part_images(part) != images:
+            raise LostLeaseError(
+                f"{self.path} was extended to {there.n_images} images meanwhile, so part {part} is longer now: run the harvest again"
+            )
         self._put(layout.part_commit(part), (json_bytes(self_checked(commit)),), lease)
         fsync_folder(self.path / "commits")
         return None
@@ -235,6 +255,8 @@ class StoreWriter:
                     f"{self.path} was extended to {there.n_images} images by another process meanwhile: "
                     "everything that was to be done here is done"
                 )
+            if self.missing():
+                return False  # taken out meanwhile
             if not (self.path / layout.SEAL).exists():
                 content = json_bytes(sealed(self.path, self.meta))
                 self._put(layout.SEAL, (content,), lease)
@@ -279,13 +301,13 @@ class StoreWriter:
     def _put(self, name: str, pieces: Pieces, lease: Lease) -> dict[str, Any]:
         """Publish a file under a lease, and its length and SHA-256; the caller syncs the folder."""
         path = self.path / name
-        for generation in range(1, lease.generation):  # what a process that lost the part left half-written
+        for generation in range(1, lease.generation + 1):  # what a process that lost the part left half-written
             temporary_of(path, str(generation)).unlink(missing_ok=True)
         temporary = temporary_of(path, str(lease.generation))
         path.parent.mkdir(parents=True, exist_ok=True)  # a copy may have left out empty folders
         digest, length = hashlib.sha256(), 0
         try:
-            with temporary.open("wb", buffering=0) as file:
+            with temporary.open("xb", buffering=0) as file:  # a file of our own, whoever else is awake
                 for piece in pieces:
                     view = memoryview(piece)
                     digest.update(view)
@@ -318,22 +340,23 @@ def sealed(path: Path, meta: StoreMeta) -> dict[str, Any]:
     commits = {}
     for name in (layout.STORE_COMMIT, *(layout.part_commit(part) for part in range(meta.n_parts))):
         data = (path / name).read_bytes()
-        if parse_self_checked(data, str(path / name)).get("origin") != meta.origin:
+        found = parse_self_checked(data, str(path / name))
+        images = None if "part" not in found else list(meta.part_images(found["part"]))
+        if found.get("origin") != meta.origin or (images and found.get("images") != [images[0], images[-1] + 1]):
             raise DamagedError(f"{path / name} belongs to another run: python -m store repair {path}")
         commits[Path(name).stem] = sha256_bytes(data)
     return self_checked({"commits": commits})
 
 
-def refuse_extension(path: Path, meta: StoreMeta) -> list[int]:
-    """The parts to be made; `UsageError` unless the store at `path` can grow into the one that `meta` describes."""
+def refuse_extension(path: Path, meta: StoreMeta, allow_mixed: bool = False) -> tuple[StoreMeta, dict[str, Any] | None]:
+    """The meta to write under, and what is mixed; `UsageError` unless the store at `path` can grow into what `meta` describes."""
     found = peek(path)
     if found is None:
         raise UsageError(f"there is no store at {path} to extend")
-    if found.origin != meta.origin:
-        refuse_other(path, meta)
+    grown = replace(found, n_images=meta.n_images, prompts=meta.prompts)
+    mixed = refuse_difference(path, grown, meta, allow_mixed)
     last = found.n_parts - 1
-    short = found.n_images % found.chunk_images and meta.n_images != found.n_images
-    if short and (path / layout.part_commit(last)).exists():
+    if _is_short(found, meta) and (path / layout.part_commit(last)).exists():
         raise UsageError(
             f"{path} has {found.n_images} images, {found.chunk_images} a chunk: its last chunk is not full, and committed "
             f"chunks are never changed. Take the last part out first (python -m store rm {path} --parts {last}), "
@@ -341,7 +364,26 @@ def refuse_extension(path: Path, meta: StoreMeta) -> list[int]:
         )
     if meta.n_images < found.n_images:
         raise UsageError(f"{path} has {found.n_images} images already; --images {meta.n_images} would be fewer")
-    return [part for part in range(meta.n_parts) if not (path / layout.part_commit(part)).exists()]
+    return grown, mixed
+
+
+def _is_short(found: StoreMeta, meta: StoreMeta) -> bool:
+    """Whether the last part of a store becomes longer when the store does."""
+    return bool(found.n_images % found.chunk_images) and meta.n_images != found.n_images
+
+
+@contextmanager
+def _short_part(path: Path, meta: StoreMeta, leases: Leases) -> Iterator[None]:
+    """Keep others from writing a last part that is short while the store becomes longer."""
+    found = peek(path)
+    if found is None or not _is_short(found, meta):
+        yield
+        return
+    name = part_name(found.n_parts - 1)
+    with leases.held(name, wait=False) as lease:
+        if lease is None:
+            raise MismatchError(f"{name} of {path} is being written by {leases.holder(name)}: extend when it has ended")
+        yield
 
 
 def _all_of(jobs: Sequence[Callable[[], None]]) -> None:

@@ -18,11 +18,9 @@ import numpy as np
 import pytest
 
 import store.leases
-from store import open_store
-from store.errors import DamagedError, LostLeaseError, MismatchError
-from store.files import self_checked, write_json
+from store.errors import LostLeaseError
 from store.format import StoreMeta, part_name
-from store.layout import SEAL, STORE_COMMIT, part_commit, runs_folder
+from store.layout import SEAL, runs_folder
 from store.leases import Lease, Leases
 from store.writer import Part, StoreWriter
 from tests import lease_workers
@@ -94,10 +92,10 @@ def together(work: Callable[..., None], workers: int, *words: Any) -> list[Any]:
     return said
 
 
-def a_lease(folder: Path, name: str, **about: Any) -> Path:
+def a_lease(folder: Path, name: str, generation: int = 1, **about: Any) -> Path:
     """The file of a lease as another process would leave it."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{name}.1.json"
+    file = folder / f"{name}.{generation}.json"
     file.write_text(json.dumps({"token": "x", "host": "elsewhere", "pid": 1, "started": "0", **about}))
     return file
 
@@ -308,6 +306,40 @@ def test_three_harvests_without_flags_draw_each_part_once(tmp_path: Path, monkey
     assert tree(tmp_path / "store") == filled(tmp_path / "whole", meta)
 
 
+def test_a_harvest_waits_for_a_part_that_it_lost_and_takes_it_over_from_a_successor_that_died(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tqdm import tqdm
+
+    from harvest import fill
+    from harvest.plan import Plan
+
+    meta = tiny_meta(12)
+    whole = filled(tmp_path / "whole", meta)
+    parts, drawn, write = parts_of(meta), [], StoreWriter.write_part
+    plan = object.__new__(Plan)
+    object.__setattr__(plan, "meta", meta)
+
+    def draw(plan: Any, part: int, advance: Callable[[int], object]) -> Part:
+        drawn.append(part)
+        return parts[part]
+
+    def lose_the_last_once(self: StoreWriter, part: int, content: Part, lease: Lease) -> None:
+        if part == 2 and drawn.count(2) == 1:
+            os.utime(a_lease(self.leases.folder, part_name(2), generation=2), (1, 1))
+            lease.check()
+        write(self, part, content, lease)
+
+    monkeypatch.setattr(fill, "fill_part", draw)
+    monkeypatch.setattr(StoreWriter, "write_part", lose_the_last_once)
+    writer = StoreWriter.open_or_create(tmp_path / "store", meta)
+    with tqdm(total=meta.n_images, disable=True) as bar:
+        assert fill._Line(plan, writer, bar).fill([0, 1, 2]) == 12
+    assert drawn == [0, 1, 2, 2]
+    assert writer.seal()
+    assert tree(tmp_path / "store") == whole
+
+
 def test_leases_survive_that_another_process_removes_them_all(tmp_path: Path) -> None:
     wrong: list[BaseException] = []
     over = threading.Event()
@@ -335,68 +367,3 @@ def test_leases_survive_that_another_process_removes_them_all(tmp_path: Path) ->
     assert not wrong
     Leases(tmp_path / "leases").clear()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_store_that_others_finish_meanwhile_is_not_taken_for_damaged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    meta = tiny_meta(8)
-    writer, other = (StoreWriter.open_or_create(tmp_path / "store", meta) for _ in range(2))
-    parts = parts_of(meta)
-    other.write_part(0, parts[0])
-    exists = Path.exists
-
-    def slow(path: Path) -> bool:
-        found = exists(path)
-        if path == tmp_path / "store" / part_commit(1) and not found and not over:
-            over.append(path)
-            other.write_part(1, parts[1])
-            other.seal()
-        return found
-
-    over: list[Path] = []
-    monkeypatch.setattr(Path, "exists", slow)
-    assert writer.missing() == []
-    assert over
-
-
-def test_workers_that_extend_a_store_at_once_do_not_undo_each_other(tmp_path: Path) -> None:
-    longer = tiny_meta(12)
-    whole = filled(tmp_path / "whole", longer)
-    filled(tmp_path / "store", tiny_meta(8))
-    quick, slow = (StoreWriter.extend(tmp_path / "store", longer) for _ in range(2))
-    assert (quick.missing(), slow.missing()) == ([2], [2])
-    quick.write_part(2, parts_of(longer)[2])
-    assert quick.seal()
-    late = StoreWriter.extend(tmp_path / "store", longer)
-    assert (tmp_path / "store" / SEAL).exists(), "a worker that came late has taken the seal off a finished store"
-    assert late.seal()
-    assert slow.seal()
-    assert tree(tmp_path / "store") == whole
-
-
-def test_a_worker_does_not_seal_a_store_that_was_extended_meanwhile(tmp_path: Path) -> None:
-    meta, longer = tiny_meta(8), tiny_meta(12)
-    filled(tmp_path / "store", meta)
-    slow = StoreWriter.open_or_create(tmp_path / "store", meta)
-    quick = StoreWriter.extend(tmp_path / "store", longer)
-    with pytest.raises(MismatchError, match="was extended to 12 images by another process meanwhile"):
-        slow.seal()
-    quick.write_part(2, parts_of(longer)[2])
-    assert quick.seal()
-    assert tree(tmp_path / "store") == filled(tmp_path / "whole", longer)
-
-
-def test_a_seal_over_a_commit_of_another_run_is_refused(tmp_path: Path) -> None:
-    meta = tiny_meta(4)
-    filled(tmp_path / "store", meta)
-    commit = tmp_path / "store" / part_commit(0)
-    content = json.loads(commit.read_bytes())
-    write_json(commit, self_checked({**content, "origin": "0" * 64}))
-    (tmp_path / "store" / SEAL).unlink()
-    writer = StoreWriter.open_or_create(tmp_path / "store", meta)
-    with pytest.raises(DamagedError, match="belongs to another run"):
-        writer.seal()
-    assert (tmp_path / "store" / STORE_COMMIT).exists()
-    with pytest.raises(DamagedError):
-        open_store(tmp_path / "store", unfinished=True).read(meta.site_objects[0], 0, "mlp_in")

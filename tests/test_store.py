@@ -154,9 +154,12 @@ def test_a_missing_record_of_creation_never_costs_what_was_committed(small_store
     with pytest.raises(UsageError, match="holds another run"):
         StoreWriter.open_or_create(made.path, small_meta(seed=7))
     (made.path / "zarr.json").unlink()
+    with pytest.raises(DamagedError, match="Mend it first: python -m store repair"):
+        StoreWriter.open_or_create(made.path, made.store.meta)
+    (made.path / "seal.json").unlink()
     with pytest.raises(MismatchError, match="belongs to a run of origin"):
         StoreWriter.open_or_create(made.path, small_meta(seed=7))
-    StoreWriter.open_or_create(made.path, made.store.meta)
+    assert StoreWriter.open_or_create(made.path, made.store.meta).seal()
     assert tree(made.path) == before
 
 

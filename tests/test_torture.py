@@ -8,6 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from harvest.__main__ import COMMANDS
+from store import open_store
+from store.command import program
+from store.writer import StoreWriter
+from tests.test_store import tree
+from tests.torture import FLAGS, PROMPTS
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -28,12 +35,67 @@ def claims(said: str) -> tuple[int, set[str], set[str]]:
 
 
 def test_killed_workers_leave_what_an_undisturbed_one_does(tmp_path: Path) -> None:
-    kills, phases, workers = claims(torture("--kills", "8", "--extended", "3", "--no-fresh", "--folder", str(tmp_path)))
+    words = ("--kills", "8", "--extended", "3", "--aimed", "--no-fresh", "--folder", str(tmp_path))
+    kills, phases, workers = claims(torture(*words))
     assert kills >= 8
     assert phases == {"harvest", "resume", "extend"}
     assert workers == {"1", "3"}
 
 
+def harvest(*words: str) -> int:
+    return program("harvest", COMMANDS, words, default="harvest")
+
+
+ORPHAN = """
+import os, time
+from pathlib import Path
+import tests.torture as torture
+from tests.torture_workers import Worker
+
+torture.GRACE = 0.3
+torture.inherit_orphans()
+kills = torture.Torture(torture.TortureSettings(), Path("."))
+for lives in (False, True):
+    pid = os.fork()
+    if not pid:  # a worker that leaves a child behind, in a session of its own
+        if not os.fork():
+            os.setsid()
+            time.sleep(5 if lives else 0.1)
+        os._exit(0)
+    kills.alive.append(Worker(pid, [], Path("log")))
+    try:
+        kills.reap(list(kills.alive))
+        print("nobody")
+    except torture.GranaryError as error:
+        print(error)
+"""
+
+
+def test_a_process_that_outlives_its_worker_is_found(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-c", ORPHAN]
+    said = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=60)
+    assert re.fullmatch(r"nobody\nprocesses \[\d+\] were left behind by \[\d+\]\n", said.stdout), said
+
+
 @pytest.mark.slow
 def test_thirty_kills_inside_parts_some_of_them_of_fresh_processes(tmp_path: Path) -> None:
     assert claims(torture("--kills", "30", "--seed", "1", "--folder", str(tmp_path)))[0] >= 30
+
+
+def test_an_extension_that_was_stopped_before_it_changed_the_store_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "prompts.txt").write_text(PROMPTS)
+    flags = [*FLAGS, "--prompts", str(tmp_path / "prompts.txt")]
+    assert harvest(*flags, "--images", "64", "--out", str(tmp_path / "store")) == 0
+    before = tree(tmp_path / "store")
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "extend", stopped)
+        assert harvest("--extend", str(tmp_path / "store"), "--images", "66") == 1
+    assert tree(tmp_path / "store") == before
+    assert harvest("--resume", str(tmp_path / "store")) == 0
+    assert open_store(tmp_path / "store").n_images == 66

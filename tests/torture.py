@@ -11,7 +11,6 @@ A worker is `python -m harvest` as the shell would run it.  Because a start cost
 forked from this process, which has imported everything, and has run and loaded nothing; one in `FRESH` is a new Python.
 """
 
-import contextlib
 import ctypes
 import json
 import os
@@ -27,11 +26,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NoReturn, get_args
 
-os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
 from store.command import Command, program
 from store.errors import GranaryError, UsageError
 from store.layout import ROOT, SEAL, STORE_COMMIT, part_commit, runs_folder
+from tests.torture_workers import Worker, children, preload, start
 
 PROMPTS = "a red circle left of a blue square\na green triangle on black\ntwo white circles\n"
 FLAGS = (
@@ -47,7 +45,7 @@ PATIENCE = 120.0
 GRACE = 2.0
 """seconds that a `uname` or `ldconfig` of some library's may need to end by itself when its parent was killed"""
 POLL = 0.002
-SUBREAPER = 36  # prctl(2): orphans of this process's descendants become its children, and so cannot hide
+SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of prctl(2)
 
 Phase = Literal["harvest", "resume", "extend"]
 Moment = Literal["any", "begin", "draw", "write"]
@@ -73,30 +71,10 @@ class TortureSettings:
     """parts of a store that was extended"""
     fresh: bool = True
     """let one worker in twelve be a Python of its own rather than a fork"""
+    aimed: bool = False
+    """SIGKILL alone, and only while a part is drawn or written: more kills a minute that count, and of fewer kinds"""
     folder: Path | None = None
     """a new folder for the stores; default: a temporary one, which is kept when something is wrong"""
-
-
-@dataclass
-class Worker:
-    """One process that harvests, in a group of its own."""
-
-    pid: int
-    words: Sequence[str]
-    log: Path
-    code: int | None = None
-    """exit code, or minus the signal that ended it"""
-
-    def ended(self) -> bool:
-        """Whether it is no more; it is reaped then."""
-        if self.code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.code = os.waitstatus_to_exitcode(status)
-        return self.code is not None
-
-    def said(self) -> str:
-        return self.log.read_text(errors="replace") if self.log.exists() else ""
 
 
 @dataclass
@@ -126,10 +104,16 @@ class Tally:
         )
 
 
+def inherit_orphans() -> None:
+    """Become the parent of whatever a worker leaves behind, so that it cannot hide."""
+    if ctypes.CDLL(None, use_errno=True).prctl(SUBREAPER, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
 def run(settings: TortureSettings) -> Tally:
     """Do it; returns the tally.  `GranaryError` for a store that differs, a worker that fails or hangs, or too little time."""
-    _preload()
-    ctypes.CDLL(None, use_errno=True).prctl(SUBREAPER, 1, 0, 0, 0)
+    preload()
+    inherit_orphans()
     folder = settings.folder or Path(tempfile.mkdtemp(prefix="granary-torture-"))
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
@@ -225,11 +209,12 @@ class Torture:
 
     def kill_some(self, store: Path, phase: Phase, workers: int, again: Callable[[], Sequence[str]]) -> None:
         """A few times: end one or all of those alive at some moment, and start as many with the words `again`."""
-        for _ in range(self.chance.randint(1, KILLS_A_PHASE)):
+        aimed = self.settings.aimed
+        for _ in range(2 if aimed else self.chance.randint(1, KILLS_A_PHASE)):
             if all(worker.ended() for worker in self.alive):
                 break
-            how = self.chance.choice(SIGNALS)
-            moment = self.chance.choice(MOMENTS)
+            how = signal.SIGKILL if aimed else self.chance.choice(SIGNALS)
+            moment = self.chance.choice(MOMENTS[2:] if aimed else MOMENTS)
             victim = self.await_moment(store, phase, moment)
             victims = list(self.alive) if self.chance.random() < 0.3 else [victim]
             hit = [victim for victim in victims if not victim.ended()]
@@ -292,12 +277,7 @@ class Torture:
         """Let a worker begin."""
         self.started += 1
         fresh = self.settings.fresh and self.started % FRESH == 0
-        log = self.folder / f"log-{self.started}.txt"
-        log.unlink(missing_ok=True)
-        pid = os.fork()
-        if not pid:
-            _become_harvest(words, log, fresh)
-        self.alive.append(Worker(pid, words, log))
+        self.alive.append(start(words, self.folder / f"log-{self.started}.txt", fresh))
 
     def reap(self, workers: Sequence[Worker]) -> None:
         """Wait until these have ended, and see that nothing of them is left."""
@@ -317,7 +297,7 @@ class Torture:
     def orphans(self) -> list[int]:
         """Living processes that are not workers and whose parent was one: as its reaper this process has inherited them."""
         known = {worker.pid for worker in self.alive}
-        return [pid for pid in _children() if pid not in known and os.waitpid(pid, os.WNOHANG) == (0, 0)]
+        return [pid for pid in children() if pid not in known and os.waitpid(pid, os.WNOHANG) == (0, 0)]
 
     def finish(self) -> None:
         """Wait until all have ended by themselves, with exit code 0."""
@@ -347,56 +327,6 @@ class Torture:
     def fail(self, worker: Worker, what: str) -> NoReturn:
         said = worker.said()[-3000:]
         raise GranaryError(f"process {worker.pid} ({' '.join(worker.words)}) {what}. Its last words:\n{said}")
-
-
-def _preload() -> None:
-    """Import what a harvest imports, so that a fork need not; runs nothing of it."""
-    from harvest.quiet import quiet
-
-    with quiet():
-        import pandas  # noqa: F401  # by pyarrow, when it first makes a table
-        from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel  # noqa: F401
-        from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast  # noqa: F401
-
-        import harvest.fill  # noqa: F401
-
-
-def _become_harvest(words: Sequence[str], log: Path, fresh: bool) -> NoReturn:
-    """In the child: be `python -m harvest WORDS`, and end."""
-    code = 70
-    try:
-        os.setsid()
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell ignores for a background job
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        for descriptor in (1, 2):
-            os.dup2(output, descriptor)
-        if fresh:
-            os.execv(sys.executable, [sys.executable, "-m", "harvest", *words])
-        from harvest.__main__ import COMMANDS
-
-        sys.argv[:] = ["harvest", *words]
-        code = program("harvest", COMMANDS, list(words), default="harvest")
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-        sys.stderr.flush()
-    os._exit(code)
-
-
-def _children() -> list[int]:
-    """The processes whose parent is this one."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):  # it may end while we look
-            if (
-                folder.name.isdecimal()
-                and int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == os.getpid()
-            ):
-                found.append(int(folder.name))
-    return found
 
 
 def _held(store: Path, pid: int) -> list[int]:

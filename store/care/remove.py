@@ -78,6 +78,7 @@ def refuse_subset(path: Path, meta: StoreMeta) -> None:
 def uncommit(path: Path, parts: Mapping[int, Sequence[str]]) -> int:
     """Make parts uncommitted and remove their files, which `parts` names; the bytes that freed."""
     with ExitStack() as held:
+        held.enter_context(alone(path, "create"))  # or it might be sealed, or extended, meanwhile
         for part in parts:
             held.enter_context(alone(path, part_name(part)))
         freed = unseal(path)

@@ -276,7 +276,7 @@ class _Repair:
         self._look_again(self.changed or bool(self.seen.findings))
         of_seal = [each.name == layout.SEAL and each.kind in ("damaged", "unsealed") for each in self.seen.findings]
         if of_seal and all(of_seal) and self.seen.meta is not None and not self.done.left:
-            with alone(self.path, "seal"):
+            with alone(self.path, "create"):
                 self.here.write(layout.SEAL, json_bytes(sealed(self.path, self.seen.meta)))
             self._say(self.done.remade, layout.SEAL, f"made again: {layout.SEAL}")
             self._look_again(True)

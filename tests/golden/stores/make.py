@@ -5,7 +5,6 @@ For a new format version another set is added beside them.
 """
 
 import hashlib
-import json
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -103,7 +102,10 @@ def _said(store: Store) -> Iterator[tuple[str, bytes]]:
     for image in range(store.n_images):
         picture = store.picture(image)
         if picture is not None:
-            yield f"picture {image}", f"{picture.size}".encode() + (picture.tobytes() if store.meta.pictures == "png" else b"")
+            yield (
+                f"picture {image}",
+                f"{picture.size}".encode() + (picture.tobytes() if store.meta.pictures == "png" else b""),
+            )
     for site in store.sites:
         yield f"weights of {site}", store.weights_file(site) or b""
         for step in store.steps:
