@@ -77,7 +77,8 @@ def refuse_without_pictures(analysis: Analysis, subjects: Sequence[Subject]) -> 
     """`UsageError` for image features of a store that kept no pictures; text features need none."""
     if any(subject.site.stream != "txt" for subject in subjects) and analysis.store.meta.pictures == "none":
         raise UsageError(
-            "this store holds no pictures to draw on: harvest with --pictures webp, or choose text sites with --sites txt_0"
+            "this store holds no pictures to draw on: python -m analyze scores works without them; for sheets and the report harvest "
+            "with --pictures webp, or choose text sites (--sites), where the store has any"
         )
 
 

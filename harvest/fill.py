@@ -93,7 +93,10 @@ def _closing(summary: Summary, writer: StoreWriter) -> str:
     if summary.finished:
         state = f"finished: {writer.meta.n_images} images"
     else:
-        state = f"not finished: {len(writer.missing())} of {writer.meta.n_parts} parts are still missing"
+        state = (
+            f"not finished: {len(writer.missing())} of {writer.meta.n_parts} parts are still missing. "
+            f"Go on: python -m harvest --resume {summary.store}"
+        )
     return (
         f"{summary.store}: {summary.images} images harvested{rate}; the store is {state}.\n"
         f"Look at it: python -m store info {summary.store}"

@@ -102,7 +102,7 @@ def _how_to_open(meta: StoreMeta) -> list[str]:
         "```",
         "",
         "`python -m store info STORE` says more, `python -m store verify STORE` reads every file against its checksum, and",
-        "`python -m store pull STORE FOLDER --layers 0 --images …` copies a part of it.",
+        f"`python -m store pull STORE FOLDER --layers {site.layer} --images …` copies a part of it.",
     ]
 
 
@@ -126,7 +126,11 @@ def _targets(meta: StoreMeta) -> str:
 def _parent(meta: StoreMeta) -> list[tuple[str, str]]:
     """Where a subset came from."""
     if meta.parent is None or "store" not in meta.parent:
-        return []
+        imported, assumed = ((meta.parent or {}).get(name) for name in ("imported", "assumed"))
+        found = imported if isinstance(imported, list | tuple) else ()
+        files = dict.fromkeys(str(each.get("file")) for each in found if isinstance(each, dict))
+        rows = [("imported from", ", ".join(_code(file) for file in files))] if files else []
+        return rows + [("assumed", _code(text)) for text in (assumed if isinstance(assumed, list | tuple) else ())]
     images = meta.parent.get("images")
     span = f", its images {images[0]} to {images[1] - 1}" if isinstance(images, list | tuple) else ""
     return [("taken from", f"store {_code(meta.parent['store'])}{span}")]

@@ -82,11 +82,9 @@ def guarded(work: Callable[[], Any]) -> int:
     except GranaryError as error:
         return _fail(error)
     except _Terminated:
-        return _fail(
-            Interrupted("terminated by SIGTERM. What was committed is safe: the same command goes on from there.")
-        )
+        return _fail(Interrupted("terminated by SIGTERM. What was committed is safe: run the same command again."))
     except KeyboardInterrupt:
-        return _fail(Interrupted("interrupted. What was committed is safe: the same command goes on from there."))
+        return _fail(Interrupted("interrupted. What was committed is safe: run the same command again."))
     except BrokenPipeError:
         return _nobody_listens()
     except MemoryError as error:

@@ -38,6 +38,7 @@ def describe(store: Store) -> str:
         f"finished, id {store.id}"
         if store.finished
         else f"not finished: {len(store.committed_parts)} of {meta.n_parts} parts"
+        + (", the seal is missing" if len(store.committed_parts) == meta.n_parts else "")
     )
     facts = [
         ("store", f"{store.path} (format {meta.format_version}), {state}"),
@@ -77,13 +78,24 @@ def _parent(parent: dict[str, Any]) -> list[str]:
     """What a subset was taken from, or what was imported and assumed."""
     imported, assumed = parent.get("imported"), parent.get("assumed")
     if not isinstance(imported, list) or not all(isinstance(each, dict) for each in imported):
-        return [", ".join(f"{name} {value}" for name, value in parent.items())]
+        return [_part_of(parent)]
     files = [
         f"{each.get('file')} ({each.get('dtype')} {each.get('shape')}) as {each.get('taken_for')}" for each in imported
     ]
     return [f"imported from {file}" for file in files] + [
         f"assumed: {text}" for text in (assumed if isinstance(assumed, list) else [])
     ]
+
+
+def _part_of(parent: dict[str, Any]) -> str:
+    images = parent.get("images")
+    known = isinstance(images, list | tuple) and len(images) == 2 and all(type(image) is int for image in images)
+    span = f"images {images[0]} to {images[1] - 1} of " if known and images else "part of "
+    prompts = "" if parent.get("prompts", True) else ", without prompts and pictures"
+    further = parent.get("parent")
+    return f"{span}store {parent.get('store')}{prompts}" + (
+        f", itself {_part_of(further)}" if isinstance(further, dict) else ""
+    )
 
 
 def _model(store: Store) -> str:
@@ -144,8 +156,9 @@ def _site_table(store: Store) -> list[str]:
         found = {point: [every[site, step, point] for step in store.steps] for point in store.points}
         lines.append(_site_line(site, found, [store.steps.index(step) for step in steps], lossy))
     if lossy:
+        which = ", mlp_in alone, as mlp_out is computed" if store.recomputed else " and point"
         lines.append(
-            "relative: RMS of the rounding error over RMS; FVU floor: its square over the variance; worst step"
+            f"relative: RMS of the rounding error over RMS; FVU floor: its square over the variance; worst step{which}"
         )
     return lines
 

@@ -22,6 +22,13 @@ def read_meta(location: str | Path | Place) -> StoreMeta:
     try:
         content = json.loads(place.read(layout.ROOT))
     except FileNotFoundError:
+        if place.local is not None and any(
+            (place.local / name).exists() for name in (layout.STORE_COMMIT, layout.SEAL)
+        ):
+            raise DamagedError(
+                f"{place.where(layout.ROOT)} is missing from a store that was committed: it was lost. Mend it: "
+                f"python -m store repair {place} [--from COPY]"
+            ) from None
         if place.local is not None and place.local.exists():
             raise ForeignError(f"{place} is no Granary store: it has no zarr.json") from None
         raise ForeignError(f"there is no store at {place}") from None
@@ -110,7 +117,7 @@ def _other_run(path: Path, there: dict[str, Any], here: dict[str, Any], odd: lis
     return (
         f"{path} holds another run; it differs in\n"
         + "\n".join(lines)
-        + "\nRun with the settings that it was made with to go on, choose another --out"
+        + "\nRun with the settings that it was made with to go on, or choose another --out"
         + (advice if may_be_mixed else "")
         + "."
     )

@@ -68,7 +68,9 @@ class Store:
         record = trust.found(place, layout.STORE_COMMIT)
         seal = trust.found(place, layout.SEAL)
         if record is None and seal is None:
-            raise UnfinishedError(f"{place} was not created to its end: run its harvest again, it goes on from there")
+            raise UnfinishedError(
+                f"{place} was not created to its end: run the command that makes it again, it goes on from there"
+            )
         if record is None:
             raise trust.damaged(place, layout.STORE_COMMIT, "is missing from a finished store")
         store = cls(place, meta, trust.checked(place, layout.STORE_COMMIT, record), None)
@@ -88,7 +90,9 @@ class Store:
         elif not unfinished:
             missing = meta.n_parts - len(store.committed_parts)
             state = f"{missing} of {meta.n_parts} parts are missing" if missing else "it has no seal yet"
-            raise UnfinishedError(f"{place} is not finished: {state}. Run its harvest again, it goes on from there.")
+            raise UnfinishedError(
+                f"{place} is not finished: {state}. Run the command that makes it again, it goes on from there."
+            )
         return store
 
     @property
@@ -158,7 +162,8 @@ class Store:
             if data is None:
                 images = self.meta.part_images(part)
                 raise UnfinishedError(
-                    f"{self.path}: images {images.start} to {images.stop - 1} (part {part}) are not harvested yet: run its harvest again"
+                    f"{self.path}: images {images.start} to {images.stop - 1} (part {part}) are not there yet: "
+                    "run the command that makes it again"
                 )
             found = trust.checked(self.place, name, data)
             if self._seal is not None and sha256_bytes(data) != self._seal["commits"][part_name(part)]:
@@ -245,7 +250,7 @@ class Store:
     @cached_property
     def _prompts(self) -> pa.Table:
         if not self.committed_parts:
-            raise UnfinishedError(f"{self.path} has no committed part yet: run its harvest again")
+            raise UnfinishedError(f"{self.path} has no committed part yet: run the command that makes it again")
         with ThreadPoolExecutor(self._threads) as pool:
             names = [(f"prompts/{part_name(part)}.parquet", part) for part in self.committed_parts]
             tables = list(pool.map(lambda each: self._table(*each), names))

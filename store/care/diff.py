@@ -1,6 +1,6 @@
 """`python -m store diff A B`: where two stores differ.
 
-1. Two finished stores of one id are equal, and nothing more is read.
+1. Two finished stores of one id were committed equal; nothing more is read (`verify` says whether the files still are so).
 2. The metadata are compared leaf by leaf; what only one store has is named.
 3. The commits are compared by the hashes that they list: no chunk is read.
 4. With `--values`, arrays that differ are read in both, a chunk at a time, and their differences measured.
@@ -34,6 +34,9 @@ OF_LAYOUT = ("chunk_images", "store_dtype", "codec")
 """metadata by which equal values lie in files of different bytes; the kept tokens of a stream are another"""
 OF_VALUES = ("activations", "scales")
 SHOWN = 20
+
+
+BY_SEAL = ", by their seals: no chunk was read; python -m store verify says whether the files are still whole"
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,9 @@ class Difference:
     columns: list[str] = field(default_factory=list)
     """with `--values`: columns of the prompt tables that differ"""
 
+    by_seal: bool = False
+    """whether both have one id: what was committed is equal, whatever happened to the files since"""
+
     def __bool__(self) -> bool:
         return bool(self.metadata or any(self.only.values()) or self.parts)
 
@@ -95,7 +101,9 @@ def diff(a: str | Path | Place, b: str | Path | Place, values: bool = False) -> 
     first, second = Store.open(a, unfinished=True), Store.open(b, unfinished=True)
     found = Difference()
     if first.finished and second.finished and first.id == second.id:
-        return found
+        found.by_seal = True
+        if not values:
+            return found
     _Diff(first, second, found).compare(values)
     return found
 
@@ -248,7 +256,7 @@ def _text(found: Difference, settings: DiffSettings) -> str:
     ]
     if found.columns:
         lines.append(f"values: the prompt tables differ in {', '.join(found.columns)}")
-    return "\n".join([*lines, "A and B differ" if found else "A and B are equal"])
+    return "\n".join([*lines, "A and B differ" if found else f"A and B are equal{BY_SEAL if found.by_seal else ''}"])
 
 
 def _gap_text(gap: Gap | str) -> str:

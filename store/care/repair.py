@@ -239,7 +239,10 @@ class _Repair:
                 self._say(self.done.remade, each.name, f"made again: {each.name}")
             else:
                 lost.append(each)
-        if lost:
+        if lost and seen.meta is None and not (layout.runs_folder(self.path) / "settings.json").exists():
+            # nobody could say who makes it again
+            self.done.left += [f"{each.text()}; take it from a copy: --from COPY" for each in lost]
+        elif lost:
             self._uncreate(lost)
         elif layout.STORE_COMMIT in self.here.held:
             self.here.write(layout.STORE_COMMIT, self.here.held[layout.STORE_COMMIT])

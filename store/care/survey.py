@@ -352,6 +352,13 @@ def remaking(meta: StoreMeta | None, place: Place) -> str:
         return f"the import that made it, again: python -m store import … --out {store}"
     if parent:
         return f"pull it again from where it was taken: python -m store pull SOURCE {store} …"
+    if place.local is None:
+        return f"pushing it again from where it is whole: python -m store push FOLDER {store}"
+    if not (layout.runs_folder(place.local) / "settings.json").exists():
+        return (
+            f"copying it again from where it is whole (python -m store repair {store} --from COPY), or by the first run's own "
+            f"flags with --out {store}"
+        )
     return f"python -m harvest --resume {store}"
 
 

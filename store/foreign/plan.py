@@ -203,7 +203,8 @@ def _prompts(
     settings: ImportSettings, array: ForeignArray, sources: dict[Key, Source], text_tokens: int, assumed: list[str]
 ) -> tuple[pa.Table, dict[str, object]]:
     """The prompts, and what the store says of their source."""
-    needed = -(-array.images // settings.seeds_per_prompt)
+    images = min(settings.images or array.images, array.images)
+    needed = -(-images // settings.seeds_per_prompt)
     if settings.prompts is None:
         table, name = made_up(array.path.name, needed), "made up"
         assumed.append(
@@ -211,9 +212,11 @@ def _prompts(
         )
     else:
         table, name = read_prompts(settings.prompts), settings.prompts.name
+        if settings.images is not None:
+            table = table.slice(0, needed)
     if table.num_rows != needed:
         raise UsageError(
-            f"{settings.prompts} holds {table.num_rows} prompts, and the arrays {array.images} images with "
+            f"{settings.prompts} holds {table.num_rows} prompts, and {images} images with "
             f"{settings.seeds_per_prompt} seed(s) a prompt (--seeds-per-prompt), which makes {needed}"
         )
     has_text = any(site.stream != "img" for site, _, _ in sources)
