@@ -50,9 +50,11 @@ def test_equal_stores_are_equal_and_no_chunk_is_read(
     made: SmallStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = Path(shutil.copytree(made.path, tmp_path / "b"))
+    assert not diff(made.path, other, values=True)
     for folder in ("activations", "prompts", "images", "statistics"):
         shutil.rmtree(other / folder)
-    assert not diff(made.path, other, values=True)
+    assert not diff(made.path, other)
+    assert "by their seals: no chunk was read; python -m store verify" in said(capsys, made.path, other)[1]
     (other / layout.SEAL).unlink()
     assert not diff(made.path, other), "what is compared are the commits, whether sealed or not"
     code, text = said(capsys, made.path, other)

@@ -149,7 +149,7 @@ def test_arrays_that_do_not_make_a_store_together_are_refused(tmp_path: Path, wo
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("p.txt", "one\n", "holds 1 prompts, and the arrays 2 images"),
+        ("p.txt", "one\n", "holds 1 prompts, and 2 images"),
         ("p.csv", "text\none\ntwo\n", "has no column 'prompt'; it has text"),
         ("p.csv", "prompt\none\n''\n", None),
         ("p.csv", "prompt,text_length\none,1\ntwo,9\n", "text_length is 9, and the arrays hold 4 text tokens"),

@@ -45,7 +45,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SmallStore:
 
 @pytest.fixture
 def copy(made: SmallStore, tmp_path: Path) -> Path:
-    """A copy of it, to be damaged."""
+    """A copy of it, to be damaged, with the settings of the harvest that made it beside it."""
+    (tmp_path / "store.runs").mkdir()
+    (tmp_path / "store.runs/settings.json").write_text("{}")
     return Path(shutil.copytree(made.path, tmp_path / "store"))
 
 
@@ -138,6 +140,8 @@ def test_a_kill_at_any_moment_of_a_repair_leaves_nothing_that_looks_whole(
     content, replica = tree(made.path), made.path if with_copy else None
     weights = f"weights/{next((made.path / 'weights').iterdir()).name}"
     lost = {CHUNK: None, layout.part_commit(2): b"{}", layout.ROOT: b"?", weights: None, "README.md": b"?"}
+    (tmp_path / "store.runs").mkdir()
+    (tmp_path / "store.runs/settings.json").write_text("{}")
     allowed, ended = 0, False
     while not ended:
         path = Path(shutil.copytree(made.path, tmp_path / "store"))
@@ -301,8 +305,24 @@ def test_parts_that_cannot_be_made_again_are_not_taken_out(
         ({"store": "sha256-x"}, "pull it again from where it was taken: python -m store pull SOURCE 'a store' …"),
     ],
 )
-def test_what_makes_a_store_again_depends_on_what_made_it(parent: dict[str, object] | None, command: str) -> None:
+def test_what_makes_a_store_again_depends_on_what_made_it(
+    parent: dict[str, object] | None, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a store.runs").mkdir()
+    Path("a store.runs/settings.json").write_text("{}")
     assert remaking(replace(small_meta(), parent=parent), place_of("a store")) == command
+
+
+def test_nobody_is_told_to_resume_a_harvest_whose_settings_are_not_there(made: SmallStore, tmp_path: Path) -> None:
+    assert "--from COPY" in remaking(small_meta(), place_of(tmp_path / "copied"))
+    assert "store push FOLDER" in remaking(small_meta(), place_of("memory://bucket/store"))
+    path = Path(shutil.copytree(made.path, tmp_path / "copied"))
+    (path / layout.ROOT).write_text("x")
+    before = tree(path)
+    with pytest.raises(DamagedError, match="take it from a copy: --from COPY"):
+        repair(path)
+    assert tree(path) == before, "nothing is removed that nobody could make again"
 
 
 @pytest.mark.slow

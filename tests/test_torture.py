@@ -5,13 +5,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from harvest import runs
 from harvest.__main__ import COMMANDS
 from store import open_store
 from store.command import program
-from store.writer import StoreWriter
 from tests.test_store import tree
 from tests.torture import FLAGS, PROMPTS
 
@@ -86,7 +87,10 @@ def test_thirty_kills_inside_parts_some_of_them_of_fresh_processes(tmp_path: Pat
 def test_an_extension_that_was_stopped_before_it_changed_the_store_is_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stopped(*_: object) -> None:
+    keep = runs.keep_settings
+
+    def stopped(*words: Any) -> None:
+        keep(*words)
         raise KeyboardInterrupt
 
     (tmp_path / "prompts.txt").write_text(PROMPTS)
@@ -94,7 +98,7 @@ def test_an_extension_that_was_stopped_before_it_changed_the_store_is_resumed(
     assert harvest(*flags, "--images", "64", "--out", str(tmp_path / "store")) == 0
     before = tree(tmp_path / "store")
     with monkeypatch.context() as patch:
-        patch.setattr(StoreWriter, "extend", stopped)
+        patch.setattr(runs, "keep_settings", stopped)
         assert harvest("--extend", str(tmp_path / "store"), "--images", "66") == 1
     assert tree(tmp_path / "store") == before
     assert harvest("--resume", str(tmp_path / "store")) == 0

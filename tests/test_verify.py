@@ -245,6 +245,8 @@ def test_an_unfinished_store_says_what_is_missing_and_what_goes_on(tmp_path: Pat
     made = make_store(tmp_path / "whole", **EVERYTHING).path
     path = tmp_path / "store"
     shutil.copytree(made, path)
+    (tmp_path / "store.runs").mkdir()
+    (tmp_path / "store.runs/settings.json").write_text("{}")
     for name in (layout.SEAL, layout.part_commit(0), layout.part_commit(2)):
         (path / name).unlink()
     with pytest.raises(
