@@ -49,9 +49,17 @@ def padded(values: np.ndarray, images: int, fill: int | str) -> np.ndarray:
 
 
 def read_chunk(
-    place: Place, name: str, shape: Sequence[int], dtype: str, codec: Codec, out: np.ndarray | None = None
+    place: Place,
+    name: str,
+    shape: Sequence[int],
+    dtype: str,
+    codec: Codec,
+    crc: int | None = None,
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """A chunk, checked by its CRC-32C; into `out`, contiguous and of its shape, without a copy where nothing is compressed.
+    """A chunk, checked by its CRC-32C, which must be `crc` where that is known.
+
+    It is read into `out`, contiguous and of its shape, without a copy where nothing is compressed.
 
     `FileNotFoundError` when the file is missing, `DamagedError` when it holds anything but such a chunk.
     """
@@ -59,10 +67,10 @@ def read_chunk(
     raw = values.reshape(-1).view(np.uint8).data
     if codec == "none":
         count, trailer = place.read_into(name, raw)
-        _check(place, name, raw[:count], trailer, len(raw))
+        _check(place, name, raw[:count], trailer, len(raw), crc)
         return values
     data = place.read(name)
-    _check(place, name, memoryview(data)[:-TRAILER], data[-TRAILER:], None)
+    _check(place, name, memoryview(data)[:-TRAILER], data[-TRAILER:], None, crc)
     try:  # into as many bytes as there should be, whatever the data claim
         plain = np.frombuffer(pa.decompress(data[:-TRAILER], decompressed_size=len(raw), codec="zstd"), np.uint8)
     except OSError as error:
@@ -71,12 +79,14 @@ def read_chunk(
     return values
 
 
-def _check(place: Place, name: str, payload: memoryview, trailer: bytes, expected: int | None) -> None:
+def _check(place: Place, name: str, payload: memoryview, trailer: bytes, expected: int | None, crc: int | None) -> None:
     if expected is not None and (len(payload) != expected or len(trailer) != TRAILER):
         found = len(payload) + len(trailer)
         raise DamagedError(f"{place.where(name)} has {found} bytes where a chunk has {expected + TRAILER}")
     if len(trailer) != TRAILER or crc32c.crc32c(payload) != int.from_bytes(trailer, "little"):
         raise DamagedError(f"{place.where(name)} does not have the CRC-32C that it ends with: it was damaged")
+    if crc is not None and crc != int.from_bytes(trailer, "little"):
+        raise DamagedError(f"{place.where(name)} is a whole chunk, but not the one that was committed")
 
 
 def to_e4m3(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -53,7 +53,7 @@ class Store:
         self.place, self.meta = place, meta
         self._created, self._seal = created, seal
         self._commits: dict[int, dict[str, Any]] = {}
-        self._trusted: set[int] = set()
+        self._crcs: dict[int, np.ndarray] = {}
         self._tables: dict[str, pa.Table] = {}
         self._threads = 1 if place.local is not None else REMOTE_THREADS
 
@@ -178,7 +178,7 @@ class Store:
                 )
             if set(found["files"]) != set(part_files(self.meta, part)):
                 raise trust.damaged(self.place, name, "does not list the files that a part has")
-            self._trusted.add(part)
+            self._crcs[part] = self._chunk_crcs(part, found)
             _keep(self._commits, part, found, COMMITS_KEPT)
         return self._commits[part]
 
@@ -342,12 +342,27 @@ class Store:
                 list(pool.map(fill, parts))
         return values
 
+    @cached_property
+    def _order(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self._specs)}
+
+    def _chunk_crcs(self, part: int, commit: dict[str, Any]) -> np.ndarray:
+        """The CRC-32C of every chunk of a part, uint32, in the order of the arrays: all that is kept of its commit for reading."""
+        entries = [commit["files"][chunk_file(name, part)] for name in self._specs]
+        try:
+            return np.array([int(entry["crc32c"], 16) for entry in entries], np.uint32)
+        except (KeyError, TypeError, ValueError, OverflowError):
+            raise trust.damaged(
+                self.place, layout.part_commit(part), "does not say the CRC-32C of each chunk"
+            ) from None
+
     def _chunk(self, spec: ArraySpec, part: int, out: np.ndarray | None) -> np.ndarray:
         file = chunk_file(spec.name, part)
-        if part not in self._trusted:
+        if part not in self._crcs:
             self.commit(part)
+        crc = int(self._crcs[part][self._order[spec.name]])
         try:
-            return read_chunk(self.place, file, spec.chunk, spec.dtype, spec.codec, out)
+            return read_chunk(self.place, file, spec.chunk, spec.dtype, spec.codec, crc, out)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise trust.damaged(self.place, file, "is missing") from None
         except DamagedError as error:

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 
 from store.format import to_float32
+from store.sites import Point, Site
 
 BINS_PER_OCTAVE = 32
 LOWEST, HIGHEST = -40 * BINS_PER_OCTAVE, 72 * BINS_PER_OCTAVE
@@ -158,6 +160,14 @@ def _first_bad(values: np.ndarray, kept: np.ndarray | None, first: int) -> int |
         if not np.isfinite(exact).all():
             return index
     return None
+
+
+def statistics_bytes(statistics: Mapping[tuple[Site, int, Point], Statistics]) -> bytes:
+    """The statistics file of a part."""
+    tensors: dict[str, np.ndarray] = {}
+    for (site, step, point), found in statistics.items():
+        tensors |= found.tensors(f"{site}/step.{step}/{point}")
+    return bytes(safetensors.numpy.save(tensors))
 
 
 def merged(parts: Iterable[Statistics]) -> Statistics:

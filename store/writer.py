@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import safetensors.numpy
 
 from store import layout
 from store.chunks import encode, from_e4m3, padded, to_e4m3
@@ -51,7 +50,7 @@ from store.leases import Lease, Leases
 from store.metadata import documents
 from store.opening import peek, refuse_difference, refuse_other, uncommitted
 from store.sites import Point, Site, Stream
-from store.statistics import Statistics, array_statistics
+from store.statistics import Statistics, array_statistics, statistics_bytes
 from store.tables import table_bytes
 
 WRITING_THREADS = 4
@@ -201,11 +200,11 @@ class StoreWriter:
         def put_array(key: Key) -> None:
             statistics[key], pieces = self._array(part, content, key, images)
             for name, values in pieces.items():
-                entries[name] = self._put(name, self._encoded(name, values), lease)
+                entries[name] = self._put_chunk(name, values, lease)
 
         def put_tokens(stream: Stream, step: int) -> None:
             name = chunk_file(tokens_path(stream, step), part)
-            entries[name] = self._put(name, self._encoded(name, content.tokens[stream, step]), lease)
+            entries[name] = self._put_chunk(name, content.tokens[stream, step], lease)
 
         def put_table(folder: str, table: pa.Table) -> None:
             name = f"{folder}/{part_name(part)}.parquet"
@@ -293,7 +292,12 @@ class StoreWriter:
             )
         return found, pieces
 
-    def _encoded(self, name: str, values: np.ndarray) -> Pieces:
+    def _put_chunk(self, name: str, values: np.ndarray, lease: Lease) -> dict[str, Any]:
+        """Publish a chunk; its commit names its CRC-32C as well, by which a reader tells it from every other chunk."""
+        payload, trailer = self._encoded(name, values)
+        return {**self._put(name, (payload, trailer), lease), "crc32c": trailer[::-1].hex()}
+
+    def _encoded(self, name: str, values: np.ndarray) -> tuple[memoryview, bytes]:
         """The content of a chunk's file."""
         spec = self._specs[name.rpartition("/")[0]]
         return encode(padded(values, self.meta.chunk_images, spec.fill), spec.codec)
@@ -325,14 +329,6 @@ class StoreWriter:
                 error.filename = str(path)  # which a full disk does not say
             raise
         return {"bytes": length, "sha256": digest.hexdigest()}
-
-
-def statistics_bytes(statistics: Mapping[Key, Statistics]) -> bytes:
-    """The statistics file of a part."""
-    tensors: dict[str, np.ndarray] = {}
-    for (site, step, point), found in statistics.items():
-        tensors |= found.tensors(f"{site}/step.{step}/{point}")
-    return bytes(safetensors.numpy.save(tensors))
 
 
 def sealed(path: Path, meta: StoreMeta) -> dict[str, Any]:

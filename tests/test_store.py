@@ -214,6 +214,14 @@ def test_a_damaged_chunk_is_an_error_that_names_the_file(small_store: MakeStore,
         store.read(IMG, 0, "mlp_in", 4, 8)
 
 
+def test_a_whole_chunk_in_the_place_of_another_is_told(small_store: MakeStore) -> None:
+    made = small_store()
+    folder = made.path / "activations/double.00/img/step.0"
+    shutil.copy(folder / "mlp_out/c.1.0.0", folder / "mlp_in/c.1.0.0")
+    with pytest.raises(DamagedError, match="is a whole chunk, but not the one that was committed"):
+        open_store(made.path).read(IMG, 0, "mlp_in", 4, 8)
+
+
 @pytest.mark.parametrize(
     ("name", "before", "after"),
     [

@@ -148,7 +148,12 @@ class Subset(Cargo):
             site: {str(step): commit["statistics"][site][str(step)] for step in self.meta.steps}
             for site in self.meta.sites
         }
-        entries = {file.name: {"bytes": file.length, "sha256": file.sha256} for file in files}
+        entries = {
+            file.name: dict(commit["files"][file.source])
+            if isinstance(file.source, str)
+            else {"bytes": file.length, "sha256": file.sha256}
+            for file in files
+        }
         own = {"part": part, "images": [images.start, images.stop], "origin": self.meta.origin}
         return self_checked({**commit, **own, "files": entries, "statistics": figures})
 
