@@ -28,7 +28,8 @@ from harvest.capture import Captured, select_tokens
 from harvest.estimate import announce
 from harvest.model import DTYPES, too_large
 from harvest.plan import Plan, make_plan
-from harvest.rehearse import is_extension, missing_parts, rehearse
+from harvest.rehearse import rehearse
+from harvest.remaining import is_extension, missing_parts
 from harvest.rows import picture_table, prompt_table, truth_of
 from harvest.settings import HarvestSettings
 from harvest.tiny_flux.scenes import PIXELS
