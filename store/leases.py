@@ -7,7 +7,8 @@
    higher one, so a process that was stopped for an hour finds that it has lost the part, and commits nothing.
 
 A process frozen between that last check and its rename can still rename; the file that it then puts in place holds the same
-bytes as its successor's, because a part's bytes depend on nothing but the settings.
+bytes as its successor's, because a part's bytes depend on nothing but the settings (with `--allow-mixed` they may differ:
+then `verify` finds the file damaged).
 """
 
 import contextlib
