@@ -1,345 +1,259 @@
 """Makes a pack: every row of one split of a store, shuffled once, so that training reads in order.
 
-1. The rows of a stream are its kept (image, step, token) slots.  One seeded permutation gives each its
-   destination; all sites of the stream share it, so their rows stay aligned.
-2. Destinations are cut into equal shards of at most `--shard-mb`.
-3. Site by site, as many shards as fit into `--memory` are filled in one reading of the site, chunk by
-   chunk, and published; more shards mean more readings.  The first reading also sums the means.
-4. A journal names what is published, for a killed pack to go on from; the manifest comes last.
+1. The rows of a stream are its kept (image, step, token) slots.  A keyed permutation, computed and never stored, gives each
+   its place; all sites of the stream share it, so their rows stay aligned.  Places are cut into equal shards.
+2. A site that fits into `--memory` is read, and its shards are cut from there.
+3. A larger one goes twice through the disk: as much of it as fits is read, put in the order of the places and written to a
+   scratch file (a run); then each shard is put together from one piece of every run.
+4. Every byte of the store is read once.  Sites come one after another, the manifest last; what a killed pack finished is kept.
 
-Equal store and settings give equal bytes, whatever the memory and however often the pack was killed.
+Equal store and settings give equal bytes, whatever the memory, the workers, and however often the pack was killed.
 """
 
-import re
+import errno
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Any
 
-import numpy as np
-import safetensors.numpy
-import tyro
 from tqdm import tqdm
 
 from store import open_store
-from store.errors import DamagedError, MismatchError, StoreError, UsageError
-from store.files import is_temporary, json_bytes, read_self_checked, self_checked, sha256_bytes, write_bytes, write_json
-from store.reader import Store
-from store.shards import (
-    FORMAT,
-    FORMAT_VERSION,
-    JOURNAL,
-    MANIFEST,
-    METADATA_KEY,
-    Pack,
-    columns_of,
-    crc32c_hex,
-    crc32c_of,
-    means_file,
-    open_pack,
-    shard_file,
-    weights_name,
-)
-from store.shuffle import Means, Order
-from store.sites import POINTS, Point, Site, Stream, choose_sites
+from store.errors import GranaryError, StoreError, UsageError
+from store.files import self_checked, write_bytes, write_json
+from store.packing.budget import Budget
+from store.packing.crew import Crew, ThreadCrew
+from store.packing.folder import Entry, PackFolder, run_name
+from store.packing.plan import PackPlan
+from store.packing.settings import PackSettings
+from store.packing.shard import entry_of
+from store.packing.tasks import Hands, Task
+from store.shards import FORMAT, FORMAT_VERSION, MANIFEST, Pack, means_file, open_pack, shard_file, weights_name
+from store.sites import Site
 from store.sizes import human_size, parse_size
-from store.split import Split
 
-WEIGHTS_FILE = r"sha256-[0-9a-f-]+\.safetensors"
-
-
-@dataclass(frozen=True)
-class PackSettings:
-    """Shuffle one split of a store into shards that training reads in order."""
-
-    store: Annotated[str | Path, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
-    """the store to pack, a folder or a URL (s3://, hf://, https://)"""
-    out: Path
-    """folder of the pack"""
-    sites: str = "all"
-    """sites to pack, such as img_0-3,txt_6"""
-    split: Split = "train"
-    """train, or val for held-out prompts"""
-    points: str = "all"
-    """what to pack: all that the store has, mlp_in, mlp_out or both; mlp_out alone makes a pack for SAEs, of half the
-    size. Of a store with recomputed targets mlp_in is packed, and the MLP of each site with it"""
-    memory: str = "2GB"
-    """bound on the arrays held at once (Python and its libraries come on top: about 150 MB); less memory means more
-    readings of the store, and the same bytes"""
-    shard_mb: int = 256
-    """greatest size of a shard in MB (10^6 bytes)"""
-    seed: int = 0
-    """decides the order of the rows"""
-
-    def __post_init__(self) -> None:
-        odd = [point for point in self.points.split(",") if point not in POINTS and self.points != "all"]
-        if odd:
-            raise UsageError(f"--points {self.points!r}: {odd[0]!r} is no point; there are {', '.join(POINTS)}")
-        if self.split not in get_args(Split):
-            raise UsageError(f"--split {self.split!r} is not one of {', '.join(get_args(Split))}")
-        if self.shard_mb < 1:
-            raise UsageError(f"--shard-mb {self.shard_mb} must be at least 1")
-        parse_size(self.memory)
+__all__ = ["PackSettings", "run"]
 
 
 class Packing:
     """One run of `pack`: what is to be written, and what is written already."""
 
-    def __init__(self, store: Store, settings: PackSettings) -> None:
-        self.store, self.settings, self.out = store, settings, settings.out
-        self.memory = parse_size(settings.memory)
-        wanted = choose_sites(settings.sites, store.sites, str(settings.store))
-        self.sites = tuple(site for site in store.sites if site in wanted)
-        self.points = self._points()
-        self.weights = self._weights()
-        splits = store.prompts().column("split").to_pylist()
-        if settings.split not in splits:
-            raise UsageError(
-                f"none of the {len(splits)} images of {settings.store} is in the split {settings.split!r} (5 % of all "
-                "prompts are val, by a hash of their text): harvest more prompts"
-            )
-        self.dtype = np.dtype(store.meta.carrier.logical).type
-        self.plan = {
-            "store": store.id, "model": store.meta.model, "split": settings.split, "seed": settings.seed,
-            "shard_mb": settings.shard_mb, "points": list(self.points), "sites": [str(site) for site in self.sites],
-            "steps": list(store.steps), "d_model": store.meta.d_model, "dtype": np.dtype(self.dtype).name,
-            "targets": store.meta.targets, "weights": self.weights,
-        }  # fmt: skip
-        self.key = sha256_bytes(json_bytes(self.plan))
-        self.files: dict[str, dict[str, Any]] = {}
+    def __init__(self, plan: PackPlan, budget: Budget, folder: PackFolder) -> None:
+        self.plan, self.budget, self.folder = plan, budget, folder
+        self.files: dict[str, Entry] = {}
 
-    def _points(self) -> tuple[Point, ...]:
-        """What becomes columns; `UsageError` for a point that the store does not hold."""
-        store, asked = self.store, self.settings.points
-        if asked == "all":
-            return tuple(point for point in POINTS if point in store.points)
-        missing = [point for point in asked.split(",") if point not in store.points]
-        if missing:
-            has = f"{store.path} has no {', '.join(missing)}; it has {', '.join(store.points)}"
-            if store.recomputed:
-                has += " and the MLPs that mlp_out is recomputed by (train does that, from a pack of mlp_in)"
-            raise UsageError(f"{has}: use --points {','.join(store.points)}")
-        return tuple(point for point in POINTS if point in asked.split(","))
+    def names(self, site: Site) -> list[str]:
+        """The files of a site, its means last."""
+        return [*(shard_file(site, index) for index in range(self.plan.shards(site))), means_file(site)]
 
-    def _weights(self) -> dict[str, str]:
-        """Site -> file of its MLP in `weights/`, for recomputed targets."""
-        if not self.store.recomputed:
-            return {}
-        files = self.store.meta.weights.get("files", {})
-        odd = [site for site in map(str, self.sites) if not re.fullmatch(WEIGHTS_FILE, str(files.get(site)))]
-        if odd:  # a name that leads out of the pack's folder is among what is refused
-            raise DamagedError(
-                f"{self.store.path} says that mlp_out is recomputed, but names no MLP of {', '.join(odd)}: "
-                "harvest it again, or take another copy"
-            )
-        return {str(site): files[str(site)] for site in self.sites}
+    def cost(self, task: Task) -> int:
+        """Bytes that a task reads and writes."""
+        plan, share, stream = self.plan, self.budget.shares[task.site.stream], task.site.stream
+        row, rows = plan.row_bytes(stream), plan.cuts[stream]
+        if task.kind == "whole":
+            written = sum(int(rows[i + 1] - rows[i]) * row for i in range(plan.shards(task.site)) if i not in task.skip)
+            return plan.read_bytes(stream) + written
+        layout = self.budget.layout(task.site)
+        if task.kind == "shard":
+            return int(rows[task.number + 1] - rows[task.number]) * (row + layout.record)
+        first, last = share.runs[task.number]
+        units = self.budget.units(stream)[first:last]
+        meta = plan.store.meta
+        chunk = meta.chunk_images * meta.tokens[stream].kept * meta.row_bytes * len(plan.points)
+        return int((units > 0).sum()) * chunk + layout.size(len(units), int(units.sum()))
 
-    @cached_property
-    def weights_bytes(self) -> dict[str, int]:
-        """Name in the pack and length of the MLPs that are copied."""
-        names = {weights_name(file): self.store.place for file in sorted(set(self.weights.values()))}
-        return {name: place.size(name) or 0 for name, place in names.items()}
-
-    @cached_property
-    def orders(self) -> dict[Stream, Order]:
-        streams = dict.fromkeys(site.stream for site in self.sites)
-        return {stream: Order(self.store, stream, self.settings.split, self.settings.seed) for stream in streams}
-
-    def row_bytes(self, stream: Stream) -> int:
-        columns = columns_of(stream, self.points, self.dtype)
-        return sum(
-            np.dtype(t).itemsize * (self.store.meta.d_model if name in POINTS else 1) for name, t in columns.items()
-        )
-
-    def cuts(self, stream: Stream) -> np.ndarray:
-        """Where shards begin, and at last where they end: equal shards, but for one row."""
-        rows = self.orders[stream].rows
-        count = -(-rows * self.row_bytes(stream) // (self.settings.shard_mb * 10**6))
-        return np.linspace(0, rows, max(count, 1) + 1).astype(np.int64)
-
-    @property
-    def total_bytes(self) -> int:
-        rows = sum(self.orders[site.stream].rows * self.row_bytes(site.stream) for site in self.sites)
-        return rows + sum(self.weights_bytes.values())
-
-    def shards_at_once(self, stream: Stream) -> int:
-        """How many shards fit into the memory beside all else; `UsageError` when not even one does."""
-        store, order = self.store, self.orders[stream]
-        shard = int(np.diff(self.cuts(stream)).max()) * self.row_bytes(stream)
-        index = sum(o.destination.size * 24 for o in self.orders.values())  # tokens, destinations, masks, sorting
-        row = store.meta.d_model * np.dtype(self.dtype).itemsize
-        chunk = 10 * store.chunk_images * order.tokens.shape[2] * row  # as read, twice in float32, selected
-        fixed = index + chunk + shard  # the shard that is being published exists twice
-        if self.memory < fixed + shard:
-            raise UsageError(
-                f"--memory {self.settings.memory} is too little for stream {stream}: the row order "
-                f"takes {human_size(index)}, a chunk of the store {human_size(chunk)}, a shard twice "
-                f"{human_size(2 * shard)}; use --memory {-(-(fixed + shard) // 10**6)}MB or more, "
-                "a smaller --shard-mb, or fewer images"
-            )
-        return max(int(self.memory - fixed) // max(shard, 1), 1)
+    def tasks(self, site: Site, kind: str) -> list[Task]:
+        """What is still to be done for a site, of a kind."""
+        share = self.budget.shares[site.stream]
+        missing = [name for name in self.names(site) if name not in self.files]
+        if not missing or share.whole != (kind == "whole"):
+            return []
+        shards = range(self.plan.shards(site))
+        there = frozenset(index for index in shards if shard_file(site, index) in self.files)
+        if kind == "whole":
+            return [Task("whole", site, 0, there)]
+        if kind == "shard":
+            return [Task("shard", site, index) for index in shards if index not in there]
+        layout, units = self.budget.layout(site), self.budget.units(site.stream)
+        sizes = [layout.size(last - first, int(units[first:last].sum())) for first, last in share.runs]
+        return [
+            Task("run", site, number)
+            for number, (each, size) in enumerate(zip(share.runs, sizes, strict=True))
+            if not self.folder.run_finished(site, each, layout, size)
+        ]
 
     def announce(self) -> None:
-        """Print what will be written; refuse a disk that is too small."""
-        parts = []
-        for stream, order in self.orders.items():
-            sites, shards = sum(site.stream == stream for site in self.sites), len(self.cuts(stream)) - 1
-            readings = -(-shards // self.shards_at_once(stream))
-            parts.append(f"{sites} {stream} sites of {order.rows:,} rows in {shards} shards each ({readings} readings)")
-        if self.weights:
-            of_mlps = human_size(sum(self.weights_bytes.values()))
-            parts.append(f"targets recomputed: mlp_in and {len(self.weights_bytes)} MLPs ({of_mlps})")
-        print(f"plan: {human_size(self.total_bytes)} for {self.settings.split}: " + "; ".join(parts), flush=True)
-        left = self.total_bytes - sum(entry["bytes"] for entry in self.files.values())
-        free = shutil.disk_usage(
-            next(parent for parent in (self.out, *self.out.absolute().parents) if parent.exists())
-        ).free
-        if free < left:
-            raise StoreError(
-                f"{self.out}: {human_size(left)} are to be written and {human_size(free)} are free on that disk: "
-                "make room, or choose another --out"
-            )
-
-    def write(self) -> None:
-        """Publish what is missing, the manifest last."""
-        self._journal()
-        done = sum(entry["bytes"] for entry in self.files.values())
-        with tqdm(total=self.total_bytes, initial=done, unit="B", unit_scale=True, desc="pack", mininterval=0.5) as bar:
-            for site in self.sites:
-                bar.set_postfix_str(str(site))
-                self._copy_weights(site, bar)
-                for first, last in self._passes(site):
-                    self._pass(site, first, last, bar)
-        streams = {
-            stream: {"rows": order.rows, "shards": np.diff(self.cuts(stream)).tolist(), "images": len(order.image)}
-            | ({"real_rows": int(order.real.sum())} if stream == "txt" else {})
-            for stream, order in self.orders.items()
-        }
-        content = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "key": self.key,
-            "plan": self.plan,
-            "streams": streams,
-        }
-        write_json(self.out / MANIFEST, self_checked({**content, "files": self.files}))
-        (self.out / JOURNAL).unlink()
-
-    def _copy_weights(self, site: Site, bar: "tqdm[Any]") -> None:
-        """Copy the MLP of a site, for recomputed targets."""
-        if not self.weights or weights_name(self.weights[str(site)]) in self.files:
-            return
-        data = self.store.weights_file(site)
-        assert data is not None
-        self._publish(weights_name(self.weights[str(site)]), data)
-        bar.update(len(data))
-
-    def _passes(self, site: Site) -> Iterator[tuple[int, int]]:
-        """Runs of missing shards, each small enough for one reading of the site."""
-        count, most = len(self.cuts(site.stream)) - 1, self.shards_at_once(site.stream)
-        first = 0
-        while first < count:
-            if shard_file(site, first) in self.files:
-                first += 1
-                continue
-            last = first
-            while last < min(first + most, count) and shard_file(site, last) not in self.files:
-                last += 1
-            yield first, last
-            first = last
-
-    def _pass(self, site: Site, first: int, last: int, bar: "tqdm[Any]") -> None:
-        order, cuts = self.orders[site.stream], self.cuts(site.stream)
-        low, high = int(cuts[first]), int(cuts[last])
-        columns: dict[str, np.ndarray] = {
-            point: np.empty((high - low, self.store.meta.d_model), self.dtype) for point in self.points
-        }
-        means = None if means_file(site) in self.files else Means(order, self.store.meta.d_model)
-        for step_index, step in enumerate(order.steps):
-            for point in self.points:
-                for values, places in self._chunks(site, step_index, step, point):
-                    destination = order.destination[places, step_index]
-                    inside = (destination >= low) & (destination < high)
-                    columns[point][destination[inside] - low] = values[inside]
-                    if means is not None:
-                        means.add(values, places, step_index, point)
-        if means is not None:
-            self._publish(means_file(site), safetensors.numpy.save(means.result()))
-        provenance = order.provenance(low, high)
-        for index in range(first, last):
-            rows = slice(int(cuts[index]) - low, int(cuts[index + 1]) - low)
-            about = json_bytes({"pack": self.key, "site": str(site), "shard": index}).decode()
-            shard = {name: column[rows] for name, column in (columns | provenance).items()}
-            self._publish(shard_file(site, index), safetensors.numpy.save(shard, {METADATA_KEY: about}))
-            bar.update(sum(column.nbytes for column in shard.values()))
-
-    def _chunks(self, site: Site, step_index: int, step: int, point: Point) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Activations (image, slot, d_model) of the split's images and their places, a chunk of the store at a time."""
-        store, member = self.store, self.orders[site.stream].member
-        for start in range(0, store.n_images, store.chunk_images):
-            stop = min(start + store.chunk_images, store.n_images)
-            places = member[start:stop]
-            if (places >= 0).any():
-                values = store.read(site, step, point, start, stop)
-                yield (values if (places >= 0).all() else values[places >= 0]), places[places >= 0]
-
-    def _publish(self, name: str, data: bytes) -> None:
-        write_bytes(self.out / name, data)
-        self.files[name] = {"bytes": len(data), "crc32c": crc32c_hex(data)}
-        self._journal()
-
-    def _journal(self) -> None:
-        write_json(self.out / JOURNAL, self_checked({"key": self.key, "plan": self.plan, "files": self.files}))
-
-    def resume(self) -> bool:
-        """Take over what an earlier run published; whether the pack is complete. `UsageError` for another pack."""
-        if (self.out / MANIFEST).exists():
-            self._refuse_other(open_pack(self.out).manifest["plan"])
-            (self.out / JOURNAL).unlink(missing_ok=True)
-            return True
-        if (self.out / JOURNAL).exists():
-            journal = read_self_checked(self.out / JOURNAL)
-            self._refuse_other(journal["plan"])
-            for leftover in self.out.glob("**/.*.tmp"):
-                leftover.unlink()
-            for name, entry in journal["files"].items():
-                path = self.out / name
-                if path.exists() and path.stat().st_size == entry["bytes"] and crc32c_of(path) == entry["crc32c"]:
-                    self.files[name] = entry
-        elif self.out.exists() and (
-            not self.out.is_dir() or any(not is_temporary(file) for file in self.out.iterdir())
-        ):
-            raise UsageError(f"{self.out} exists and is not a pack: choose another --out, or remove it")
-        return False
-
-    def _refuse_other(self, there: dict[str, Any]) -> None:
-        odd = [key for key in self.plan if there.get(key) != self.plan[key]]
-        lines = [f"  {key}: there {_short(there.get(key))}, asked for {_short(self.plan[key])}" for key in odd]
-        if not lines:
-            return
-        text = f"{self.out} holds another pack; it differs in\n" + "\n".join(lines)
-        if there.get("store") != self.plan["store"]:
-            raise MismatchError(f"{text}\nIt was made from another store: choose another --out, or remove it.")
-        raise UsageError(f"{text}\nChoose another --out, or remove it.")
-
-
-def _short(value: Any) -> str:
-    return repr(value["id"] if isinstance(value, dict) and "id" in value else value)
-
-
-def run(settings: PackSettings) -> Pack:
-    """The pack at `settings.out`: made, finished from where it was killed, or already complete."""
-    store = open_store(settings.store)
-    if store.place.local is not None and settings.out.resolve().is_relative_to(store.place.local.resolve()):
-        raise UsageError(
-            f"--out {settings.out} lies in the store: choose a folder beside it, a store holds nothing else"
+        """Print what will be read and written; refuse a disk that is too small."""
+        plan, budget, settings = self.plan, self.budget, self.plan.settings
+        lines, read, moved = [], 0, 0
+        for stream, rows in plan.rows.items():
+            sites = [site for site in plan.sites if site.stream == stream]
+            share, scratch = budget.shares[stream], budget.scratch_bytes(stream)
+            read += len(sites) * plan.read_bytes(stream)
+            moved += len(sites) * scratch
+            how = "fits into memory" if share.whole else f"runs: {len(share.runs)}, scratch: {human_size(scratch)}"
+            shards = plan.shards(sites[0])
+            lines.append(f"{len(sites)} {stream} sites of {rows.rows:,} rows in {shards} shards each ({how})")
+        if plan.weights:
+            of_mlps = human_size(sum(plan.weights_bytes.values()))
+            lines.append(f"targets recomputed: mlp_in and {len(plan.weights_bytes)} MLPs ({of_mlps})")
+        print(f"plan: {human_size(plan.total_bytes)} for {settings.split}: " + "; ".join(lines))
+        most = max(budget.scratch_bytes(stream) for stream in plan.streams)
+        each = "each worker" if settings.scheduler else f"each of {settings.workers} workers"
+        of_whom = "" if settings.workers == 1 and not settings.scheduler else f" for {each}"
+        print(
+            f"  the store is read once: {human_size(read)}; scratch {human_size(most)} at a time, {human_size(2 * moved)} "
+            f"written and read in all; memory {human_size(budget.memory)}{of_whom}, beside Python's own",
+            flush=True,
         )
-    packing = Packing(store, settings)
-    if packing.resume():
-        print(f"{settings.out} is complete already: the same pack, nothing to do")
-    else:
-        packing.announce()
-        packing.write()
-    return open_pack(settings.out)
+        self._refuse_small_disk(most)
+
+    def _refuse_small_disk(self, scratch: int) -> None:
+        there = 0
+        if self.folder.work.exists():
+            names = (name for site in self.plan.sites for name in self.names(site))
+            there = sum(path.stat().st_size for name in names if (path := self.folder.out / name).is_file())
+            there += sum(path.stat().st_size for path in self.folder.scratch.rglob("*.run"))
+        needs: dict[Path, int] = {}
+        for folder, size in ((self.folder.out, self.plan.total_bytes - there), (self.folder.scratch, scratch)):
+            disk = _existing(folder)
+            same = next((other for other in needs if other.stat().st_dev == disk.stat().st_dev), disk)
+            needs[same] = needs.get(same, 0) + size
+        for disk, size in needs.items():
+            free = shutil.disk_usage(disk).free
+            if free < size:
+                raise StoreError(
+                    f"{disk}: {human_size(size)} are to be written and {human_size(free)} are free on that disk: "
+                    "make room, or choose another --out or --scratch"
+                )
+
+    def begin(self) -> None:
+        """Take over what an earlier run finished, throw away the rest; every byte that is kept is read."""
+        runs = {
+            site: [run_name(each) for each in self.budget.shares[site.stream].runs]
+            for site in self.plan.sites
+            if not self.budget.shares[site.stream].whole
+        }
+        self.folder.begin(runs)
+        names = [*self.plan.weights_bytes, *(name for site in self.plan.sites for name in self.names(site))]
+        with tqdm(unit="B", unit_scale=True, desc="what is there", delay=1) as bar:
+            self.files |= self.folder.finished(names, bar.update)
+
+    def copy_weights(self) -> None:
+        """Copy the MLPs of the sites, for recomputed targets."""
+        for site in self.plan.sites if self.plan.weights else ():
+            name = weights_name(self.plan.weights[str(site)])
+            if name not in self.files:
+                data = self.plan.store.weights_file(site)
+                assert data is not None
+                write_bytes(self.folder.out / name, data)
+                self.files[name] = entry_of(data)
+                self.folder.finish(name, self.files[name])
+
+    def write(self, crew: Crew, hands: Hands) -> None:
+        """Have what is missing done, site after site, the manifest last."""
+        for stream in self.plan.streams:
+            sites, share = [site for site in self.plan.sites if site.stream == stream], self.budget.shares[stream]
+            whole = [task for site in sites for task in self.tasks(site, "whole")]
+            self._done(crew.do(whole, share.run_lanes))
+            for site in sites if not share.whole else ():
+                if all(name in self.files for name in self.names(site)):
+                    self.folder.drop_scratch(site)
+                    continue
+                self._done(crew.do(self.tasks(site, "run"), share.run_lanes))
+                self._done(crew.do(self.tasks(site, "shard"), share.shard_lanes))
+                self.files |= hands.means_of_runs(site)
+                self.folder.drop_scratch(site)
+        content = {
+            "format": FORMAT, "format_version": FORMAT_VERSION, "key": self.plan.key, "plan": self.plan.content,
+            "streams": self.plan.streams_content(), "files": self.files,
+        }  # fmt: skip
+        write_json(self.folder.out / MANIFEST, self_checked(content))
+        self.folder.clear()
+
+    def _done(self, results: Iterable[Mapping[str, Entry]]) -> None:
+        for files in results:
+            self.files |= files
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest parent that exists."""
+    return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+
+
+def run(settings: PackSettings) -> Pack | None:
+    """The pack at `settings.out`: made, finished from where it was killed, or already complete; None with `plan`.
+
+    Errors: `UsageError`, `MismatchError` and `DamagedError` for what cannot be packed, `NonFiniteError` for a row that is not
+    finite, `StoreError` for a full disk or a pack that another process is making, `UnreachableError` for a scheduler.
+    """
+    store = open_store(settings.store)
+    if store.place.local is not None:
+        for flag, path in (("--out", settings.out), ("--scratch", settings.scratch)):
+            if path is not None and path.resolve().is_relative_to(store.place.local.resolve()):
+                raise UsageError(
+                    f"{flag} {path} lies in the store: choose a folder beside it, a store holds nothing else"
+                )
+    plan = PackPlan(store, settings)
+    folder = PackFolder(plan, settings.out, settings.scratch)
+    folder.refuse_foreign()
+    if folder.complete:
+        return _complete(folder)
+    alone = settings.workers == 1 and settings.scheduler is None
+    memory = parse_size(settings.memory) // settings.workers
+    packing = Packing(plan, Budget(plan, memory, lanes=2 if alone else 1), folder)
+    packing.announce()
+    if settings.plan:
+        return None
+    begun = time.perf_counter()
+    try:
+        with folder.held():
+            folder.refuse_foreign()
+            if folder.complete:  # another process had it, and has just ended
+                return _complete(folder)
+            peaks, moved = _make(packing, memory, alone)
+    except OSError as error:
+        if isinstance(error, GranaryError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StoreError(
+            f"the disk of {settings.out} is full. What is finished is kept: make room, then run the same command again"
+        ) from None
+    pack = open_pack(settings.out)
+    seconds = max(time.perf_counter() - begun, 1e-9)
+    print(
+        f"{settings.out}: {human_size(plan.total_bytes)} in {len(pack.files)} files; {human_size(moved)} read and written in "
+        f"{seconds:.1f} s ({moved / seconds / 1e6:.0f} MB/s); peak memory {' + '.join(human_size(peak) for peak in peaks)}\n"
+        f"next: python -m train --pack {settings.out} …"
+    )
+    return pack
+
+
+def _complete(folder: PackFolder) -> Pack:
+    folder.clear()  # a kill may have come between the manifest and this
+    print(f"{folder.out} is complete already: the same pack, nothing to do")
+    return open_pack(folder.out)
+
+
+def _make(packing: Packing, memory: int, alone: bool) -> tuple[list[int], int]:
+    """Make the pack; the greatest memory of each process, and the bytes read and written."""
+    packing.begin()
+    packing.copy_weights()
+    kinds = ("whole", "run", "shard")
+    total = sum(packing.cost(t) for site in packing.plan.sites for kind in kinds for t in packing.tasks(site, kind))
+    with tqdm(total=total, unit="B", unit_scale=True, desc="pack", mininterval=0.5) as bar:
+
+        def hands(advance: Any) -> Hands:
+            return Hands(packing.plan, packing.budget, packing.folder, advance)
+
+        with _crew(packing, memory, alone, bar, hands) as crew:
+            packing.write(crew, hands(lambda _count: None))
+            return crew.peaks(), int(bar.n)
+
+
+def _crew(packing: Packing, memory: int, alone: bool, bar: "tqdm[Any]", hands: Any) -> Crew:
+    if alone:
+        return ThreadCrew(hands, bar.update)
+    from store.packing.cluster import ClusterCrew, job_of  # dask is imported when it is needed
+
+    return ClusterCrew(job_of(packing.plan, memory), bar.update, packing.cost)

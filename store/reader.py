@@ -7,7 +7,7 @@ folder is ever listed: names follow from the metadata.
 
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -212,9 +212,18 @@ class Store:
         """Bytes of all committed parts."""
         return sum(entry["bytes"] for part in self.committed_parts for entry in self.commit(part)["files"].values())
 
-    def read(self, site: Site, step: int, point: Point, start: int = 0, stop: int | None = None) -> np.ndarray:
+    def read(
+        self,
+        site: Site,
+        step: int,
+        point: Point,
+        start: int = 0,
+        stop: int | None = None,
+        out: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Activations (image, kept token, d_model) of images `start` to `stop`, in the logical dtype.
 
+        With `out`, contiguous and of their shape and dtype, they are read into it: whole chunks without another copy.
         Errors: `UsageError` for a site, step or point that the store does not have, `UnfinishedError`
         for a part not harvested yet, `DamagedError` naming the file and the remedy.
         """
@@ -222,14 +231,17 @@ class Store:
             raise UsageError(f"{self.path} has no site {site}; it has {', '.join(self.meta.sites)}")
         if step not in self.steps or point not in self.points:
             why = ": its targets are to be recomputed" if self.recomputed and point == "mlp_out" else ""
-            raise UsageError(
-                f"{self.path} has no {point} at step {step}{why}; it has {', '.join(self.points)} "
-                f"at steps {', '.join(map(str, self.steps))}"
-            )
-        values = self._read(array_path(site, step, point), *self._range(start, stop))
-        if not self.meta.carrier.scaled:
+            there = f"it has {', '.join(self.points)} at steps {', '.join(map(str, self.steps))}"
+            raise UsageError(f"{self.path} has no {point} at step {step}{why}; {there}")
+        carrier, span = self.meta.carrier, self._range(start, stop)
+        into = None if out is None or carrier.scaled else out.view(carrier.stored)
+        values = self._read(array_path(site, step, point), *span, into)
+        if not carrier.scaled:
             return from_carrier(values, self.meta)
-        return from_e4m3(values, self._read(scale_path(site, step, point), *self._range(start, stop)))
+        exact = from_e4m3(values, self._read(scale_path(site, step, point), *span))
+        if out is not None:
+            out[:] = exact
+        return exact if out is None else out
 
     def tokens(self, stream: Stream, step: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Kept positions (image, kept token), int32; -1 marks an empty slot (text policies `real…` only)."""
@@ -247,19 +259,24 @@ class Store:
         """One row an image: the columns of FORMAT.md (prompt, seed, split, text_length, sigma, …) and the prompt file's own."""
         return self._prompts
 
+    def prompt_columns(self, *names: str) -> pa.Table:
+        """The named columns of `prompts()`; the texts of all images are never held at once."""
+        return self._joined_prompts(lambda table: table.select(names))
+
     @cached_property
     def _prompts(self) -> pa.Table:
+        return self._joined_prompts(lambda table: table)
+
+    def _joined_prompts(self, chosen: Callable[[pa.Table], pa.Table]) -> pa.Table:
         if not self.committed_parts:
             raise UnfinishedError(f"{self.path} has no committed part yet: run the command that makes it again")
-        with ThreadPoolExecutor(self._threads) as pool:
-            names = [(f"prompts/{part_name(part)}.parquet", part) for part in self.committed_parts]
-            tables = list(pool.map(lambda each: self._table(*each), names))
+        names = [(f"prompts/{part_name(part)}.parquet", part) for part in self.committed_parts]
         try:
-            return pa.concat_tables(tables)
-        except pa.ArrowException as error:
-            raise trust.damaged(
-                self.place, names[0][0], f"has other columns than those of later parts: {error}"
-            ) from None
+            with ThreadPoolExecutor(self._threads) as pool:
+                return pa.concat_tables(pool.map(lambda each: chosen(self._table(*each)), names))
+        except (pa.ArrowException, KeyError) as error:
+            what = f"has other columns than those of later parts: {error}"
+            raise trust.damaged(self.place, names[0][0], what) from None
 
     def picture(self, image: int) -> Image.Image | None:
         """The picture of an image, RGB, or None when the store keeps no pictures."""
@@ -318,10 +335,10 @@ class Store:
     def _specs(self) -> dict[str, ArraySpec]:
         return {spec.name: spec for spec in array_specs(self.meta)}
 
-    def _read(self, name: str, start: int, stop: int) -> np.ndarray:
+    def _read(self, name: str, start: int, stop: int, into: np.ndarray | None = None) -> np.ndarray:
         spec, chunk = self._specs[name], self.chunk_images
         try:
-            values = np.empty((stop - start, *spec.shape[1:]), spec.dtype)
+            values = np.empty((stop - start, *spec.shape[1:]), spec.dtype) if into is None else into
         except (MemoryError, ValueError):
             raise _too_much(self.place, (stop - start, *spec.shape[1:]), spec.dtype) from None
 

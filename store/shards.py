@@ -29,8 +29,14 @@ from store.format import Targets
 from store.sites import Point, Site, Stream
 
 FORMAT = "granary-pack"
-FORMAT_VERSION = 1
-MANIFEST, JOURNAL, MEANS = "manifest.json", "journal.json", "means.safetensors"
+FORMAT_VERSION = 2
+READABLE = (1, 2)
+"""format versions; in version 1 the order of the rows was drawn as a whole, and the plan does not name it"""
+MANIFEST, MEANS = "manifest.json", "means.safetensors"
+UNFINISHED = "unfinished"
+"""the folder of what belongs to the making alone; it goes when the manifest has come"""
+JOURNAL = "journal.json"
+"""where an unfinished pack of version 1 kept its own"""
 METADATA_KEY = "granary"  # one key alone: the safetensors library writes several in random order
 REPACK = "Remove the pack and make it again with: python -m store pack"
 
@@ -42,6 +48,7 @@ _DTYPES: dict[str, Any] = {
     "BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64,
     "I16": np.int16, "I32": np.int32, "U8": np.uint8,
 }  # fmt: skip
+SAFETENSORS_NAMES: dict[Any, str] = {dtype: name for name, dtype in _DTYPES.items()}
 PROVENANCE: dict[str, Any] = {"sigma": np.float32, "image": np.int32, "step": np.int16, "token": np.int32}
 
 
@@ -263,15 +270,17 @@ def open_pack(path: str | Path) -> Pack:
             raise UsageError(f"{path}: a pack is mapped into memory, so it must lie on this machine: pull it first")
         raise UsageError(f"there is no pack at {path}: make one with python -m store pack STORE --out {path}")
     if not (path / MANIFEST).exists():
-        if (path / JOURNAL).exists():
+        if (path / UNFINISHED).exists() or (path / JOURNAL).exists():
             raise UnfinishedError(
                 f"{path} is not finished: run the same python -m store pack again, it goes on where it was"
             )
         raise ForeignError(f"{path} is no pack: it has no {MANIFEST}")
     manifest = read_self_checked(path / MANIFEST)
-    if manifest.get("format") != FORMAT or manifest.get("format_version") != FORMAT_VERSION:
+    if manifest.get("format") != FORMAT or manifest.get("format_version") not in READABLE:
         found = f"format {manifest.get('format')!r} version {manifest.get('format_version')!r}"
-        raise ForeignError(f"{path} has {found}; this Granary reads {FORMAT} version {FORMAT_VERSION}. {REPACK}")
+        raise ForeignError(
+            f"{path} has {found}; this Granary reads {FORMAT} versions {READABLE[0]} and {READABLE[-1]}. {REPACK}"
+        )
     return Pack(path, manifest)
 
 

@@ -1,102 +1,83 @@
-"""The order of a pack's rows, and what is known of them without reading an activation.
+"""The order of a pack's rows: a keyed permutation of [0, rows) that is computed, never stored, in either direction.
 
-The rows of a stream are its kept (image, step, token) slots.  A permutation drawn from (seed, split,
-stream) gives each its destination; every site of the stream uses the same one.
+1. A number x below `rows` is a pair (l, r) = (x // side, x % side) of numbers below side, the least with side^2 >= rows.
+2. Eight rounds of a Feistel network: (l, r) becomes (r, (l + F(r)) mod side), where F scales the upper half of a mixed
+   64-bit word to a number below side.
+3. The result is l * side + r.  Where that is not below `rows`, the network is applied again (cycle walking), which
+   happens to about 2 / side of all numbers.
+
+The round keys come from SHA-256, the mixing function is the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014;
+Stafford's thirteenth variant).  FORMAT.md says all of it exactly.  About 0.15 µs a row, and no memory but a block's.
 """
 
 import hashlib
-from functools import cached_property
+import math
+from collections.abc import Callable
 
 import numpy as np
 
-from store.format import to_float32
-from store.reader import Store
-from store.shards import GROUPS, Group, mean_name
-from store.sites import Point, Stream
-from store.split import Split
+SCHEME = "granary-pack-2"
+ROUNDS = 8
+BLOCK = 1 << 14
+"""rows at once: the dozen arrays of one block stay in the processor's cache"""
+_FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
-class Order:
-    """The rows of a stream in one split: which there are, and where the shuffle sends each."""
-
-    def __init__(self, store: Store, stream: Stream, split: Split, seed: int) -> None:
-        table = store.prompts().select(["image", "split", "sigma", "text_length"])
-        chosen = np.array([found == split for found in table.column("split").to_pylist()], dtype=bool)
-        self.stream, self.steps = stream, store.steps
-        self.member = np.full(store.n_images, -1, np.int64)
-        """image -> its place among the images of the split, -1 for the other split"""
-        self.member[chosen] = np.arange(chosen.sum())
-        self.image = np.array(table.column("image"), np.int32)[chosen]
-        sigma = np.array(table.column("sigma").to_pylist(), np.float32)
-        self.sigma = sigma.reshape(len(chosen), -1)[chosen][:, list(self.steps)]
-        self.text_length = np.array(table.column("text_length"), np.int32)[chosen]
-        self.tokens = np.stack([store.tokens(stream, step)[chosen] for step in self.steps], axis=1)
-        """(image of the split, step, slot) -> token, -1 for an empty slot"""
-        self.destination = np.full(self.tokens.shape, -1, np.int64)
-        """(image of the split, step, slot) -> row of the pack, -1 for an empty slot"""
-        kept = self.tokens >= 0
-        self.rows = int(kept.sum())
-        digest = hashlib.sha256(f"granary-pack-1:{seed}:{split}:{stream}".encode()).digest()
-        raw = np.random.Philox(key=np.frombuffer(digest[:16], dtype="<u8")).random_raw(self.rows)
-        self.destination[kept] = np.argsort(raw, kind="stable")  # raw output, because NumPy keeps that stream for ever
-
-    @cached_property
-    def real(self) -> np.ndarray:
-        """(image, step, slot): whether a row is a real token of the prompt and not padding."""
-        lengths = self.text_length[:, None, None]
-        return np.asarray((self.tokens >= 0) & (self.tokens < lengths))
-
-    def members(self, group: Group) -> np.ndarray:
-        """(image, step, slot): which slots are rows of `group`."""
-        kept = self.destination >= 0
-        return kept if group == "all" else self.real if group == "real" else kept & ~self.real
-
-    def provenance(self, first: int, last: int) -> dict[str, np.ndarray]:
-        """The columns that say where rows `first` to `last` of the pack come from."""
-        image, step, slot = np.nonzero((self.destination >= first) & (self.destination < last))
-        place = self.destination[image, step, slot] - first
-        sources = {
-            "sigma": self.sigma[image, step],
-            "image": self.image[image],
-            "step": np.array(self.steps, np.int16)[step],
-            "token": self.tokens[image, step, slot].astype(np.int32),
-        }
-        if self.stream == "txt":
-            sources["real"] = self.real[image, step, slot].astype(np.uint8)
-        columns = {}
-        for name, source in sources.items():
-            columns[name] = np.empty(last - first, source.dtype)
-            columns[name][place] = source
-        return columns
+def round_keys(seed: int, split: str, stream: str) -> np.ndarray:
+    """Eight 64-bit keys: the first 8 bytes, little endian, of SHA-256 of `granary-pack-2:<seed>:<split>:<stream>:<round>`."""
+    texts = (f"{SCHEME}:{seed}:{split}:{stream}:{number}" for number in range(ROUNDS))
+    return np.array([int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") for text in texts], np.uint64)
 
 
-class Means:
-    """Float64 sums of a site's rows, a step, point and group each, added chunk after chunk."""
+class Permutation:
+    """A bijection of [0, rows) and its inverse."""
 
-    def __init__(self, order: Order, d_model: int) -> None:
-        self.order, self.groups = order, GROUPS[order.stream]
-        self.members = {group: order.members(group) for group in self.groups}
-        self.sums: dict[tuple[Point, int, Group], np.ndarray] = {}
-        self.d_model = d_model
+    def __init__(self, rows: int, keys: np.ndarray) -> None:
+        self.rows, self.keys = rows, keys
+        self.side = math.isqrt(max(rows - 1, 0)) + 1
+        assert self.side < 2**32, "a half must fit into 32 bits, for F to be scaled within 64"
 
-    def add(self, values: np.ndarray, places: np.ndarray, step_index: int, point: Point) -> None:
-        """Add activations (image, slot, d_model) of the images at `places`."""
-        exact = to_float32(values)
-        for group in self.groups:
-            chosen = self.members[group][places, step_index]
-            rows = exact.reshape(-1, self.d_model) if chosen.all() else exact[chosen]
-            total = self.sums.setdefault((point, step_index, group), np.zeros(self.d_model))
-            total += np.add.reduce(rows, axis=0, dtype=np.float64)
+    def __call__(self, numbers: np.ndarray) -> np.ndarray:
+        """Where the rows `numbers`, int64, go."""
+        return self._blockwise(numbers, self._forward)
 
-    def result(self) -> dict[str, np.ndarray]:
-        """Means by name, without those of groups that have no row."""
-        counts = {
-            (i, group): int(self.members[group][:, i].sum())
-            for i in range(len(self.order.steps))
-            for group in self.groups
-        }
-        return {
-            mean_name(point, self.order.steps[i], group): total / counts[i, group]
-            for (point, i, group), total in self.sums.items()
-            if counts[i, group]
-        }
+    def inverse(self, places: np.ndarray) -> np.ndarray:
+        """Which rows, int64, come to `places`."""
+        return self._blockwise(places, self._backward)
+
+    def _blockwise(self, numbers: np.ndarray, once: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        result = np.empty(len(numbers), np.int64)
+        for first in range(0, len(numbers), BLOCK):
+            found = once(numbers[first : first + BLOCK].astype(np.uint64))
+            while len(outside := np.flatnonzero(found >= self.rows)):
+                found[outside] = once(found[outside])
+            result[first : first + BLOCK] = found
+        return result
+
+    def _forward(self, numbers: np.ndarray) -> np.ndarray:
+        side = np.uint64(self.side)
+        left, right = np.divmod(numbers, side)
+        for key in self.keys:
+            total = left + self._scaled(right, key)
+            left, right = right, np.minimum(total, total - side)  # below 0 it wraps to something huge
+        return np.asarray(left * side + right)
+
+    def _backward(self, places: np.ndarray) -> np.ndarray:
+        side = np.uint64(self.side)
+        left, right = np.divmod(places, side)
+        for key in self.keys[::-1]:
+            total = right + side - self._scaled(left, key)
+            left, right = np.minimum(total, total - side), left
+        return np.asarray(left * side + right)
+
+    def _scaled(self, half: np.ndarray, key: np.uint64) -> np.ndarray:
+        """F: a number below side for each half; sums and products are modulo 2^64."""
+        word = half + key
+        for shift, factor in ((np.uint64(30), _FIRST), (np.uint64(27), _SECOND)):
+            word ^= word >> shift
+            word *= factor
+        word ^= word >> np.uint64(31)
+        word >>= np.uint64(32)
+        word *= np.uint64(self.side)
+        word >>= np.uint64(32)
+        return np.asarray(word)

@@ -118,7 +118,7 @@ preload()
 for images in (128, 512):
     words = ["--layers", "all", "--num-inference-steps", "1", "--store-dtype", "float32", "--pictures", "none", "--weights",
              "none", "--batch-size", "16", "--threads", "1", "--images", str(images), "--out", f"{sys.argv[1]}/{images}"]
-    worker = start(words, Path(f"{sys.argv[1]}/{images}.log"))
+    worker = start(["harvest", *words], Path(f"{sys.argv[1]}/{images}.log"), default="harvest")
     _, status, usage = os.wait4(worker.pid, 0)
     assert status == 0, worker.said()
     print("peak", usage.ru_maxrss * 1024)

@@ -1,11 +1,18 @@
 """A pack holds every row of a split once, shuffled, aligned across sites, and the same bytes each time."""
 
+import contextlib
+import errno
+import fcntl
 import hashlib
+import os
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,10 +21,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import store.pack
+import store.packing.folder
+import store.packing.sink
+import store.packing.tasks
 from store import Site, open_store
-from store.errors import DamagedError, ForeignError, MismatchError, StoreError, UnfinishedError, UsageError
+from store.errors import (
+    DamagedError,
+    ForeignError,
+    MismatchError,
+    NonFiniteError,
+    StoreError,
+    UnfinishedError,
+    UsageError,
+)
 from store.files import read_self_checked, self_checked, write_json
+from store.format import StreamTokens
 from store.pack import PackSettings, run
+from store.packing.budget import Budget, Share, _runs
+from store.packing.crew import ThreadCrew
+from store.reader import Store
 from store.shards import Pack, open_pack
 from store.sizes import human_size, parse_size
 from tests.toy_stores import SIGMAS, toy_store
@@ -29,7 +51,22 @@ def a_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make(a_store: Path, out: Path, **changes: Any) -> Pack:
-    return run(PackSettings(**{"store": a_store, "out": out, "seed": 1, **changes}))
+    pack = run(PackSettings(**{"store": a_store, "out": out, "seed": 1, **changes}))
+    assert pack is not None
+    return pack
+
+
+@contextlib.contextmanager
+def in_runs(count: int) -> Iterator[None]:
+    """As if the memory held a site only in about so many runs; 0: as it is."""
+    share = Budget._share
+
+    def small(self: Budget, stream: Any) -> Share:
+        units, whole = self.units(stream), share(self, stream)
+        return replace(whole, whole=False, runs=_runs(units, max(int(units.sum()) // count, int(units.max()))))
+
+    with mock.patch.object(Budget, "_share", small) if count else contextlib.nullcontext():
+        yield
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -54,9 +91,10 @@ def expect_rows_of_store(pack: Pack, path: Path) -> None:
         tokens = {step: there.tokens(site.stream, step) for step in there.steps}
         assert got == [(i, s, int(t)) for i in images for s in sorted(there.steps) for t in tokens[s][i] if t >= 0]
         for point in pack.points:
-            for step in there.steps:  # slot and token are one number under the policies used here
+            for step in there.steps:
                 at = columns["step"] == step
-                expected = there.read(site, step, point)[columns["image"][at], columns["token"][at]]
+                slot = np.argmax(tokens[step][columns["image"][at]] == columns["token"][at][:, None], axis=1)
+                expected = there.read(site, step, point)[columns["image"][at], slot]
                 assert np.array_equal(columns[point][at].view(np.uint8), expected.view(np.uint8))
         assert np.array_equal(columns["sigma"], np.array(SIGMAS, np.float32)[columns["step"]])
         if site.stream == "txt":
@@ -64,12 +102,13 @@ def expect_rows_of_store(pack: Pack, path: Path) -> None:
             assert np.array_equal(columns["real"], (columns["token"] < lengths).astype(np.uint8))
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     n_images=st.integers(20, 45),
     steps=st.sampled_from([(0,), (1, 3), (0, 1, 2, 3)]),
     dtype=st.sampled_from(["bfloat16", "float16", "float32"]),
-    policy=st.sampled_from(["all", "real+0"]),
+    policy=st.sampled_from(["all", "real+0", "real+1", "sample"]),
+    runs=st.integers(0, 5),
     chunk_images=st.sampled_from([4, 8, 64]),
     split=st.sampled_from(["train", "val"]),
     seed=st.integers(0, 5),
@@ -80,17 +119,23 @@ def test_every_row_of_the_split_stands_in_the_pack_exactly_once(
     steps: tuple[int, ...],
     dtype: Any,
     policy: str,
+    runs: int,
     chunk_images: int,
     split: Any,
     seed: int,
 ) -> None:
     folder = tmp_path_factory.mktemp("rows")
-    path = toy_store(folder / "s", n_images, ("img_0", "txt_1"), steps, 4, 3, policy, dtype, chunk_images, seed)
+    tokens = {"img": StreamTokens("sample", 3, 6), "txt": StreamTokens("sample", 5, 8)} if policy == "sample" else None
+    changes = {} if tokens is None else {"tokens": tokens}
+    path = toy_store(
+        folder / "s", n_images, ("img_0", "txt_1"), steps, 4, 6, policy, dtype, chunk_images, seed, **changes
+    )
     if split not in open_store(path).prompts().column("split").to_pylist():
         with pytest.raises(UsageError, match="none of the"):
             make(path, folder / "p", split=split)
         return
-    pack = make(path, folder / "p", split=split, seed=seed)
+    with in_runs(runs):
+        pack = make(path, folder / "p", split=split, seed=seed)
     pack.verify()
     expect_rows_of_store(pack, path)
 
@@ -124,49 +169,248 @@ def test_means_are_those_of_the_split_and_of_real_and_padding_tokens_apart(a_sto
     assert pack.mean(Site.parse("img_0"), 0, "mlp_in", "real") is None
 
 
-def test_bytes_depend_on_neither_memory_nor_shape_of_the_run(tmp_path: Path) -> None:
-    path = toy_store(tmp_path / "s", n_images=300, sites=("img_0", "txt_0"), img_tokens=256, d_model=8, chunk_images=32)
-    roomy = make(path, tmp_path / "roomy", shard_mb=1, sites="img_0,txt_0")
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """A store of a few MB a site, and what its pack of several shards is, made from memory."""
+    folder = tmp_path_factory.mktemp("large")
+    path = toy_store(folder / "s", n_images=150, sites=("img_0", "txt_0"), img_tokens=256, d_model=16, chunk_images=32)
+    return path, digests(make(path, folder / "p", shard_mb=1).path)
+
+
+def test_bytes_depend_on_memory_no_more_than_the_memory_is_exceeded(
+    large: tuple[Path, dict[str, str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, expected = large
     tracemalloc.start()
-    tight = make(path, tmp_path / "tight", shard_mb=1, sites="txt_0,img_0", memory="7MB")
+    pack = make(path, tmp_path / "p", shard_mb=1, sites="txt_0,img_0", memory="6MB")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 7e6
-    assert digests(roomy.path) == digests(tight.path)
-    rows = roomy.shard_rows("img")
+    assert "runs: 3" in capsys.readouterr().out
+    assert peak < 6e6
+    assert digests(pack.path) == expected
+    rows = pack.shard_rows("img")
     assert len(rows) > 5 and max(rows) - min(rows) <= 1
-    assert max(p.stat().st_size for p in roomy.path.rglob("shard*")) <= 1_001_000
-    with pytest.raises(UsageError, match=r"--memory 1MB is too little.*use --memory \d+MB"):
+    assert max(p.stat().st_size for p in pack.path.rglob("shard*")) <= 1_001_000
+    with pytest.raises(UsageError, match=r"--memory 1 MB is too little.*use --memory \d+MB"):
         make(path, tmp_path / "small", memory="1MB")
 
 
-def test_a_killed_pack_goes_on_and_ends_in_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = toy_store(tmp_path / "s", n_images=150, sites=("img_0",), img_tokens=256, d_model=8, chunk_images=32)
-    expected = digests(make(path, tmp_path / "whole", shard_mb=1).path)
-    publish, left = store.pack.write_bytes, 0
+def test_each_byte_of_the_store_is_read_once(
+    large: tuple[Path, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, expected = large
+    read, found = Store._chunk, []
 
-    def dies(file: Path, data: bytes) -> None:
+    def counted(self: Store, spec: Any, part: int, out: Any) -> np.ndarray:
+        found.append((spec.name, part))
+        return read(self, spec, part, out)
+
+    monkeypatch.setattr(Store, "_chunk", counted)
+    assert digests(make(path, tmp_path / "p", shard_mb=1, memory="5MB").path) == expected
+    assert len(found) == len(set(found)) == 2 * 2 * 2 * 5  # sites, steps, points, chunks
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from store.pack import PackSettings, run
+from store.packing.crew import peak_memory
+run(PackSettings(store=sys.argv[1], out=Path(sys.argv[2]), memory=sys.argv[3], shard_mb=4))
+print("peak", peak_memory())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", ["150MB", "48MB"])
+def test_the_peak_of_a_process_is_what_python_takes_and_the_memory_that_was_given(tmp_path: Path, memory: str) -> None:
+    peaks = []
+    for n_images in (24, 400):
+        path = toy_store(tmp_path / f"s{n_images}", n_images, ("img_0",), d_model=512, img_tokens=64, chunk_images=16)
+        words = [sys.executable, "-c", PEAK, str(path), str(tmp_path / f"p{n_images}"), memory]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout.split("peak ")[-1]))
+    site = sum(file.stat().st_size for file in path.rglob("c.*"))
+    assert site > 100e6
+    assert peaks[1] - peaks[0] < parse_size(memory), peaks
+
+
+def killed_after(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on a pack dies when it has read or written so many pieces; what it half wrote stays."""
+    advance, left = ThreadCrew._advance, calls
+
+    def dies(self: ThreadCrew, count: int) -> None:
         nonlocal left
         left -= 1
-        if left == 0:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            (file.parent / f".{file.name}.0badf00d.tmp").write_bytes(data[:100])
+        if left < 0:
             raise KeyboardInterrupt
-        publish(file, data)
+        advance(self, count)
 
-    monkeypatch.setattr(store.pack, "write_bytes", dies)
-    for survived in (1, 3, 2):
-        left = survived
-        with pytest.raises(KeyboardInterrupt):
-            make(path, tmp_path / "killed", shard_mb=1)
+    monkeypatch.setattr(ThreadCrew, "_advance", dies)
+
+
+@pytest.mark.parametrize(("memory", "kills"), [("9MB", (5, 60, 30)), ("20MB", (5, 30, 23))])
+def test_a_killed_pack_goes_on_and_ends_in_the_same_bytes(
+    large: tuple[Path, dict[str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    memory: str,
+    kills: tuple[int, ...],
+) -> None:
+    path, expected = large
+    out = tmp_path / "killed"
+    for survived in kills:
+        with monkeypatch.context() as patch:
+            killed_after(survived, patch)
+            with pytest.raises(KeyboardInterrupt):
+                make(path, out, shard_mb=1, memory=memory)
         with pytest.raises(UnfinishedError, match="not finished"):
-            open_pack(tmp_path / "killed")
-    monkeypatch.setattr(store.pack, "write_bytes", publish)
-    (tmp_path / "killed" / "img_0" / "shard-00000.safetensors").write_bytes(b"torn")
+            open_pack(out)
+        (out / "img_0").mkdir(exist_ok=True)
+        (out / "img_0" / ".shard-00001.safetensors.0badf00d.tmp").write_bytes(b"half a shard")
     with pytest.raises(UsageError, match="seed: there 1, asked for 2"):
-        make(path, tmp_path / "killed", shard_mb=1, seed=2)
-    make(path, tmp_path / "killed", shard_mb=1)
-    assert digests(tmp_path / "killed") == expected
+        make(path, out, shard_mb=1, seed=2)
+    for shard in sorted((out / "img_0").glob("shard*"))[:1]:
+        shard.write_bytes(b"torn")
+    make(path, out, shard_mb=1, memory=memory)
+    assert digests(out) == expected
+
+
+def test_what_a_killed_pack_finished_is_not_done_again(
+    large: tuple[Path, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, expected = large
+    out, scratch = tmp_path / "killed", tmp_path / "scratch"
+    with monkeypatch.context() as patch:
+        killed_after(50, patch)
+        with pytest.raises(KeyboardInterrupt):
+            make(path, out, shard_mb=1, memory="9MB", scratch=scratch)
+    kept = {file: file.stat().st_mtime_ns for file in (*out.rglob("shard*s"), *scratch.rglob("*.run"))}
+    assert any(file.suffix == ".run" for file in kept)
+    touched = {}
+    drop = store.packing.folder.PackFolder.drop_scratch
+
+    def looked_at(self: Any, site: Site) -> None:
+        touched.update({file: file.stat().st_mtime_ns for file in kept if file.exists()})
+        drop(self, site)
+
+    monkeypatch.setattr(store.packing.folder.PackFolder, "drop_scratch", looked_at)
+    make(path, out, shard_mb=1, memory="9MB", scratch=scratch)
+    assert touched == kept and digests(out) == expected
+    assert not list(scratch.iterdir())
+
+
+def test_a_damaged_scratch_file_is_found_and_made_anew(
+    large: tuple[Path, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, expected = large
+    shard = store.packing.tasks.Hands._shard
+
+    def after_damage(self: Any, task: Any) -> Any:
+        for file in list(self.folder.scratch.rglob("*.run"))[:1]:
+            with file.open("r+b") as content:
+                content.seek(-9, os.SEEK_END)
+                content.write(b"x")
+        return shard(self, task)
+
+    monkeypatch.setattr(store.packing.tasks.Hands, "_shard", after_damage)
+    with pytest.raises(DamagedError, match=r"-\d+\.run, a scratch file.*run the same command again"):
+        make(path, tmp_path / "p", shard_mb=1, memory="5MB")
+    monkeypatch.setattr(store.packing.tasks.Hands, "_shard", shard)
+    assert digests(make(path, tmp_path / "p", shard_mb=1, memory="5MB").path) == expected
+
+
+def test_two_processes_do_not_make_one_pack(a_store: Path, tmp_path: Path) -> None:
+    out = tmp_path / "p"
+    (out / "unfinished").mkdir(parents=True)
+    lock = os.open(out / "unfinished" / "lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(StoreError, match="is being made by another process"):
+        make(a_store, out)
+    os.close(lock)
+    assert make(a_store, out).files
+
+
+def test_a_disk_that_fills_up_is_said_and_nothing_is_lost(
+    large: tuple[Path, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, expected = large
+    write, left = os.write, 20
+
+    def full(file: int, data: Any) -> int:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(file, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.packing.sink.os, "write", full)
+        with pytest.raises(StoreError, match=r"disk of .* is full\. What is finished is kept"):
+            make(path, tmp_path / "p", shard_mb=1, memory="9MB")
+    assert digests(make(path, tmp_path / "p", shard_mb=1, memory="9MB").path) == expected
+
+
+@pytest.mark.parametrize(("site", "point", "runs"), [("img_0", "mlp_out", 0), ("txt_0", "mlp_in", 3)])
+def test_a_row_that_is_not_finite_is_named_before_anything_of_its_site_is_published(
+    a_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, site: str, point: str, runs: int
+) -> None:
+    read = Store.read
+    table = open_store(a_store).prompts().to_pydict()
+    image = [image for image, split in enumerate(table["split"]) if split == "train"][20]
+
+    def spoiled(self: Store, where: Site, step: int, what: str, first: int, last: int, out: Any = None) -> np.ndarray:
+        values = read(self, where, step, what, first, last, out)  # type: ignore[arg-type]
+        if (str(where), step, what) == (site, 2, point) and first <= image < last:
+            values[image - first, 5, 1] = np.inf
+            values[image - first, 5, 2] = -np.inf
+        return values
+
+    monkeypatch.setattr(Store, "read", spoiled)
+    with (
+        pytest.raises(
+            NonFiniteError, match=f"{site} {point}, step 2, image {image}, token 5 is NaN or infinite; .*store rm"
+        ),
+        in_runs(runs),
+    ):
+        make(a_store, tmp_path / "p")
+    assert not list((tmp_path / "p" / site).glob("*"))
+    monkeypatch.setattr(Store, "read", read)
+    assert make(a_store, tmp_path / "p").files
+
+
+def test_a_plan_is_printed_and_nothing_written(
+    a_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(PackSettings(store=a_store, out=tmp_path / "p", plan=True)) is None
+    said = capsys.readouterr().out
+    assert "2 img sites of" in said and "the store is read once" in said and "memory 2 GB" in said
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_pack_of_one_row_is_a_pack_and_one_of_none_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = toy_store(
+        tmp_path / "s", n_images=20, sites=("img_0", "txt_0"), steps=(1,), img_tokens=1, text_policy="real+0", seed=6
+    )
+    there = open_store(path)
+    assert there.prompts().column("split").to_pylist().count("val") == 1
+    pack = make(path, tmp_path / "p", split="val")
+    assert pack.shard_rows("img") == (1,)
+    expect_rows_of_store(pack, path)
+    monkeypatch.setattr(Store, "tokens", lambda self, stream, step, a, b: np.full((b - a, 8), -1, np.int32))
+    with pytest.raises(UsageError, match="no row of stream txt in the split 'val'"):
+        make(path, tmp_path / "q", split="val", sites="txt_0")
+
+
+def test_tokens_that_are_not_as_many_as_they_should_be_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = {"img": StreamTokens("sample", 3, 6)}
+    path = toy_store(tmp_path / "s", sites=("img_0",), tokens=tokens)
+    monkeypatch.setattr(Store, "tokens", lambda self, stream, step, a, b: np.tile(np.int32([1, 2, -1]), (b - a, 1)))
+    with pytest.raises(DamagedError, match="are not as many as they should be"):
+        make(path, tmp_path / "p")
 
 
 def test_a_complete_pack_is_left_alone_and_another_is_refused(
@@ -196,6 +440,10 @@ def test_wrong_settings_are_explained(a_store: Path, tmp_path: Path) -> None:
         ({"points": "mlp_mid"}, "'mlp_mid' is no point"),
         ({"memory": "lots"}, "no size"),
         ({"shard_mb": 0}, "at least 1"),
+        ({"workers": 0}, "at least 1"),
+        ({"workers": 2, "scheduler": "tcp://127.0.0.1:1"}, "give one of them"),
+        ({"scheduler": "localhost"}, "no address"),
+        ({"scratch": a_store / "scratch"}, "lies in the store"),
     ):
         with pytest.raises(UsageError, match=reason):
             make(a_store, tmp_path / "p", **changes)
@@ -208,9 +456,21 @@ def test_a_full_disk_is_refused_before_anything_is_written(
     a_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store.pack.shutil, "disk_usage", lambda _path: type("Usage", (), {"free": 100})())
-    with pytest.raises(StoreError, match="100 B are free"):
+    with pytest.raises(StoreError, match=r"100 B are free.*another --out or --scratch"):
         make(a_store, tmp_path / "p")
     assert not (tmp_path / "p").exists()
+
+
+def test_scratch_files_are_counted_where_they_will_lie(
+    large: tuple[Path, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = large
+    total = sum(file.stat().st_size for file in (path / "activations").rglob("c.*"))
+    room = type("Usage", (), {"free": int(1.3 * total)})
+    monkeypatch.setattr(store.pack.shutil, "disk_usage", lambda _path: room)
+    with pytest.raises(StoreError, match="are free on that disk"):
+        make(path, tmp_path / "p", shard_mb=1, memory="9MB")
+    assert make(path, tmp_path / "p", shard_mb=1, memory="60MB").files
 
 
 def test_a_pack_of_one_point_has_only_that_column(a_store: Path, tmp_path: Path) -> None:
@@ -261,6 +521,13 @@ def test_a_manifest_that_was_edited_or_is_of_another_version_is_refused(a_store:
     write_json(manifest, self_checked({**content, "plan": plan}))  # as packs were before targets could be recomputed
     before = open_pack(pack.path)
     assert before.targets == "stored" and before.shards(Site.parse("img_0"))[0].columns("mlp_out")
+    del plan["order"]
+    write_json(
+        manifest, self_checked({**content, "plan": plan, "format_version": 1})
+    )  # their order was drawn as a whole
+    assert open_pack(pack.path).shards(Site.parse("img_0"))[0].columns("mlp_out")
+    with pytest.raises(UsageError, match="order: there None, asked for 'granary-pack-2'"):
+        make(a_store, pack.path)
     manifest.unlink()
     with pytest.raises(ForeignError, match="is no pack"):
         open_pack(pack.path)

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 import store.pack
-import train.means
+import train.read_ahead
 import train.trainer
 from analyze import scores
 from analyze.__main__ import main
@@ -148,25 +148,27 @@ def test_recomputed_rows_of_a_batch_are_the_stored_ones_to_rounding(both: Path, 
     stored, recomputed = packs(both)
     for points in (("mlp_in", "mlp_out"), ("mlp_out", "mlp_out")):
         for k in (0, 3):
-            read = Loader(stored, site, *points, 50, 1).batch(1, k)  # type: ignore[arg-type]
-            computed = Loader(recomputed, site, *points, 50, 1).batch(1, k)  # type: ignore[arg-type]
+            read = Loader(stored, site, points, 50, 1).batch(1, k)  # type: ignore[arg-type]
+            computed = Loader(recomputed, site, points, 50, 1).batch(1, k)  # type: ignore[arg-type]
             assert torch.equal(read.sigma, computed.sigma)
-            assert close(read.y, computed.y) and not torch.equal(read.y, computed.y)
+            y = computed.at("mlp_out")
+            assert close(read.at("mlp_out"), y) and not torch.equal(read.at("mlp_out"), y)
+            assert computed.at("mlp_out") is y
             if points[0] == "mlp_in":
-                assert torch.equal(read.x, computed.x)
-                expected = mlp_in_numpy(site, computed.x.numpy())
-                assert np.allclose(computed.y.numpy(), expected, atol=1e-5)
-            else:
-                assert computed.x is computed.y
+                assert torch.equal(read.at("mlp_in"), computed.at("mlp_in"))
+                expected = mlp_in_numpy(site, computed.at("mlp_in").numpy())
+                assert np.allclose(y.numpy(), expected, atol=1e-5)
 
 
 def test_means_of_recomputed_targets_are_those_of_the_stored_and_are_computed_once(
     both: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stored, recomputed = packs(both)
-    read_rows, shards = train.means.read_rows, []
+    read_shard, shards = train.read_ahead.read_shard, []
     monkeypatch.setattr(
-        train.means, "read_rows", lambda shard, *points: shards.append(shard) or read_rows(shard, *points)
+        train.read_ahead,
+        "read_shard",
+        lambda shard, *rest, **stop: shards.append(shard) or read_shard(shard, *rest, **stop),
     )
     for site in (IMG, TXT):
         means = TrainingMeans(recomputed, site, "mlp_out")

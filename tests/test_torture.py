@@ -50,12 +50,11 @@ def harvest(*words: str) -> int:
 ORPHAN = """
 import os, time
 from pathlib import Path
-import tests.torture as torture
-from tests.torture_workers import Worker
+import tests.torture_workers as workers
 
-torture.GRACE = 0.3
-torture.inherit_orphans()
-kills = torture.Torture(torture.TortureSettings(), Path("."))
+workers.GRACE = 0.3
+workers.inherit_orphans()
+kills = workers.Herd(Path("."))
 for lives in (False, True):
     pid = os.fork()
     if not pid:  # a worker that leaves a child behind, in a session of its own
@@ -63,11 +62,11 @@ for lives in (False, True):
             os.setsid()
             time.sleep(5 if lives else 0.1)
         os._exit(0)
-    kills.alive.append(Worker(pid, [], Path("log")))
+    kills.alive.append(workers.Worker(pid, [], Path("log")))
     try:
         kills.reap(list(kills.alive))
         print("nobody")
-    except torture.GranaryError as error:
+    except workers.GranaryError as error:
         print(error)
 """
 

@@ -11,7 +11,6 @@ A worker is `python -m harvest` as the shell would run it.  Because a start cost
 forked from this process, which has imported everything, and has run and loaded nothing; one in `FRESH` is a new Python.
 """
 
-import ctypes
 import json
 import os
 import random
@@ -21,15 +20,25 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NoReturn, get_args
+from typing import Literal, get_args
 
 from store.command import Command, program
 from store.errors import GranaryError, UsageError
 from store.layout import ROOT, SEAL, STORE_COMMIT, part_commit, runs_folder
-from tests.torture_workers import Worker, children, preload, start
+from tests.torture_workers import (
+    PATIENCE,
+    POLL,
+    Herd,
+    Worker,
+    files_below,
+    inherit_orphans,
+    preload,
+    refuse_difference,
+    tree,
+)
 
 PROMPTS = "a red circle left of a blue square\na green triangle on black\ntwo white circles\n"
 FLAGS = (
@@ -40,12 +49,6 @@ PART = 64
 """images a part of such a store"""
 FRESH = 12
 KILLS_A_PHASE = 5
-PATIENCE = 120.0
-"""seconds after which a worker that neither ends nor gets anywhere is a failure"""
-GRACE = 2.0
-"""seconds that a `uname` or `ldconfig` of some library's may need to end by itself when its parent was killed"""
-POLL = 0.002
-SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of prctl(2)
 
 Phase = Literal["harvest", "resume", "extend"]
 Moment = Literal["any", "begin", "draw", "write"]
@@ -104,12 +107,6 @@ class Tally:
         )
 
 
-def inherit_orphans() -> None:
-    """Become the parent of whatever a worker leaves behind, so that it cannot hide."""
-    if ctypes.CDLL(None, use_errno=True).prctl(SUBREAPER, 1, 0, 0, 0):
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
-
-
 def run(settings: TortureSettings) -> Tally:
     """Do it; returns the tally.  `GranaryError` for a store that differs, a worker that fails or hangs, or too little time."""
     preload()
@@ -140,17 +137,16 @@ def run(settings: TortureSettings) -> Tally:
     return torture.tally
 
 
-class Torture:
+class Torture(Herd):
     """Rounds of kills, and what came of them."""
 
     def __init__(self, settings: TortureSettings, folder: Path) -> None:
-        self.settings, self.folder = settings, folder
+        super().__init__(folder)
+        self.settings = settings
         (folder / "prompts.txt").write_text(PROMPTS)
         self.flags = (*FLAGS, "--prompts", str(folder / "prompts.txt"))
         self.chance = random.Random(settings.seed)
         self.tally = Tally()
-        self.alive: list[Worker] = []
-        self.started = 0
         self.whole: dict[int, dict[str, bytes]] = {}
         """the undisturbed stores, by parts"""
         self.seconds = 1.0
@@ -172,7 +168,7 @@ class Torture:
             self.folder / f"whole-{lengths[0]}" / part_commit(0),
         )
         self.part_seconds = commits[1].stat().st_mtime - commits[0].stat().st_mtime
-        self.whole = {parts: _tree(self.folder / f"whole-{parts}") for parts in lengths}
+        self.whole = {parts: tree(self.folder / f"whole-{parts}") for parts in lengths}
         assert all(len([n for n in t if n.startswith("commits/part")]) == parts for parts, t in self.whole.items())
         print(
             f"  undisturbed stores of {lengths[0]} and {lengths[1]} parts: {self.seconds:.1f} s, "
@@ -274,59 +270,16 @@ class Torture:
             self.tally.writing += any(_is_begun(store, part) for part in parts)
 
     def start(self, words: Sequence[str]) -> None:
-        """Let a worker begin."""
-        self.started += 1
-        fresh = self.settings.fresh and self.started % FRESH == 0
-        self.alive.append(start(words, self.folder / f"log-{self.started}.txt", fresh))
-
-    def reap(self, workers: Sequence[Worker]) -> None:
-        """Wait until these have ended, and see that nothing of them is left."""
-        for worker in workers:
-            end = time.monotonic() + PATIENCE
-            while not worker.ended():
-                if time.monotonic() > end:
-                    self.fail(worker, f"does not end for {PATIENCE:.0f} s")
-                time.sleep(POLL)
-            self.alive.remove(worker)
-        end = time.monotonic() + GRACE
-        while orphans := self.orphans():
-            if time.monotonic() > end:
-                raise GranaryError(f"processes {orphans} were left behind by {[worker.pid for worker in workers]}")
-            time.sleep(POLL)
-
-    def orphans(self) -> list[int]:
-        """Living processes that are not workers and whose parent was one: as its reaper this process has inherited them."""
-        known = {worker.pid for worker in self.alive}
-        return [pid for pid in children() if pid not in known and os.waitpid(pid, os.WNOHANG) == (0, 0)]
-
-    def finish(self) -> None:
-        """Wait until all have ended by themselves, with exit code 0."""
-        ending = list(self.alive)
-        self.reap(ending)
-        for worker in ending:
-            if worker.code != 0:
-                self.fail(worker, f"was let alone and ended with {worker.code}")
-
-    def end_all(self) -> None:
-        """Kill whoever is left."""
-        for worker in self.alive:
-            if not worker.ended():
-                os.kill(worker.pid, signal.SIGKILL)
-                os.waitpid(worker.pid, 0)
+        """Let a harvest begin."""
+        fresh = self.settings.fresh and (self.started + 1) % FRESH == 0
+        self.begin(["harvest", *words], fresh, default="harvest")
 
     def compare(self, store: Path, parts: int) -> None:
         """`GranaryError` unless the store is the undisturbed one, and no lease is left."""
-        found, whole = _tree(store), self.whole[parts]
-        odd = sorted(name for name in found.keys() | whole.keys() if found.get(name) != whole.get(name))
-        if odd:
-            raise GranaryError(f"{store} differs from {self.folder / f'whole-{parts}'} in {', '.join(odd)}")
+        refuse_difference(store, self.folder / f"whole-{parts}", self.whole[parts])
         if (runs_folder(store) / "leases").exists():
             raise GranaryError(f"{store} is finished and {runs_folder(store) / 'leases'} is still there")
         self.tally.compared += 1
-
-    def fail(self, worker: Worker, what: str) -> NoReturn:
-        said = worker.said()[-3000:]
-        raise GranaryError(f"process {worker.pid} ({' '.join(worker.words)}) {what}. Its last words:\n{said}")
 
 
 def _held(store: Path, pid: int) -> list[int]:
@@ -350,17 +303,7 @@ def _held(store: Path, pid: int) -> list[int]:
 def _is_begun(store: Path, part: int) -> bool:
     """Whether a file of a part, or the beginning of one, is on the disk."""
     names = (f"c.{part}.0.0", f".c.{part}.0.0.", f"part-{part:05d}.", f".part-{part:05d}.")
-    return any(file.name.startswith(names) for file in _files(store) if file.parent.name != "commits")
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    for where, _, names in os.walk(folder):
-        for name in names:
-            yield Path(where) / name
-
-
-def _tree(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in _files(folder)}
+    return any(file.name.startswith(names) for file in files_below(store) if file.parent.name != "commits")
 
 
 COMMANDS = {"torture": Command(TortureSettings, run, "Kill harvests at random moments and compare what they leave.")}

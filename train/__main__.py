@@ -5,10 +5,10 @@ import sys
 from store.command import Command, program
 from train.published import ExportSettings, ImportSettings, run_export, run_import
 from train.settings import TrainSettings
-from train.trainer import run
+from train.trainer import train
 
 COMMANDS = {
-    "train": Command(TrainSettings, run, "train one dictionary a site from a pack (the default)"),
+    "train": Command(TrainSettings, train, "train dictionaries from a pack, each site read once (the default)"),
     "import": Command(ImportSettings, run_import, "turn a published .pt file into a dictionary folder"),
     "export": Command(ExportSettings, run_export, "write a dictionary as the .pt file that the published code loads"),
 }

@@ -5,13 +5,13 @@
       metrics.json          figures on held-out rows, or null
       log.jsonl             loss, L0, learning rate while training; no times
       config.json           everything else, length and SHA-256 of the others, and its own; written last
-      resume.safetensors    only while training: parameters, AdamW moments, position, log so far, in one file
+      resume.safetensors    only while training: parameters, AdamW moments, what the objective counts, position, log so far
 
 No byte depends on path, time or host.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,16 @@ import torch
 from torch import Tensor
 
 from store.errors import DamagedError, ForeignError, MismatchError, UnfinishedError, UsageError
-from store.files import json_bytes, read_self_checked, self_checked, sha256_bytes, sha256_file, write_bytes, write_json
+from store.files import (
+    json_bytes,
+    publish,
+    read_self_checked,
+    self_checked,
+    sha256_bytes,
+    sha256_file,
+    write_bytes,
+    write_json,
+)
 from train.config import DictionaryConfig
 from train.dictionary import Dictionary, build
 from train.provenance import model_name
@@ -36,6 +45,9 @@ CONFIG, WEIGHTS, METRICS, LOG, RESUME = (
 )
 COVERED = (WEIGHTS, METRICS, LOG)
 METADATA_KEY = "granary"  # one key alone: the order of several differs from run to run
+RESUME_VERSION = 2
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_START_AGAIN = "cannot be read ({}): remove it to train that model from the start"
 
 LogLine = dict[str, float | int]
 
@@ -76,13 +88,31 @@ def load_dictionary(folder: str | Path) -> Dictionary:
     `ForeignError` for what is not ours or of another version, `DamagedError` for a file that differs from its checksum.
     """
     folder = Path(folder)
-    config, files = _read(folder)
-    for name in COVERED:
-        _check(folder / name, files[name])
+    check_whole(folder)
+    config, _ = _read(folder)
     metrics = json.loads((folder / METRICS).read_bytes())
-    dictionary = build(config, metrics)
+    dictionary = build(config, metrics, empty=True)
     fill(dictionary, safetensors.torch.load_file(folder / WEIGHTS), str(folder / WEIGHTS))
     return frozen(dictionary)
+
+
+def check_whole(folder: Path) -> None:
+    """`DamagedError` names the first file of a finished dictionary that is missing or differs from its checksum."""
+    _, files = _read(folder)
+    for name in COVERED:
+        _check(folder / name, files[name])
+
+
+def outline(folder: Path) -> Dictionary:
+    """The dictionary in `folder` without its weights, on the meta device: its config, metrics and name, for tables."""
+    config, files = _read(folder)
+    _check(folder / METRICS, files[METRICS])
+    return build(config, json.loads((folder / METRICS).read_bytes()), empty=True)
+
+
+def read_log(folder: Path) -> list[LogLine]:
+    """The lines of a finished dictionary's log."""
+    return [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
 
 
 def frozen(dictionary: Dictionary) -> Dictionary:
@@ -102,42 +132,89 @@ def fill(dictionary: Dictionary, state: Mapping[str, Tensor], where: str) -> Non
             for name in differing
         ]
         raise ForeignError(f"{where} does not hold the parameters of {dictionary.name}: " + "; ".join(odd))
-    dictionary.load_state_dict({name: value.float() for name, value in state.items()})
+    empty = dictionary.encoder.weight.is_meta  # it takes copies over then, one by one, and no memory is used twice
+    values = {name: value.to(torch.float32, copy=empty).contiguous() for name, value in state.items()}
+    dictionary.load_state_dict(values, assign=empty)
 
 
-def save_progress(folder: Path, dictionary: Dictionary, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-    """Publish the state of a training in one file, so that no crash can tear weights from moments."""
-    tensors = {f"parameter.{name}": value for name, value in _parameters(dictionary).items()}
+def save_progress(
+    folder: Path,
+    dictionary: Dictionary,
+    optimizer: torch.optim.Optimizer,
+    objective: Mapping[str, Tensor],
+    progress: Progress,
+) -> None:
+    """Publish the state of a training in one file, so that no crash can tear weights from moments.
+
+    `objective` is `Objective.state()`.  Size: 12 bytes a parameter (`progress_bytes`); the old file stays until the new one is whole.
+    """
+    tensors = {f"weights/{name}": value for name, value in _parameters(dictionary).items()}
     for name, parameter in dictionary.named_parameters():
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"{key}.{name}"] = value.detach().contiguous()
-    about = {"config": dictionary.config.to_json(), "step": progress.step, "log": progress.log}
-    write_bytes(folder / RESUME, safetensors.torch.save(tensors, {METADATA_KEY: json.dumps(about, sort_keys=True)}))
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{key}/{name}"] = value.detach().cpu().contiguous()
+    tensors |= {f"objective/{name}": value.detach().cpu().clone() for name, value in objective.items()}
+    about = {
+        "version": RESUME_VERSION, "config": dictionary.config.to_json(), "step": progress.step, "log": progress.log,
+    }  # fmt: skip
+    metadata = {METADATA_KEY: json.dumps(about, sort_keys=True)}
+    publish(folder / RESUME, lambda path: safetensors.torch.save_file(tensors, path, metadata))
 
 
-def load_progress(folder: Path, dictionary: Dictionary, optimizer: torch.optim.Optimizer) -> Progress:
-    """Bring dictionary and optimizer to where `save_progress` left them; a fresh `Progress` when it never ran.
+def load_progress(
+    folder: Path,
+    dictionary: Dictionary,
+    optimizer: torch.optim.Optimizer,
+    load_objective: Callable[[dict[str, Tensor]], None],
+) -> Progress:
+    """Bring dictionary, optimizer and objective to where `save_progress` left them; a fresh `Progress` when it never ran.
 
-    `UsageError` when the folder holds the training of another dictionary, `MismatchError` when it is on another pack.
+    `UsageError` when the folder holds the training of another dictionary, `MismatchError` when it is on another pack,
+    `ForeignError` for the state of another version of Granary, `DamagedError` for what cannot be read.
     """
     path = folder / RESUME
     if not path.exists():
         return Progress()
+    about = check_progress(folder, dictionary.config)
+    try:
+        tensors = safetensors.torch.load_file(path)
+        by_kind: dict[str, dict[str, Tensor]] = {"weights": {}, "objective": {}}
+        for key, value in tensors.items():
+            kind, name = key.split("/", 1)
+            by_kind.setdefault(kind, {})[name] = value
+        fill(dictionary, by_kind["weights"], str(path))
+        for name, parameter in dictionary.named_parameters():
+            moments = {kind: values[name] for kind, values in by_kind.items() if kind in MOMENTS and name in values}
+            if moments:
+                optimizer.state[parameter] = {
+                    key: value.to(parameter.device, copy=True) for key, value in moments.items()
+                }
+        load_objective(by_kind["objective"])
+        return Progress(about["step"], about["log"])
+    except (safetensors.SafetensorError, LookupError, ValueError) as error:
+        raise DamagedError(f"{path} {_START_AGAIN.format(error)}") from None
+
+
+def check_progress(folder: Path, asked: DictionaryConfig) -> dict[str, Any]:
+    """What the unfinished training in `folder` says of itself, its weights unread; the errors of `load_progress`."""
+    path = folder / RESUME
     try:
         with safetensors.safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {})[METADATA_KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        refuse_other(folder, DictionaryConfig.from_json(about["config"], str(path)), dictionary.config)
-        with torch.no_grad():
-            for name, parameter in dictionary.named_parameters():
-                parameter.copy_(tensors[f"parameter.{name}"])
-                moments = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-                optimizer.state[parameter] = moments
-    except (safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise DamagedError(
-            f"{path} cannot be read ({error}): remove it to train {dictionary.name} from the start"
-        ) from None
-    return Progress(about["step"], about["log"])
+        version, config = about.get("version"), about["config"]
+    except (safetensors.SafetensorError, LookupError, AttributeError, ValueError) as error:
+        raise DamagedError(f"{path} {_START_AGAIN.format(error)}") from None
+    if version != RESUME_VERSION:
+        raise ForeignError(
+            f"{path} is the state of a training by another version of Granary (version {version}, expected "
+            f"{RESUME_VERSION}): finish it with that version, or remove the file to train from the start"
+        )
+    refuse_other(folder, DictionaryConfig.from_json(config, str(path)), asked)
+    return dict(about)
+
+
+def progress_bytes(dictionary: Dictionary) -> int:
+    """About how long `resume.safetensors` is: weights and two moments of each, float32."""
+    return sum(3 * value.numel() * value.element_size() for value in dictionary.state_dict().values())
 
 
 def refuse_other(folder: Path, found: DictionaryConfig, asked: DictionaryConfig) -> None:
@@ -148,7 +225,8 @@ def refuse_other(folder: Path, found: DictionaryConfig, asked: DictionaryConfig)
             f"{folder} was trained on {_parent_name(found)}; now asked for is {_parent_name(asked)}: train on the same "
             "pack to go on, choose another --out, or remove that folder"
         )
-    differing = [key for key in here if there[key] != here[key]]
+    told = here["training"] if isinstance(there["training"], dict) else {}  # names these again
+    differing = [key for key in here if there.get(key) != here[key] and key not in told]
     if not differing:
         return
     lines = []

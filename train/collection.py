@@ -1,19 +1,24 @@
-"""All dictionaries of a folder, whoever trained them: our folders, and the `.pt` files of the published systems."""
+"""All dictionaries of a folder, whoever trained them: our folders, and the `.pt` files of the published systems.
+
+The folder may lie on the Hugging Face hub: `hf://OWNER/NAME/folder`.
+"""
 
 from pathlib import Path
 
 from store.errors import UnfinishedError, UsageError
 from train.checkpoint import CONFIG, RESUME, load_dictionary
 from train.dictionary import Dictionary
+from train.hub import fetch, on_hub
 from train.published import import_file, is_published_name
 
 
 def load_dictionaries(folder: str | Path) -> list[Dictionary]:
     """Every dictionary in `folder`, by name: our folders, and published files such as `transcoder_img_6.pt`.
 
-    A folder that is itself a dictionary gives that one.  `UsageError` when there is none.
+    A folder that is itself a dictionary gives that one.  `hf://OWNER/NAME[@REVISION]/folder` is fetched whole, into the
+    hub's cache.  `UsageError` when there is none.
     """
-    folder = Path(folder)
+    folder = fetch(folder) if on_hub(folder) else Path(folder)
     if not folder.is_dir():
         raise UsageError(
             f"there is no folder {folder}: --dictionaries names a folder of dictionaries, as train --out made it"

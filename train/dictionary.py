@@ -13,11 +13,17 @@ The second family, that of "SAEs for visual features in FLUX.1", knows no sigma:
 
     z = act(W_enc (x - pre_bias) + b_enc),   y = W_dec z + pre_bias
 
+`act` is one of `train.activations`.  A transcoder may have a skip connection (Paulo et al. 2025): a linear path
+from the input as it is read, before scale and shift, which is added to y:
+
+    y = W_dec z + b_dec + W_skip x                                skip.weight (d_model, d_model), zero at the start
+
 A feature is active on a row when z > 0, here and everywhere.
 """
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -26,10 +32,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from store.sites import Point, Site
+from train.activations import keep_top
 from train.config import DictionaryConfig
+from train.kernels import unit_columns_
 
 MAX_PERIOD = 10_000.0
 MANY_SIGMAS = 64  # beyond so many in one batch the one-hot matrix costs more than it saves
+FIRST_THRESHOLD = 1e-3
+"""of every feature, where JumpReLU starts (Rajamanoharan et al. 2024)"""
 
 
 def sinusoidal(sigma: Float[Tensor, " row"], dim: int) -> Float[Tensor, "row dim"]:
@@ -45,12 +55,6 @@ def sinusoidal(sigma: Float[Tensor, " row"], dim: int) -> Float[Tensor, "row dim
     return functional.pad(embedding, (0, dim % 2))
 
 
-def keep_top(z: Float[Tensor, "row n_features"], k: int) -> Float[Tensor, "row n_features"]:
-    """`z` with all but the k greatest entries of each row set to zero."""
-    top = torch.topk(z, k, dim=-1, sorted=False)
-    return torch.zeros_like(z).scatter(-1, top.indices, top.values)
-
-
 class Dictionary(nn.Module):
     """A dictionary in the architecture of record; `Transcoder` and `SAE` say what it reads and writes."""
 
@@ -61,6 +65,13 @@ class Dictionary(nn.Module):
         """what `metrics.json` says: FVU, L0, cosine, dead share on held-out rows; None when never measured"""
         self.encoder = nn.Linear(config.d_model, config.n_features)
         self._build()
+        if config.skip:
+            self.skip = nn.Linear(config.d_model, config.d_model, bias=False)
+        if config.activation == "batchtopk":
+            self.threshold: Tensor
+            self.register_buffer("threshold", torch.zeros(()))
+        if config.activation == "jumprelu":
+            self.log_threshold = nn.Parameter(torch.full((config.n_features,), math.log(FIRST_THRESHOLD)))
 
     def _build(self) -> None:
         d_model, width = self.config.d_model, self.config.time_embed_dim
@@ -119,34 +130,54 @@ class Dictionary(nn.Module):
         """Features before the activation function: affine in x."""
         return self.encoder(self.prepare(x, sigma))  # type: ignore[no-any-return]
 
-    def encode(self, x: Float[Tensor, "row d_model"], sigma: Float[Tensor, " row"]) -> Float[Tensor, "row n_features"]:
-        """Feature activations z >= 0 of input rows, each with the sigma of its step as the transformer received it."""
-        z = functional.relu(self.preactivation(x, sigma))
+    def activate(self, pre: Float[Tensor, "row n_features"]) -> Float[Tensor, "row n_features"]:
+        """The activation function as at inference, where every row is judged alone."""
+        if self.config.activation == "jumprelu":
+            return pre * (pre > self.log_threshold.exp())
+        z = functional.relu(pre)
+        if self.config.activation == "batchtopk":
+            return z * (z > self.threshold)
         return z if self.config.k is None else keep_top(z, self.config.k)
 
+    def encode(self, x: Float[Tensor, "row d_model"], sigma: Float[Tensor, " row"]) -> Float[Tensor, "row n_features"]:
+        """Feature activations z >= 0 of input rows, each with the sigma of its step as the transformer received it."""
+        return self.activate(self.preactivation(x, sigma))
+
     def decode(self, z: Float[Tensor, "row n_features"]) -> Float[Tensor, "row d_model"]:
-        """Target rows as the features explain them."""
+        """Target rows as the features explain them; the skip path is not in it."""
         return self.decoder(z)  # type: ignore[no-any-return]
 
+    def linear(
+        self, x: Float[Tensor, "row d_model"], sigma: Float[Tensor, " row"]
+    ) -> Float[Tensor, "row d_model"] | None:
+        """What the skip path adds to the features' part of the target, the same at every sigma; None without one."""
+        return self.skip(x) if self.config.skip else None  # type: ignore[no-any-return]
+
     def forward(self, x: Float[Tensor, "row d_model"], sigma: Float[Tensor, " row"]) -> Float[Tensor, "row d_model"]:
-        """The reconstruction of the target from input rows."""
-        return self.decode(self.encode(x, sigma))
+        """The reconstruction of the target from input rows, skip path included."""
+        y_hat, linear = self.decode(self.encode(x, sigma)), self.linear(x, sigma)
+        return y_hat if linear is None else y_hat + linear
+
+    @property
+    def output_bias(self) -> nn.Parameter:
+        """What `decode` adds to the features' directions: the decoder's bias, or the second family's `pre_bias`."""
+        return self.decoder.bias
 
     @torch.no_grad()
     def initialise(self, seed: int, decoder_bias: Float[Tensor, " d_model"] | None = None) -> None:
         """Set every weight as the recipe of record does, from a seed.
 
         Decoder Kaiming-uniform; encoder its transpose, taken before the columns get unit norm; biases
-        zero (`decoder_bias`: the mean of the targets, say); modulation zero, so that training starts unconditioned.
+        zero (`decoder_bias`: the mean of the targets, say); modulation zero, so that training starts unconditioned;
+        skip path zero, so that it starts without.
         """
         generator = torch.Generator().manual_seed(seed)
-        nn.init.kaiming_uniform_(self.decoder.weight, generator=generator)
-        self.encoder.weight.copy_(self.decoder.weight.T)
+        self._initialise_matrices(generator)
         self.encoder.bias.zero_()
         if decoder_bias is None:
-            self.decoder.bias.zero_()
+            self.output_bias.zero_()
         else:
-            self.decoder.bias.copy_(decoder_bias)
+            self.output_bias.copy_(decoder_bias)
         self.normalise_decoder()
         if self.config.time_embed_dim is not None:
             for layer in (self.time_mlp[0], self.time_mlp[2]):
@@ -156,12 +187,21 @@ class Dictionary(nn.Module):
                 layer.bias.uniform_(-bound, bound, generator=generator)
             self.mod_linear.weight.zero_()
             self.mod_linear.bias.zero_()
+        if self.config.skip:
+            self.skip.weight.zero_()
+        if self.config.activation == "batchtopk":
+            self.threshold.zero_()
+        if self.config.activation == "jumprelu":
+            self.log_threshold.fill_(math.log(FIRST_THRESHOLD))
+
+    def _initialise_matrices(self, generator: torch.Generator) -> None:
+        nn.init.kaiming_uniform_(self.decoder.weight, generator=generator)
+        self.encoder.weight.copy_(self.decoder.weight.T)
 
     @torch.no_grad()
     def normalise_decoder(self) -> None:
         """Give every decoder column unit norm, in place."""
-        weight = self.decoder.weight
-        weight.div_(weight.norm(dim=0, keepdim=True).clamp_min_(1e-12))
+        unit_columns_(self.decoder.weight)
 
 
 class Transcoder(Dictionary):
@@ -187,12 +227,22 @@ class PreBiasSAE(SAE):
         """Target rows as the features explain them."""
         return self.decoder(z) + self.pre_bias  # type: ignore[no-any-return]
 
+    @property
+    def output_bias(self) -> nn.Parameter:
+        """What `decode` adds to the features' directions: `pre_bias`."""
+        return self.pre_bias
 
-def build(config: DictionaryConfig, metrics: Mapping[str, Any] | None = None) -> Dictionary:
-    """An untrained dictionary of the class that `config` asks for, in float32."""
-    if config.family == "flux-sae":
-        return PreBiasSAE(config, metrics)
-    return (Transcoder if config.kind == "transcoder" else SAE)(config, metrics)
+    def _initialise_matrices(self, generator: torch.Generator) -> None:
+        """The encoder Kaiming-uniform, the decoder its transpose: the other way round than in the recipe of record."""
+        nn.init.kaiming_uniform_(self.encoder.weight, generator=generator)
+        self.decoder.weight.copy_(self.encoder.weight.T)
+
+
+def build(config: DictionaryConfig, metrics: Mapping[str, Any] | None = None, empty: bool = False) -> Dictionary:
+    """An untrained dictionary of the class that `config` asks for, in float32; `empty`: without memory, to be filled."""
+    kind = PreBiasSAE if config.family == "flux-sae" else Transcoder if config.kind == "transcoder" else SAE
+    with torch.device("meta") if empty else nullcontext():
+        return kind(config, metrics)
 
 
 def one_hot(index: Int[Tensor, " row"], count: int) -> Float[Tensor, "row count"]:

@@ -1,122 +1,241 @@
-"""How good a dictionary is on rows that it was not trained on.
+"""How good dictionaries are on rows that they were not trained on; one read of the pack serves all those of a site.
 
     FVU of a step = sum |y - y_hat|^2 / sum |y - mean_step|^2,   mean_step from the *training* split
     pooled FVU    = sum over steps of the residuals / sum over steps of the deviations
 
-Sums run in float64 over all rows of the pack.  Text tokens are judged together, and apart as real
-tokens and padding, each against its own means.  Recomputed targets are judged like stored ones; their
-means cost one pass over the training pack (`train.means`).
+Rows are counted in cells: one denoising step, and for text real tokens apart from padding.  Text is judged whole, and each
+kind of token against its own means.  Every row gives a few figures in float64; a block's are added to its cells by one
+product with a 0/1 matrix of (cell, row), and so are active features, whose counts are exact.  Blocks are the same whatever
+is measured beside, so a dictionary has the same figures, bit for bit, alone and among others.
 """
 
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm import tqdm
 
 from store.errors import MismatchError, UsageError
 from store.shards import GROUPS, Group, Pack
-from store.sites import Site
+from store.sites import POINTS, Point, Site
 from train.config import DictionaryConfig
 from train.dictionary import Dictionary
-from train.loader import ROWS_AT_ONCE, read_rows
 from train.means import TrainingMeans
 from train.provenance import check_same_model
-from train.recompute import PackPoints
-from train.tensors import to_torch
+from train.reading import ROWS_AT_ONCE, read_shard
+from train.recompute import Recompute
+
+ENTRIES_AT_ONCE = 1 << 25
+"""entries of a (row, n_features) matrix held at once: 128 MiB in float32, 682 rows of 49,152 features"""
+
+DENSITY_LOG10_EDGES: tuple[float, ...] = tuple(place / 4 for place in range(-32, 1))
+"""A quarter of a decade each, from 1e-8 to 1.  A bin holds its upper edge; the first one also what lies below it."""
+
+
+class Cells:
+    """Which rows are added up together: those of one step, and for txt of one kind of token."""
+
+    def __init__(self, pack: Pack, site: Site) -> None:
+        self.steps, self.groups = pack.steps, GROUPS[site.stream]
+        self.kinds: tuple[Group, ...] = self.groups[1:] or self.groups
+        """what a step's cells are of, in their order: `all`, or `real` and `padding`"""
+
+    def __len__(self) -> int:
+        return len(self.steps) * len(self.kinds)
+
+    def of(self, columns: Mapping[str, Tensor]) -> Int[Tensor, " row"]:
+        """The cell of every row of a shard, from its columns `step` and, for txt, `real`."""
+        place = torch.searchsorted(torch.tensor(self.steps), columns["step"].long())
+        if len(self.kinds) == 1:
+            return place
+        return 2 * place + (columns["real"] == 0).long()
+
+    def members(self, group: Group, step: int | None = None) -> list[int]:
+        """The cells of a group, of one step or of all."""
+        steps = range(len(self.steps)) if step is None else [self.steps.index(step)]
+        kinds = range(len(self.kinds)) if group == "all" else [self.kinds.index(group)]
+        return [place * len(self.kinds) + kind for place in steps for kind in kinds]
+
+
+class Block(NamedTuple):
+    """Some rows of a shard, on a device."""
+
+    points: Mapping[Point, Tensor]
+    """float32 (row, d_model)"""
+    sigma: Float[Tensor, " row"]
+    cell: Int[Tensor, " row"]
+
+
+class Deviations:
+    """Of one target point: sum |y - mean|^2 by cell, against the mean of the step and, for txt, that of the cell's own tokens."""
+
+    def __init__(self, means: TrainingMeans, cells: Cells, device: torch.device) -> None:
+        every: Group = "all"
+        whole = (every,) * len(cells.kinds)
+        against = [whole] if cells.kinds == whole else [whole, cells.kinds]
+        self.means = torch.stack(
+            [
+                torch.stack([self._mean(means, step, kind) for step in cells.steps for kind in kinds])
+                for kinds in against
+            ]
+        ).to(device)
+        self.sums = torch.zeros(len(cells), len(against), dtype=torch.float64, device=device)
+
+    @staticmethod
+    def _mean(means: TrainingMeans, step: int, group: Group) -> Float[Tensor, " d_model"]:
+        mean = means.of(step, group)
+        if mean is None:  # the training split has no such row; judged against the mean of the whole stream
+            mean = means.of(step)
+        if mean is None:
+            raise MismatchError(
+                f"{means.pack.path} has no row of {means.site} at step {step}, which is to be measured: FVU needs the "
+                "mean of every step from training"
+            )
+        return mean
+
+    def add(
+        self, y: Float[Tensor, "row d_model"], cell: Int[Tensor, " row"], member: Float[Tensor, "cell row"]
+    ) -> None:
+        """Add targets (float64)."""
+        rows = [torch.linalg.vector_norm(y - mean[cell], dim=-1).square() for mean in self.means]
+        self.sums += member @ torch.stack(rows, dim=-1)
 
 
 class Tally:
-    """Sums over the rows of one step and group."""
+    """Sums of one dictionary, by cell."""
 
-    def __init__(self, mean: Float[Tensor, " d_model"], n_features: int) -> None:
-        self.mean = mean
-        self.rows = 0
-        self.residual = self.deviation = self.cosine = 0.0
-        self.active = torch.zeros(n_features, dtype=torch.int64)
+    def __init__(self, dictionary: Dictionary, cells: Cells, device: torch.device) -> None:
+        self.dictionary, n_features = dictionary, dictionary.config.n_features
+        self.block = min(ROWS_AT_ONCE, max(1, ENTRIES_AT_ONCE // n_features))
+        self.sums = torch.zeros(len(cells), 2, dtype=torch.float64, device=device)
+        """squared residuals, cosines"""
+        self.active = torch.zeros(len(cells), n_features, dtype=torch.int64, device=device)
 
     def add(
         self,
+        x: Float[Tensor, "row d_model"],
         y: Float[Tensor, "row d_model"],
-        residual: Float[Tensor, " row"],
-        cosine: Float[Tensor, " row"],
-        active: Bool[Tensor, "row n_features"],
+        sigma: Float[Tensor, " row"],
+        member: Float[Tensor, "cell row"],
     ) -> None:
-        """Add rows: targets, their squared residuals, cosines (both float64) and active features."""
-        self.rows += len(y)
-        self.residual += float(residual.sum())
-        self.deviation += float((y.double() - self.mean).square().sum())
-        self.cosine += float(cosine.sum())
-        self.active += active.sum(dim=0)
+        """Add rows: inputs (float32) and targets (float64)."""
+        for first in range(0, len(x), self.block):
+            some = slice(first, first + self.block)
+            self._add(x[some], y[some], sigma[some], member[:, some])
+
+    def _add(self, x: Tensor, y: Tensor, sigma: Tensor, member: Tensor) -> None:
+        z = self.dictionary.encode(x, sigma)
+        y_hat = self.dictionary.decode(z)
+        linear = self.dictionary.linear(x, sigma)
+        y_hat = (y_hat if linear is None else y_hat + linear).double()
+        residual = torch.linalg.vector_norm(y - y_hat, dim=-1).square()
+        lengths = torch.linalg.vector_norm(y, dim=-1) * torch.linalg.vector_norm(y_hat, dim=-1)
+        cosine = torch.linalg.vecdot(y, y_hat) / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)
+        self.sums += member @ torch.stack([residual, cosine], dim=-1)
+        self.active += (member.float() @ z.gt_(0)).long()  # whole numbers far below 2^24: exact in float32
 
 
-def figures(tallies: list[Tally]) -> dict[str, Any] | None:
-    """FVU, cosine, L0, density, dead share and rows of several tallies as of one; None without rows."""
-    rows = sum(tally.rows for tally in tallies)
+@torch.no_grad()
+def evaluate(
+    dictionaries: Sequence[Dictionary],
+    means: Mapping[Point, TrainingMeans],
+    val_pack: Pack,
+    device: torch.device | str = "cpu",
+) -> list[dict[str, Any]]:
+    """What `metrics.json` holds, for each dictionary: figures over all rows of `val_pack`, and over its `steps` apart.
+
+    All dictionaries are of one site; for txt there are figures over `real` and `padding` tokens as well.  `means` are those of
+    the target points in the pack that was trained on.  The dictionaries are moved to `device`.  A dead feature is active
+    on none of the `rows` rows.  Memory: a shard, the weights, a count a cell and feature, and for one block of rows at a
+    time three matrices of `ENTRIES_AT_ONCE` entries, however many dictionaries there are.
+    """
+    (site,) = {dictionary.site for dictionary in dictionaries}
+    device, cells = torch.device(device), Cells(val_pack, site)
+    targets = {d.target_point: Deviations(means[d.target_point], cells, device) for d in dictionaries}
+    tallies = [Tally(dictionary.to(device), cells, device) for dictionary in dictionaries]
+    rows = torch.zeros(len(cells), dtype=torch.float64, device=device)
+    points = {point for d in dictionaries for point in (d.input_point, d.target_point)}
+    what = f"measuring {site}" + (f" x {len(dictionaries)}" if len(dictionaries) > 1 else "")
+    with torch.autocast(device.type, enabled=False):
+        for block in blocks(val_pack, site, points, cells, device, what):
+            member = (torch.arange(len(cells), device=device)[:, None] == block.cell).double()
+            rows += member.sum(dim=1)
+            exact = {point: block.points[point].double() for point in targets}
+            for point, deviations in targets.items():
+                deviations.add(exact[point], block.cell, member)
+            for tally in tallies:
+                config = tally.dictionary.config
+                tally.add(block.points[config.input_point], exact[config.target_point], block.sigma, member)
+    about = {
+        "pack": val_pack.id,
+        "split": val_pack.split,
+        "targets": val_pack.targets,
+        "density_log10_edges": list(DENSITY_LOG10_EDGES),
+    }
+    return [{**about, **_metrics(cells, rows.cpu(), targets[t.dictionary.target_point], t)} for t in tallies]
+
+
+def blocks(
+    pack: Pack, site: Site, points: Collection[Point], cells: Cells, device: torch.device, what: str
+) -> Iterator[Block]:
+    """All rows of a site in the order of the pack, `ROWS_AT_ONCE` at a time; the last block of a shard is what remains of it."""
+    recompute = Recompute(pack, site, device)
+    columns = recompute.columns([point for point in POINTS if point in points])
+    with tqdm(total=pack.rows(site), unit="row", unit_scale=True, desc=what, mininterval=0.5) as bar:
+        for shard in pack.shards(site):
+            there = read_shard(shard, columns)
+            cell = cells.of(there)
+            for first in range(0, shard.rows, ROWS_AT_ONCE):
+                some = slice(first, first + ROWS_AT_ONCE)
+                found = recompute.points({point: there[point][some] for point in columns})
+                yield Block(found, there["sigma"][some].to(device), cell[some].to(device))
+                bar.update(len(cell[some]))
+            del there  # before the next shard is read
+
+
+def _metrics(cells: Cells, rows: Tensor, deviations: Deviations, tally: Tally) -> dict[str, Any]:
+    """The figures of every group and step of one dictionary."""
+    sums, active = tally.sums.cpu().numpy(), tally.active.cpu().numpy()
+    against = deviations.sums.cpu().numpy()
+
+    def of(group: Group, step: int | None = None) -> dict[str, Any] | None:
+        chosen = cells.members(group, step)
+        deviation = against[chosen, 0 if group == "all" else -1].sum()
+        residual, cosine = sums[chosen].sum(axis=0)
+        return figures(int(rows[chosen].sum()), residual, cosine, deviation, active[chosen].sum(axis=0))
+
+    by_group: dict[str, Any] = {}
+    for group in cells.groups:
+        pooled = of(group)
+        by_group[group] = pooled and {**pooled, "steps": {str(step): of(group, step) for step in cells.steps}}
+    return {**(by_group.pop("all") or {}), **by_group}
+
+
+def figures(rows: int, residual: float, cosine: float, deviation: float, active: np.ndarray) -> dict[str, Any] | None:
+    """FVU, cosine, L0, density, dead share, and how dense features are, from sums over rows; None without rows."""
     if rows == 0:
         return None
-    residual, deviation = sum(t.residual for t in tallies), sum(t.deviation for t in tallies)
-    active = torch.stack([tally.active for tally in tallies]).sum(dim=0)
     l0 = int(active.sum()) / rows
     return {
-        "fvu": residual / deviation if deviation > 0 else None,
-        "cosine": sum(t.cosine for t in tallies) / rows,
+        "fvu": float(residual / deviation) if deviation > 0 else None,
+        "cosine": float(cosine / rows),
         "l0": l0,
         "density": l0 / len(active),
         "dead": int((active == 0).sum()) / len(active),
         "rows": rows,
+        "density_histogram": density_histogram(active, rows),
     }
 
 
-@torch.no_grad()
-def evaluate(dictionary: Dictionary, means: TrainingMeans, val_pack: Pack) -> dict[str, Any]:
-    """What `metrics.json` holds: figures over all rows of `val_pack`, `steps` apart; for txt also `real` and `padding`.
-
-    `means` are those of the dictionary's target in the pack that it was trained on.
-    Memory: one shard, and a few (4096, n_features) matrices.  A dead feature is active on none of `rows` rows.
-    """
-    site, groups = dictionary.site, GROUPS[dictionary.site.stream]
-    n_features = dictionary.config.n_features
-    tallies: dict[tuple[Group, int], Tally] = {}
-    for group in groups:
-        for step in val_pack.steps:
-            mean = means.of(step, group)
-            if mean is None:  # the training split has no such row; judged against the mean of the whole stream
-                mean = means.of(step)
-            assert mean is not None
-            tallies[group, step] = Tally(mean, n_features)
-    points = PackPoints(val_pack, site, dictionary.input_point, dictionary.target_point)
-    for shard in val_pack.shards(site):
-        rows = read_rows(shard, *points.columns)
-        labels = {
-            name: to_torch(column)
-            for name, column in shard.columns("step", *(["real"] if len(groups) > 1 else [])).items()
-        }
-        columns = [torch.split(column, ROWS_AT_ONCE) for column in (*rows, *labels.values())]
-        for x, y, sigma, step_of, *real in zip(*columns, strict=True):
-            x, y = points.pair(x, y)
-            z = dictionary.encode(x, sigma)
-            y_hat = dictionary.decode(z)
-            residual = (y - y_hat).double().square().sum(dim=-1)
-            cosine = torch.cosine_similarity(y.double(), y_hat.double(), dim=-1)
-            for (group, step), tally in tallies.items():
-                chosen = step_of == step
-                if group != "all":
-                    chosen = chosen & (real[0] == (1 if group == "real" else 0))
-                if chosen.any():
-                    tally.add(y[chosen], residual[chosen], cosine[chosen], z[chosen] > 0)
-    by_group: dict[str, Any] = {}
-    for group in groups:
-        mine = {step: tallies[group, step] for step in val_pack.steps}
-        pooled = figures(list(mine.values()))
-        by_group[group] = (
-            None
-            if pooled is None
-            else {**pooled, "steps": {str(step): figures([tally]) for step, tally in mine.items()}}
-        )
-    about = {"pack": val_pack.id, "split": val_pack.split, "targets": val_pack.targets}
-    return {**about, **by_group.pop("all"), **by_group}
+def density_histogram(active: Int[np.ndarray, " n_features"], rows: int) -> dict[str, Any]:
+    """How many features are active on which share of `rows` rows: `counts` in the bins of `DENSITY_LOG10_EDGES`, and `never`."""
+    edges = np.array([10.0**edge for edge in DENSITY_LOG10_EDGES])
+    ever = active[active > 0]
+    bins = np.clip(np.searchsorted(edges, ever / rows, side="left") - 1, 0, None)
+    return {"counts": np.bincount(bins, minlength=len(edges) - 1).tolist(), "never": int(len(active) - len(ever))}
 
 
 def check_packs(train_pack: Pack, val_pack: Pack) -> None:

@@ -9,8 +9,9 @@ from tqdm import tqdm
 
 from store.shards import GROUPS, Group, Pack
 from store.sites import Point, Site
-from train.loader import ROWS_AT_ONCE, read_rows
-from train.recompute import PackPoints
+from train.read_ahead import in_order
+from train.reading import ROWS_AT_ONCE
+from train.recompute import Recompute
 from train.tensors import to_torch
 
 
@@ -21,9 +22,10 @@ class TrainingMeans:
     (float32) and sums it in float64, when a mean is first asked for; a bar shows it, and it is done once.
     """
 
-    def __init__(self, pack: Pack, site: Site, point: Point) -> None:
+    def __init__(self, pack: Pack, site: Site, point: Point, device: torch.device | str = "cpu") -> None:
+        """`device` is where recomputed targets are computed; the means lie on the CPU."""
         pack.require(site, point)
-        self.pack, self.site, self.point = pack, site, point
+        self.pack, self.site, self.point, self.device = pack, site, point, torch.device(device)
 
     def of(self, step: int, group: Group = "all") -> Float[Tensor, " d_model"] | None:
         """The mean over the rows of a step, or over its real or padding tokens; None where there are none."""
@@ -34,29 +36,24 @@ class TrainingMeans:
 
     @cached_property
     def _computed(self) -> dict[tuple[int, Group], Float[Tensor, " d_model"]]:
-        points = PackPoints(self.pack, self.site, self.point, self.point)
+        recompute = Recompute(self.pack, self.site, self.device)
         keys = [(step, group) for step in self.pack.steps for group in GROUPS[self.site.stream]]
-        totals = torch.zeros(len(keys), self.pack.d_model, dtype=torch.float64)
+        totals = torch.zeros(len(keys), self.pack.d_model, dtype=torch.float64, device=self.device)
         counts = torch.zeros(len(keys), dtype=torch.float64)
+        columns = recompute.columns([self.point])
         with tqdm(total=self.pack.rows(self.site), unit="row", unit_scale=True, desc=f"means of {self.site}",
                   mininterval=0.5) as bar:  # fmt: skip
-            for shard in self.pack.shards(self.site):
-                rows = read_rows(shard, *points.columns)
-                labels = {name: to_torch(column) for name, column in shard.columns("step", *self._real).items()}
+            for shard, there in in_order(self.pack.shards(self.site), columns):
                 for start in range(0, shard.rows, ROWS_AT_ONCE):
-                    block = slice(start, min(start + ROWS_AT_ONCE, shard.rows))
-                    _, y = points.pair(rows.x[block], rows.y[block])
-                    member = torch.stack([self._members(labels, block, *key) for key in keys]).double()
-                    totals += member @ y.double()
+                    block = {name: column[start : start + ROWS_AT_ONCE] for name, column in there.items()}
+                    y = recompute.points({point: block[point] for point in columns})[self.point]
+                    member = torch.stack([_members(block, *key) for key in keys]).double()
+                    totals += member.to(self.device) @ y.double()
                     counts += member.sum(dim=1)
                     bar.update(len(y))
-        return {key: totals[i] / counts[i] for i, key in enumerate(keys) if counts[i]}
+        return {key: totals[i].cpu() / counts[i] for i, key in enumerate(keys) if counts[i]}
 
-    @property
-    def _real(self) -> tuple[str, ...]:
-        return ("real",) if len(GROUPS[self.site.stream]) > 1 else ()
 
-    @staticmethod
-    def _members(labels: dict[str, Tensor], block: slice, step: int, group: Group) -> Tensor:
-        chosen = labels["step"][block] == step
-        return chosen if group == "all" else chosen & (labels["real"][block] == int(group == "real"))
+def _members(rows: dict[str, Tensor], step: int, group: Group) -> Tensor:
+    chosen = rows["step"] == step
+    return chosen if group == "all" else chosen & (rows["real"] == int(group == "real"))

@@ -10,6 +10,7 @@ import pickle
 import re
 import struct
 import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -89,6 +90,9 @@ def run_import(settings: ImportSettings) -> None:
 def to_bytes(dictionary: Dictionary) -> bytes:
     """The `.pt` file of a dictionary; `UsageError` says why where the published layout has no words for it."""
     config = dictionary.config
+    why = why_not_flux_sae(config) if config.family == "flux-sae" else why_not_difract(config)
+    if why is not None:
+        raise UsageError(f"{dictionary.name} cannot be exported: {why}. Share its folder instead.")
     state = OrderedDict(
         (name, value.detach().cpu().contiguous().clone()) for name, value in dictionary.state_dict().items()
     )
@@ -104,19 +108,31 @@ def to_bytes(dictionary: Dictionary) -> bytes:
             "model_state_dict": state,
             "config": {**about, "input_dim": config.d_model, "hidden_dim": config.n_features},
         }
-    elif config.activation != "relu":
-        raise UsageError(
-            f"{dictionary.name} cannot be exported: DifFRACT's layout is a bare state dict, its readers apply ReLU, "
-            f"and this dictionary is {config.activation} (k = {config.k}). Share its folder instead."
-        )
-    elif config.time_embed_dim is None:
-        raise UsageError(
-            f"{dictionary.name} cannot be exported: DifFRACT's layout needs time_mlp and mod_linear, and this "
-            "dictionary is not conditioned on the timestep. Share its folder instead."
-        )
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getvalue()
+
+
+def why_not_difract(config: DictionaryConfig) -> str | None:
+    """Why DifFRACT's layout, a bare state dict whose readers apply ReLU, has no words for a dictionary; None: it has.
+
+    Nested prefixes are a way of training: the whole decodes like any other ReLU dictionary.
+    """
+    if config.family != "difract":
+        return f"DifFRACT's layout knows no pre_bias, and it is of the family {config.family}"
+    if config.activation != "relu":
+        detail = f" (k = {config.k})" if config.k is not None else ""
+        return f"readers of DifFRACT's layout apply ReLU, and it is {config.activation}{detail}"
+    if config.time_embed_dim is None:
+        return "DifFRACT's layout needs time_mlp and mod_linear, and it is not conditioned on the timestep"
+    return "DifFRACT's layout has no place for a skip connection" if config.skip else None
+
+
+def why_not_flux_sae(config: DictionaryConfig) -> str | None:
+    """Why FLUX-SAE's layout has no words for an SAE of its family; None: it has."""
+    if config.activation not in ("relu", "topk"):
+        return f"readers of FLUX-SAE's layout apply ReLU or TopK, and it is {config.activation}"
+    return None
 
 
 def import_file(path: Path, site: str | None = None, kind: Kind | None = None) -> Dictionary:
@@ -150,7 +166,7 @@ def import_file(path: Path, site: str | None = None, kind: Kind | None = None) -
             f"{path} is neither DifFRACT's layout nor FLUX-SAE's; against DifFRACT's these keys are missing or "
             f"unknown: {odd}"
         )
-    dictionary = build(config)
+    dictionary = build(config, empty=True)
     fill(dictionary, state, str(path))
     return frozen(dictionary)
 
@@ -173,7 +189,10 @@ def _load(path: Path) -> Mapping[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch wonders about pickles that it did not write, and then refuses them
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            mapped = zipfile.is_zipfile(
+                path
+            )  # not copied as a whole before its tensors are: `fill` does that, one by one
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         if "global" in str(error):  # torch's word for a name that a pickle wants to call
             raise ForeignError(

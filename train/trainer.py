@@ -1,247 +1,322 @@
-"""Trains dictionaries from a pack by the recipe of record, one site after the other.
+"""Trains the models of a run from a pack: those of one site on one read, one group after the other.
 
-Every step: a batch of rows, the loss of record, AdamW without weight decay, decoder columns back to
-unit norm.  The gradient is not projected.  A killed run goes on from its last state and ends with the
-same bits on a CPU, because batches, learning rate and L1 weight are functions of the step alone.
+1. Whatever can be refused is refused: settings, sites, packs, shards, folders, memory, disk.  The plan is printed.
+2. A group's batches are read once; each of its models takes its step on every batch (`train.learner`).
+3. All models of a group are checkpointed at the same step.  A killed run goes on from there: a model whose last checkpoint is
+   ahead skips the batches that it has seen.
+4. Finished models are measured on the held-out rows, all of a site in one read, and saved; at the end comes the table.
+
+A model whose loss is no longer a number is given up and the others go on; the run fails at its end, naming it.
 """
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from store.errors import MismatchError, NonFiniteError, UsageError
+from store.errors import Interrupted, MismatchError, NonFiniteError, UsageError
 from store.shards import Pack, open_pack
-from store.sites import Site, choose_sites
+from store.sites import Point, Site
+from train import sweep
 from train.checkpoint import (
     CONFIG,
     COVERED,
     RESUME,
-    LogLine,
-    Progress,
+    check_progress,
+    check_whole,
     frozen,
     load_dictionary,
-    load_progress,
+    outline,
     read_config,
     refuse_other,
     save_dictionary,
-    save_progress,
 )
-from train.config import DictionaryConfig, Parent
-from train.dictionary import Dictionary, build
+from train.dictionary import Dictionary
+from train.distributed import Parallel, Ranks
 from train.evaluate import check_packs, check_sigmas, check_site, evaluate
-from train.loader import Batch, Loader
-from train.loss import Loss, loss_of_record
+from train.learner import Course, Group, Learner
+from train.loader import Loader
+from train.logs import Logs
 from train.means import TrainingMeans
-from train.recompute import PackPoints
+from train.mixing import mixing
+from train.models import Model, device_of, models_of
+from train.plan import announce
+from train.recompute import Recompute
 from train.settings import TrainSettings
-
-RECORD_ROWS, RECORD_PERIOD = 1_000_000, 256
+from train.stopping import explained_memory, stopping_between_steps, thread_count
 
 
 def run(settings: TrainSettings) -> list[Dictionary]:
-    """The trained dictionaries of all sites, saved below `settings.out`; what can be refused is refused first."""
-    pack = open_pack(settings.pack)
-    if pack.split != "train":
-        raise UsageError(f"--pack {pack.path} is of the split {pack.split!r}, which is held out: pack --split train")
-    val = None if settings.val is None else open_pack(settings.val)
-    sites = choose_sites(settings.sites, pack.sites, str(pack.path))
-    if val is not None:
-        check_packs(pack, val)
-    for found in (pack, val):
-        if found is not None and found.recomputed:
-            print(f"{found.path}: targets are recomputed, mlp_out = MLP(mlp_in) in float32, by the MLPs in the pack")
+    """The trained dictionaries, site by site, as `load_dictionary` gives them; none with `--plan`.
+
+    What can be refused is refused before a step is taken.  Memory: the weights of all of them (`train` keeps none).
+    """
+    models = train(settings)
+    return [] if settings.plan else [load_dictionary(settings.out / model.folder) for model in models]
+
+
+def train(settings: TrainSettings) -> tuple[Model, ...]:
+    """The models of a run, after they were trained and saved below `settings.out`; with `--plan` nothing was done."""
+    ranks = Ranks.of_environment()
     with thread_count(settings.threads):
-        jobs = [Job(settings, pack, site, val) for site in sites]
-        if val is None:
+        training = Training(settings, ranks)
+        if not settings.plan:
+            with ranks.joined(training.device):
+                training.run()
+            if ranks.first:
+                training.show()
+            training.complain()
+    return training.models
+
+
+class Training:
+    """One run of `python -m train`: checked when it is made, nothing written before `run`."""
+
+    def __init__(self, settings: TrainSettings, ranks: Ranks) -> None:
+        self.settings, self.ranks = settings, ranks
+        self.device = device_of(settings, ranks.local)
+        self.pack, self.val = self._packs()
+        ranks.parallel = "models" if ranks.size == 1 else settings.parallel or self._suggested()
+        self.models = models_of(settings, self.pack, ranks.sharers)
+        self.finished = {model.name for model in self.models if self._finished(model)}
+        self.loaders: dict[Site, Loader] = {}
+        for site in dict.fromkeys(model.site for model in self.models):
+            self._check_site(site, [model for model in self.models if model.site == site])
+        mine = [self.models[i] for i in ranks.share(len(self.models)) if self.models[i].name not in self.finished]
+        self.groups = [self._group(models) for models in together(mine, settings.together)]
+        self.diverged: list[str] = []
+        if ranks.first:
+            for model in self.models:
+                if model.name in self.finished:
+                    print(f"{settings.out / model.folder} is complete already")
+        announce(settings, self.pack, self.models, self.groups, ranks)
+        if ranks.first:
+            for site in {group.site.stream: group.site for group in self.groups}.values():  # a stream has one order
+                print(f"{site.stream}: {mixing(self.pack, site, settings.batch, settings.order_seed)}")
+        if self.val is None and ranks.first:
             print("no --val pack: the dictionaries are not measured, and their metrics.json says null")
-        dictionaries = [job.run() for job in jobs]
-    print(table(dictionaries))
-    return dictionaries
 
+    def run(self) -> None:
+        """Train what is not finished; models that diverge are given up, and `complain` names them."""
+        for number, group in enumerate(self.groups):
+            with explained_memory(group):
+                GroupTraining(self, group).run()
+            if self.ranks.sharers > 1:
+                self.ranks.wait(f"the end of group {number}")
 
-class Job:
-    """The training of one dictionary."""
+    def complain(self) -> None:
+        """`NonFiniteError` when models were given up."""
+        if self.diverged:
+            count = len(self.diverged)
+            raise NonFiniteError(
+                "\n".join([*self.diverged, f"{count} of {len(self.models)} models diverged; the others are done"])
+            )
 
-    def __init__(self, settings: TrainSettings, pack: Pack, site: Site, val: Pack | None) -> None:
-        self.settings, self.pack, self.val = settings, pack, val
-        self.config = config_of(settings, pack, site)
-        self.folder = settings.out / self.config.name
-        check_site(pack, site, self.config)
+    def show(self) -> None:
+        """Print the table of this run's models; write that of all in `--out`, and the pictures, beside them."""
+        trained = {each.folder: each for each in sweep.save(self.settings.out)}
+        done = [trained[model.name] for model in self.models if model.name in trained]
+        if done:
+            print(sweep.text(done))
+
+    def _packs(self) -> tuple[Pack, Pack | None]:
+        settings = self.settings
+        pack = open_pack(settings.pack)
+        if pack.split != "train":
+            raise UsageError(
+                f"--pack {pack.path} is of the split {pack.split!r}, which is held out: pack --split train"
+            )
+        val = None if settings.val is None else open_pack(settings.val)
         if val is not None:
-            check_site(val, site, self.config)
-            check_sigmas(pack, val, site)
-            PackPoints(val, site, self.config.input_point, self.config.target_point)  # looks for its MLP
-        self.means = TrainingMeans(pack, site, self.config.target_point)
-        self.loader = Loader(
-            pack, site, self.config.input_point, self.config.target_point, settings.batch, settings.seed
-        )
-        self.steps = settings.epochs * len(self.loader)
-        if settings.rows is not None:
-            self.steps = min(self.steps, -(-settings.rows // settings.batch))
-        self.l1, self.in_bfloat16 = settings.l1_of(site), settings.in_bfloat16
-        self.finished = self._finished()
+            check_packs(pack, val)
+        for found in (pack, val):
+            if found is not None and found.recomputed and self.ranks.first:
+                print(
+                    f"{found.path}: targets are recomputed, mlp_out = MLP(mlp_in) in float32, by the MLPs in the pack"
+                )
+        return pack, val
 
-    def _finished(self) -> bool:
-        """Whether the same training ended already; `UsageError` when another one lies there."""
-        if (self.folder / CONFIG).exists():
-            refuse_other(self.folder, read_config(self.folder), self.config)
-            measured = (load_dictionary(self.folder).metrics or {}).get("pack")
+    def _suggested(self) -> Parallel:
+        return "models" if len(models_of(self.settings, self.pack)) >= self.ranks.size else "rows"
+
+    def _check_site(self, site: Site, models: Sequence[Model]) -> None:
+        for model in models:
+            check_site(self.pack, site, model.config)
+            if self.val is not None:
+                check_site(self.val, site, model.config)
+                Recompute(self.val, site).columns(points_of([model]))  # looks for its MLP
+        if self.val is not None:
+            check_sigmas(self.pack, self.val, site)
+        settings, ranks = self.settings, self.ranks
+        rank, world = (ranks.rank, ranks.size) if ranks.sharers > 1 else (0, 1)
+        self.loaders[site] = Loader(
+            self.pack, site, points_of(models), settings.batch, settings.order_seed,
+            rank=rank, world=world, device=self.device,
+        )  # fmt: skip
+        self.loaders[site].check()
+
+    def _group(self, models: Sequence[Model]) -> Group:
+        settings, sharers, site = self.settings, self.ranks.sharers, models[0].site
+        rows = settings.batch * sharers
+        steps = settings.epochs * len(self.loaders[site]) // sharers
+        if settings.rows is not None:
+            steps = min(steps, -(-settings.rows // rows))
+        if steps == 0:
+            raise UsageError(
+                f"{site} has {len(self.loaders[site])} batches of {settings.batch} rows for {sharers} ranks: use a smaller --batch"
+            )
+        return Group(
+            site, tuple(models),
+            Course(steps, rows, settings.log_steps, self.device, settings.compile, self.ranks),
+        )  # fmt: skip
+
+    def _finished(self, model: Model) -> bool:
+        """Whether the same training ended already; `UsageError` when another one lies there, begun or ended."""
+        folder = self.settings.out / model.folder
+        if (folder / CONFIG).exists():
+            refuse_other(folder, read_config(folder), model.config)
+            check_whole(folder)
+            measured = (outline(folder).metrics or {}).get("pack")
             if self.val is not None and measured != self.val.id:
                 kind = UsageError if measured is None else MismatchError
                 raise kind(
-                    f"{self.folder} is complete and was measured on {measured or 'no pack'}, not on {self.val.path} "
+                    f"{folder} is complete and was measured on {measured or 'no pack'}, not on {self.val.path} "
                     f"({self.val.id}): choose another --out, or remove it"
                 )
             return True
-        there = {path.name for path in self.folder.glob("*") if path.suffix != ".tmp"}
+        there = {path.name for path in folder.glob("*") if path.suffix != ".tmp"}
         if not there <= {RESUME, *COVERED}:
-            raise UsageError(f"{self.folder} exists and is no dictionary of ours: choose another --out, or remove it")
+            raise UsageError(f"{folder} exists and is no dictionary of ours: choose another --out, or remove it")
+        if RESUME in there:
+            check_progress(folder, model.config)
         return False
 
-    def run(self) -> Dictionary:
-        """The dictionary, trained and measured, or loaded when it is finished already."""
-        if self.finished:
-            print(f"{self.folder} is complete already")
-            return load_dictionary(self.folder)
-        for leftover in self.folder.glob(".*.tmp"):  # of a run that was killed while it wrote
-            leftover.unlink()
-        dictionary = build(self.config)
-        dictionary.initialise(self.settings.seed, self._decoder_bias())
-        optimizer = torch.optim.AdamW(dictionary.parameters(), lr=self.settings.lr, weight_decay=0.0, fused=True)
-        progress = load_progress(self.folder, dictionary, optimizer)
-        self._train(dictionary, optimizer, progress)
-        dictionary.config = self.config.trained(self.steps, self.steps * self.settings.batch)
-        frozen(dictionary)
-        self.loader.release()
-        dictionary.metrics = None if self.val is None else evaluate(dictionary, self.means, self.val)
-        save_dictionary(self.folder, dictionary, dictionary.metrics, progress.log)
-        return dictionary
 
-    def _train(self, dictionary: Dictionary, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-        settings, first = self.settings, progress.step
-        with tqdm(total=self.steps * settings.batch, initial=first * settings.batch, unit="row", unit_scale=True,
-                  desc=dictionary.name, mininterval=0.5) as bar:  # fmt: skip
-            for step, batch in enumerate(self.loader.batches(first, self.steps), start=first):
-                logged = step % settings.log_steps == 0 or step == self.steps - 1
-                loss, l0 = self._step(dictionary, optimizer, batch, step, logged)
-                if logged:
-                    line = self._line(step, loss, l0)
-                    progress.log.append(line)
-                    bar.set_postfix(loss=f"{line['loss']:.4f}", L0=f"{line['l0']:.1f}", refresh=False)
-                bar.update(settings.batch)
-                if (step + 1) % settings.checkpoint_steps == 0 and step + 1 < self.steps:
-                    progress.step = step + 1
-                    save_progress(self.folder, dictionary, optimizer, progress)
+class GroupTraining:
+    """The training of a group, from its last checkpoints to finished dictionaries."""
 
-    def _step(
-        self, dictionary: Dictionary, optimizer: torch.optim.Optimizer, batch: Batch, step: int, count: bool
-    ) -> tuple[Loss, float]:
-        settings = self.settings
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step, self.steps)
-        with torch.autocast(batch.x.device.type, torch.bfloat16, enabled=self.in_bfloat16):
-            z = dictionary.encode(batch.x, batch.sigma)
-            y_hat = dictionary.decode(z)
-        loss = loss_of_record(batch.y, y_hat, z, self.l1 * risen(step, settings.l1_warmup_rows, settings.batch))
-        optimizer.zero_grad(set_to_none=True)
-        loss.total.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        dictionary.normalise_decoder()
-        return loss, float((z > 0).sum()) / len(z) if count else math.nan
+    def __init__(self, training: Training, group: Group) -> None:
+        self.training, self.settings, self.group = training, training.settings, group
+        self.course, self.ranks = group.course, training.ranks
+        self.means = {point: TrainingMeans(training.pack, group.site, point) for point in points_of(group.models)}
+        self.loader = training.loaders[group.site]
+        self.writes = self.ranks.sharers == 1 or self.ranks.first
 
-    def _line(self, step: int, loss: Loss, l0: float) -> LogLine:
-        total, residual, sparsity = (float(value.detach()) for value in loss)
-        if not math.isfinite(total):
-            raise NonFiniteError(
-                f"{self.config.name}: the loss is {total} at step {step}, the training diverged: use a lower --lr"
+    def run(self) -> None:
+        """Train, measure and save the models."""
+        folders = {model.name: self.settings.out / model.folder for model in self.group.models}
+        for folder in folders.values():
+            for leftover in folder.glob(".*.tmp") if self.writes else ():  # of a run that was killed while it wrote
+                leftover.unlink()
+        learners = [
+            Learner(model, folders[model.name], self.course, self._decoder_bias(model)) for model in self.group.models
+        ]
+        runs = self.settings.out.with_name(self.settings.out.name + ".runs")
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.loader.release)
+            logs = {}
+            for learner in learners if self.writes else ():
+                logs[learner] = stack.enter_context(contextlib.closing(Logs(runs, learner.model.name)))
+            learners = self._train(learners, logs)
+            if self.writes and learners:
+                self._finish(learners, logs)
+
+    def _train(self, learners: list[Learner], logs: dict[Learner, Logs]) -> list[Learner]:
+        """The learners that came to the end."""
+        course, every = self.course, self.settings.checkpoint_steps
+        first = min(learner.step for learner in learners)
+        reached = {learner: learner.step for learner in learners}
+        sharers = self.ranks.sharers
+        batches = self.loader.batches(first * sharers, course.steps * sharers)
+        with self._bar(learners) as bar, stopping_between_steps() as asked:
+            for step, batch in zip(range(first, course.steps), batches, strict=False):
+                due = (step + 1) % every == 0 and step + 1 < course.steps
+                for learner in [learner for learner in learners if learner.step == step]:
+                    try:
+                        line = learner.learn(batch, check=due)
+                    except NonFiniteError as error:
+                        learners.remove(learner)
+                        self._give_up(str(error), bar)
+                        continue
+                    bar.update(course.batch)
+                    if line is not None:
+                        if learner in logs:
+                            logs[learner].line(line, float(bar.format_dict["rate"] or 0))
+                        bar.set_postfix(loss=f"{line['loss']:.4f}", L0=f"{line['l0']:.1f}", refresh=False)
+                if not learners:
+                    return []
+                if due:
+                    for learner in [learner for learner in learners if learner.step == step + 1]:
+                        learner.save()
+                if asked():
+                    self._stop(learners, asked())
+        if course.steps > every:  # measuring may take long, too
+            for learner in learners:
+                if learner.step > reached[learner]:
+                    learner.save()
+        return learners
+
+    def _finish(self, learners: Sequence[Learner], logs: dict[Learner, Logs]) -> None:
+        """Measure what was learned, all models in one read, and publish the dictionaries."""
+        dictionaries = []
+        for learner in learners:
+            learner.dictionary.config = learner.model.config.trained(
+                self.course.steps, self.course.steps * self.course.batch
             )
-        lr = learning_rate(self.settings, step, self.steps)
-        rows = (step + 1) * self.settings.batch
-        return {
-            "step": step,
-            "rows": rows,
-            "loss": total,
-            "residual": residual,
-            "sparsity": sparsity,
-            "l0": l0,
-            "lr": lr,
-        }
+            dictionaries.append(frozen(learner.dictionary))
+            learner.release()
+        self.loader.release()
+        val = self.training.val
+        figures = [None] * len(learners) if val is None else evaluate(dictionaries, self.means, val, self.course.device)
+        for learner, dictionary, metrics in zip(learners, dictionaries, figures, strict=True):
+            dictionary.metrics = metrics
+            if metrics is not None:
+                logs[learner].figures(metrics, self.course.steps)
+            save_dictionary(learner.folder, dictionary, metrics, learner.log)
 
-    def _decoder_bias(self) -> Tensor | None:
-        if self.settings.decoder_bias == "zero":
+    def _give_up(self, why: str, bar: tqdm) -> None:
+        self.training.diverged.append(why)
+        bar.write(f"{why}. The other models go on")
+
+    def _stop(self, learners: Sequence[Learner], name: str) -> None:
+        """Save what is worth going on from, and end."""
+        kept = [learner for learner in learners if learner.finite]
+        for learner in kept:
+            learner.save()
+        raise Interrupted(
+            f"stopped by {name} at step {max(learner.step for learner in learners):,} of {self.course.steps:,}; the state of "
+            f"{len(kept)} models of {self.group.site} is saved: the same command goes on from there"
+        )
+
+    def _bar(self, learners: Sequence[Learner]) -> tqdm:
+        name = learners[0].model.name if len(learners) == 1 else f"{self.group.site} x {len(learners)} models"
+        ranks = self.ranks
+        return tqdm(
+            total=self.course.steps * self.course.batch * len(learners),
+            initial=sum(learner.step for learner in learners) * self.course.batch,
+            unit="row", unit_scale=True, mininterval=0.5,
+            desc=name if ranks.size == 1 else f"rank {ranks.rank}: {name}",
+            disable=not self.writes,
+        )  # fmt: skip
+
+    def _decoder_bias(self, model: Model) -> Tensor | None:
+        if model.recipe.decoder_bias == "zero":
             return None
-        means = [mean for step in self.pack.steps if (mean := self.means.of(step)) is not None]
+        of = self.means[model.config.target_point].of
+        means = [mean for step in self.training.pack.steps if (mean := of(step)) is not None]
         return torch.stack(means).mean(dim=0).float()
 
 
-def config_of(settings: TrainSettings, pack: Pack, site: Site) -> DictionaryConfig:
-    """What the dictionary of a site will say about itself."""
-    return DictionaryConfig(
-        kind=settings.kind,
-        site=site,
-        d_model=pack.d_model,
-        n_features=settings.expansion * pack.d_model,
-        activation=settings.activation,
-        k=settings.k,
-        time_embed_dim=settings.time_embed_dim,
-        parent=Parent(pack.id, pack.store_id, pack.model, pack.targets),
-        training=settings.resolved(site),
-    )
+def points_of(models: Sequence[Model]) -> tuple[Point, ...]:
+    """The points that some of the models read or write, each once."""
+    return tuple(dict.fromkeys(p for m in models for p in (m.config.input_point, m.config.target_point)))
 
 
-def learning_rate(settings: TrainSettings, step: int, steps: int) -> float:
-    """The learning rate of a step; `record` changes it once per 1e6 rows, over 256 of them."""
-    if settings.schedule == "record":
-        angle = (step * settings.batch // RECORD_ROWS) / RECORD_PERIOD
-    else:
-        angle = step / steps if settings.schedule == "cosine" else 0.0
-    return settings.lr * risen(step, settings.lr_warmup_rows, settings.batch) * 0.5 * (1 + math.cos(math.pi * angle))
-
-
-def risen(step: int, warmup_rows: int, batch: int) -> float:
-    """How far a warm-up over so many rows has come at a step, 0 to 1."""
-    return min(1.0, (step + 1) * batch / warmup_rows) if warmup_rows else 1.0
-
-
-@contextmanager
-def thread_count(threads: int | None) -> Iterator[None]:
-    """Compute with so many CPU threads inside; None leaves them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def table(dictionaries: list[Dictionary]) -> str:
-    """One line a dictionary: rows, FVU, L0, its share of the features, dead share; held-out rows only."""
-    lines = [("dictionary", "rows", "features", "FVU", "L0", "L0 %", "dead %", "cosine", "held-out rows")]
-    for dictionary in dictionaries:
-        config, figures = dictionary.config, dictionary.metrics
-        head = (dictionary.name, f"{config.rows:,}", f"{config.n_features:,}")
-        groups = [("", figures)] if figures else []
-        groups += [(f"  {group}", figures[group]) for group in ("real", "padding") if figures and figures.get(group)]
-        if not groups:
-            lines.append((*head, "-", "-", "-", "-", "-", "none"))
-        for label, found in groups:
-            assert found is not None
-            fvu = "-" if found["fvu"] is None else f"{found['fvu']:.4f}"
-            shares = (
-                f"{found['l0']:.1f}",
-                f"{100 * found['density']:.2f}",
-                f"{100 * found['dead']:.1f}",
-                f"{found['cosine']:.4f}",
-            )
-            lines.append((*(head if not label else (label, "", "")), fvu, *shares, f"{found['rows']:,}"))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+def together(models: Sequence[Model], most: int | None) -> Iterator[Sequence[Model]]:
+    """Runs of models of one site, of at most so many."""
+    for site in dict.fromkeys(model.site for model in models):
+        mine = [model for model in models if model.site == site]
+        for start in range(0, len(mine), most or len(mine)):
+            yield mine[start : start + (most or len(mine))]

@@ -20,6 +20,8 @@ from store.sharing.cargo import Batch, Cargo, File
 LIST = "granary-files.json"
 FORMAT, VERSION = "granary files", 1
 CONFIG, RESUME = "config.json", "resume.safetensors"
+SWEEP = "sweep.json"
+"""beside dictionaries, where train leaves a table and pictures of them: what those files are"""
 RUN = "run.json"
 ANALYSIS, SCORES = "granary analysis", "granary score matrix"
 Entry = dict[str, Any]
@@ -93,9 +95,13 @@ def kind_of(folder: Path) -> str | None:
         return "analysis"
     if _json(folder / layout.ROOT).get("attributes", {}).get("format") == SCORES:
         return "score matrix"
-    inside = [each for each in sorted(folder.iterdir()) if not is_temporary(each)]
+    listed = _json(folder / SWEEP).get("files")
+    beside = {SWEEP, *(name.split("/")[0] for name in (listed if isinstance(listed, dict) else ()))}
+    inside = [each for each in sorted(folder.iterdir()) if not is_temporary(each) and each.name not in beside]
     kinds = {kind_of(each) if each.is_dir() else None for each in inside}
-    plural = {"dictionary": "dictionaries", "score matrix": "score matrices", "score matrices": "score matrices"}
+    if kinds and kinds <= {"dictionary", "dictionaries"}:  # a sweep has a folder for each setting
+        return "dictionaries"
+    plural = {"score matrix": "score matrices", "score matrices": "score matrices"}
     return plural.get(next(iter(kinds)) or "") if len(kinds) == 1 else None
 
 
@@ -118,8 +124,7 @@ def _entries(folder: Path, kind: str) -> dict[str, Entry]:
     if kind == "dictionary":
         return _of_dictionary(folder)
     if kind == "dictionaries":
-        each = [(path.name, _of_dictionary(path)) for path in sorted(folder.iterdir()) if path.is_dir()]
-        return {f"{name}/{file}": entry for name, files in each for file, entry in files.items()}
+        return _of_dictionaries(folder)
     return {str(path.relative_to(folder)): _hashed(path) for path in _walk(folder)}
 
 
@@ -129,16 +134,33 @@ def _of_pack(folder: Path) -> dict[str, Entry]:
     return {name: _hashed(folder / name) for name in (*pack.files, MANIFEST)}
 
 
+def _of_dictionaries(folder: Path) -> dict[str, Entry]:
+    """The files of the dictionaries in a folder and in the folders in it, and what train left beside them."""
+    found: dict[str, Entry] = {}
+    for path in sorted(folder.iterdir()):
+        kind = kind_of(path) if path.is_dir() else None
+        if kind in ("dictionary", "dictionaries"):
+            found |= {f"{path.name}/{name}": entry for name, entry in _entries(path, kind).items()}
+    if (folder / SWEEP).exists():
+        found |= _listed(folder, SWEEP, "run the same train command again, it writes it anew")
+    return found
+
+
 def _of_dictionary(folder: Path) -> dict[str, Entry]:
     if not (folder / CONFIG).exists() and (folder / RESUME).exists():
         raise UnfinishedError(f"{folder} did not finish training: run the same train command again, then push it")
-    listed: dict[str, Entry] = read_self_checked(folder / CONFIG).get("files") or {}
+    return _listed(folder, CONFIG, "train or import it again")
+
+
+def _listed(folder: Path, index: str, remedy: str) -> dict[str, Entry]:
+    """The files that a list with checksums names, and the list; `DamagedError` for one that differs."""
+    listed: dict[str, Entry] = read_self_checked(folder / index).get("files") or {}
     if not _are_entries(listed):
-        raise ForeignError(f"{folder / CONFIG} is not that of a dictionary of ours: it lists no files")
-    found = {name: _hashed(folder / name) for name in (*listed, CONFIG)}
+        raise ForeignError(f"{folder / index} is none of ours: it lists no files")
+    found = {name: _hashed(folder / name) for name in (*listed, index)}
     for name, entry in listed.items():
         if {key: entry[key] for key in ("bytes", "sha256")} != found[name]:
-            raise DamagedError(f"{folder / name} differs from the checksum in {CONFIG}: train or import it again")
+            raise DamagedError(f"{folder / name} differs from the checksum in {index}: {remedy}")
     return found
 
 

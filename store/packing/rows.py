@@ -1,0 +1,148 @@
+"""The rows of a stream in one split: how many there are, where each goes, where each came from.
+
+A row is a kept (image of the split, step, slot); its number is its rank in that order.  A keyed permutation sends it to its
+place in the pack, and its inverse says where a place's row came from.  Where every image keeps as many tokens nothing is
+held for that; else one prefix count an (image, step).
+"""
+
+from functools import cached_property
+
+import numpy as np
+
+from store.errors import DamagedError, UsageError
+from store.reader import Store
+from store.shards import Group
+from store.shuffle import Permutation, round_keys
+from store.sites import Stream
+from store.split import Split
+
+
+class Rows:
+    """The rows of a stream, without their activations."""
+
+    def __init__(self, store: Store, stream: Stream, split: Split, seed: int) -> None:
+        table = store.prompt_columns("split", "sigma", "text_length")
+        chosen = np.array([found == split for found in table.column("split").to_pylist()], dtype=bool)
+        self.store, self.stream, self.steps = store, stream, store.steps
+        self.image = np.flatnonzero(chosen).astype(np.int32)
+        """the images of the split, ascending; a *place* is an index into it"""
+        sigma = np.array(table.column("sigma").combine_chunks().flatten(), np.float32)
+        self.sigma = sigma.reshape(len(chosen), -1)[chosen][:, list(self.steps)]
+        self.text_length = np.array(table.column("text_length"), np.int32)[chosen]
+        self.kept = store.meta.tokens[stream].kept
+        self.starts: np.ndarray | None = None
+        """(place * steps + step) -> the rank of its first row, and at the end how many rows there are; None where all slots are kept"""
+        self.real = np.zeros((len(self.image), len(self.steps)), np.int32)
+        """(place, step) -> rows that are real tokens; of txt alone"""
+        if store.meta.tokens[stream].policy != "all" and stream == "txt":
+            self._count()
+        elif stream == "txt":
+            self.real[:] = np.minimum(self.text_length, self.kept)[:, None]
+        slots = len(self.image) * len(self.steps)
+        self.rows = slots * self.kept if self.starts is None else int(self.starts[-1])
+        if not self.rows:
+            raise UsageError(
+                f"{store.path} has no row of stream {stream} in the split {split!r}: its policy kept no token of those "
+                f"images; leave the stream out of --sites"
+            )
+        self.permutation = Permutation(self.rows, round_keys(seed, split, stream))
+
+    def _count(self) -> None:
+        """Count the kept and the real tokens of each (image, step), a chunk of the store at a time."""
+        counts = np.zeros(self.real.shape, np.int64)
+        for chunk in range(self.store.meta.n_parts):
+            first, last = self.places(chunk)
+            for index in range(len(self.steps) if first < last else 0):
+                tokens = self._slots(chunk, index)
+                counts[first:last, index] = (tokens >= 0).sum(axis=1)
+                lengths = self.text_length[first:last, None]
+                self.real[first:last, index] = ((tokens >= 0) & (tokens < lengths)).sum(axis=1)
+        self.starts = np.concatenate([[0], np.cumsum(counts.reshape(-1))])
+
+    def places(self, chunk: int) -> tuple[int, int]:
+        """First and last + 1 of the places that a chunk of images holds."""
+        images = self.store.meta.part_images(chunk)
+        first, last = np.searchsorted(self.image, [images.start, images.stop])
+        return int(first), int(last)
+
+    def _slots(self, chunk: int, step_index: int) -> np.ndarray:
+        """Tokens (place of the chunk, slot), int32."""
+        images = self.store.meta.part_images(chunk)
+        tokens = self.store.tokens(self.stream, self.steps[step_index], images.start, images.stop)
+        first, last = self.places(chunk)
+        return np.asarray(tokens[self.image[first:last] - images.start])
+
+    @cached_property
+    def unit_rows(self) -> np.ndarray:
+        """(chunk, step) -> how many rows it has."""
+        meta = self.store.meta
+        bounds = np.searchsorted(self.image, np.arange(meta.n_parts + 1) * meta.chunk_images)
+        if self.starts is None:
+            return np.repeat(np.diff(bounds)[:, None] * self.kept, len(self.steps), axis=1)
+        counts = np.diff(self.starts).reshape(-1, len(self.steps))
+        upto = np.concatenate([np.zeros((1, len(self.steps)), np.int64), np.cumsum(counts, axis=0)])
+        return np.asarray(np.diff(upto[bounds], axis=0))
+
+    def unit(self, chunk: int, step_index: int) -> "Unit":
+        """The rows of a chunk of images at a step."""
+        first, last = self.places(chunk)
+        tokens = self._slots(chunk, step_index)
+        kept = tokens >= 0
+        flat = np.arange(first, last) * len(self.steps) + step_index
+        starts = flat * self.kept if self.starts is None else self.starts[flat]
+        counts = kept.sum(axis=1)
+        expected = self.kept if self.starts is None else self.starts[flat + 1] - starts
+        if np.any(counts != expected):
+            raise DamagedError(
+                f"{self.store.path}: the kept tokens of stream {self.stream}, step {self.steps[step_index]}, chunk {chunk} "
+                f"are not as many as they should be. Say what else is damaged: python -m store verify {self.store.path}"
+            )
+        within = np.arange(kept.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        ranks = np.repeat(starts, counts) + within
+        real = (tokens < self.text_length[first:last, None])[kept] if self.stream == "txt" else None
+        return Unit(first, kept, tokens[kept], self.permutation(ranks), real)
+
+    def provenance(self, first: int, tokens: np.ndarray) -> dict[str, np.ndarray]:
+        """The columns that say where the rows at `first` and following come from; `tokens` (row,) are known of them."""
+        ranks = self.permutation.inverse(np.arange(first, first + len(tokens)))
+        flat = ranks // self.kept if self.starts is None else np.searchsorted(self.starts, ranks, side="right") - 1
+        place, step = np.divmod(flat, len(self.steps))
+        columns = {
+            "sigma": self.sigma[place, step],
+            "image": self.image[place],
+            "step": np.array(self.steps, np.int16)[step],
+            "token": tokens.astype(np.int32, copy=False),
+        }
+        if self.stream == "txt":
+            columns["real"] = (tokens < self.text_length[place]).astype(np.uint8)
+        return columns
+
+    def count(self, step_index: int, group: Group) -> int:
+        """How many rows of a step are in a group."""
+        if self.starts is None:
+            every = len(self.image) * self.kept
+        else:
+            every = int(np.diff(self.starts).reshape(-1, len(self.steps))[:, step_index].sum())
+        real = int(self.real[:, step_index].sum())
+        return every if group == "all" else real if group == "real" else every - real
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes that are held for the length of the packing."""
+        arrays = (self.image, self.sigma, self.text_length, self.real, self.starts, self.unit_rows)
+        return sum(array.nbytes for array in arrays if array is not None)
+
+
+class Unit:
+    """The rows of one chunk of images at one step, in the order of their ranks."""
+
+    def __init__(
+        self, first: int, kept: np.ndarray, tokens: np.ndarray, destinations: np.ndarray, real: np.ndarray | None
+    ) -> None:
+        self.first, self.kept, self.tokens, self.destinations, self.real = first, kept, tokens, destinations, real
+        """place of the first image; (place, slot) mask; (row,) int32; (row,) int64; (row,) mask of txt"""
+
+    def row_at(self, row: int) -> tuple[int, int]:
+        """Place and token of a row."""
+        place, _ = np.argwhere(self.kept)[row]
+        return self.first + int(place), int(self.tokens[row])

@@ -1,0 +1,111 @@
+"""How one dictionary is trained: everything that decides its weights beside the pack, the site and the order of the rows.
+
+A named recipe is a set of defaults, and each flag given by hand goes before it:
+
+    difract    the recipe of record (DifFRACT, arXiv:2606.15796): ReLU and L1, AdamW 2e-4, cosine in steps of 1e6 rows
+    flux-sae   the second family (SAEs for visual features in FLUX.1): pre_bias, TopK, mean squared error per element, AdamW 1e-3
+               with decay and clipping, cosine, its resampling.  Its cosine begins after the warm-up, ours at the start; its
+               batch is 2048 (--batch)
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import Any, Literal
+
+from store.errors import UsageError
+from train.config import Activation, Family, Kind
+
+Schedule = Literal["record", "cosine", "constant"]
+LossName = Literal["record", "mse"]
+Dead = Literal["none", "auxk", "resample", "flux-sae"]
+Autocast = Literal["none", "bfloat16"]
+RecipeName = Literal["difract", "flux-sae"]
+
+L1_OF_RECORD = {"img": 3e-4, "txt": 5e-5, "joint": 3e-4}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of one model, every default filled in.  `UsageError` where they contradict each other."""
+
+    kind: Kind = "transcoder"
+    family: Family = "difract"
+    activation: Activation = "relu"
+    k: int | None = None
+    """active features a row: of each row (topk), on the average of a batch (batchtopk)"""
+    l1: float = 0.0
+    """weight of the sparsity term: of mean_rows sum_f |z_f| with the loss of record, of mean |z| with mse, of L0 with jumprelu"""
+    expansion: int = 16
+    """n_features = expansion * d_model"""
+    time_embed_dim: int | None = 256
+    """width of the embedding of sigma; None: not conditioned on the denoising step"""
+    skip: bool = False
+    """a linear path from input to target beside the features"""
+    nested: tuple[float, ...] = ()
+    """shares of the features, rising and below 1, whose first so many must also explain the target alone (Matryoshka)"""
+    bandwidth: float = 1e-3
+    """jumprelu: width of the rectangle around a threshold through which it gets its gradient"""
+    loss: LossName = "record"
+    decoder_bias: Literal["zero", "mean"] = "zero"
+    """where the decoder's bias (or pre_bias) starts"""
+    lr: float = 2e-4
+    schedule: Schedule = "record"
+    lr_warmup_rows: int = 0
+    l1_warmup_rows: int = 0
+    weight_decay: float = 0.0
+    """AdamW's, decoupled"""
+    clip: float | None = None
+    """greatest norm of the gradient of all parameters together; None: as it is"""
+    project: bool = False
+    """take off the part of the decoder's gradient along its columns before the step"""
+    dead: Dead = "none"
+    """what is done for dead features: auxk (an auxiliary loss), resample (Anthropic's), flux-sae (that system's own)"""
+    dead_rows: int = 1_000_000
+    """a feature is dead when it was active on none of the last so many rows"""
+    aux_k: int | None = None
+    """auxk: dead features that explain the residual; default: half of d_model"""
+    aux_weight: float = 1 / 32
+    """auxk: weight of that loss"""
+    resample_rows: int = 10_000_000
+    """resample, flux-sae: rows between two resamplings"""
+    autocast: Autocast = "none"
+    """bfloat16: matrix products in bfloat16; weights, loss, thresholds and statistics stay float32"""
+    seed: int = 0
+    """decides the initial weights, and which rows dead features are resampled from"""
+
+    def __post_init__(self) -> None:
+        for name in ("expansion", "lr", "k", "aux_k", "dead_rows", "resample_rows", "bandwidth", "clip"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UsageError(f"--{name.replace('_', '-')} {value} must be positive")
+        for name in ("l1", "lr_warmup_rows", "l1_warmup_rows", "seed", "aux_weight", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)} must not be negative")
+        counted = self.activation in ("topk", "batchtopk")
+        if counted and self.k is None:
+            raise UsageError(f"--activation {self.activation} needs --k: how many features may be active on a row")
+        if not counted and self.k is not None:
+            raise UsageError(f"--k {self.k} means nothing with --activation {self.activation}: add --activation topk")
+        if list(self.nested) != sorted({share for share in self.nested if 0 < share < 1}):
+            raise UsageError(
+                f"--nested {self.nested} must be rising shares of the features between 0 and 1, such as 0.125,0.5"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """As `config.json` and the log say it."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**values, "nested": list(self.nested)}
+
+
+RECIPES: Mapping[RecipeName, Mapping[str, Any]] = MappingProxyType(
+    {
+        "difract": {},
+        "flux-sae": {
+            "kind": "sae", "family": "flux-sae", "activation": "topk", "time_embed_dim": None, "loss": "mse",
+            "expansion": 4, "lr": 1e-3, "weight_decay": 1e-5, "clip": 1.0, "schedule": "cosine", "lr_warmup_rows": 4_096_000,
+            "dead": "flux-sae", "dead_rows": 10_000, "resample_rows": 10_240_000,
+        },
+    }
+)  # fmt: skip
+"""name -> what it sets otherwise than `Recipe`'s own defaults, which are the recipe of record"""
