@@ -23,8 +23,8 @@ from store.files import read_json, write_json
 from store.sites import Point, Site, choose_sites, parse_numbers
 from store.tables import write_table
 from train import Dictionary, load_dictionaries
-from train.provenance import check_same_model, model_name
-from train.recompute import points_given
+from train.dictionaries.provenance import check_same_model, model_name
+from train.rows.recompute import points_given
 
 RUN_FORMAT = "granary analysis"
 RUN_VERSION = 1

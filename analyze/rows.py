@@ -8,8 +8,8 @@ from jaxtyping import Bool, Int
 
 from store import Store
 from store.sites import Point, Site
-from train.recompute import SiteMLP, mlp_of, points_given
-from train.tensors import to_torch
+from train.rows.recompute import SiteMLP, mlp_of, points_given
+from train.rows.tensors import to_torch
 
 Chosen: TypeAlias = Bool[np.ndarray, "image token"] | tuple[Int[np.ndarray, " row"], Int[np.ndarray, " row"]]
 """which rows: a mask, or the image (counted from the first) and the slot of each"""

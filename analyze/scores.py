@@ -29,7 +29,7 @@ from analyze.prompts import prompt_texts
 from analyze.settings import ScoresSettings
 from store.errors import NonFiniteError
 from store.sites import Site
-from train.tensors import to_torch
+from train.rows.tensors import to_torch
 
 BLOCK_BYTES = 4 * 2**20
 BLOCK_ROWS = 256

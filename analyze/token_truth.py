@@ -16,7 +16,7 @@ from analyze.probes import best_channel, ridge_probe
 from analyze.rows import StoreRows
 from analyze.scores import encoded
 from store.sites import Point, Site
-from train.tensors import to_torch
+from train.rows.tensors import to_torch
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """One training step at full size on one GPU: `python bench/gpu_step.py [--batch 4096] [--json FILE]`.
 
-Imports torch only and loads `train/kernels.py` by its path, so this file and that one are all that a machine with a GPU needs
+Imports torch only and loads `train/learning/kernels.py` by its path, so this file and that one are all that a machine with a GPU needs
 (both may lie in one folder).  Under 8 minutes and 40 GB at d_model 3072, 49,152 features.
 
 1. The kernels against plain operations on dense matrices, on the device, in float32 and under autocast.
@@ -35,9 +35,11 @@ Features = Callable[["Model", Tensor], tuple[Tensor, Tensor]]
 
 
 def load_kernels() -> ModuleType:
-    """`train/kernels.py`, beside this file or where the checkout has it; without the package, which wants more than torch."""
+    """`train/learning/kernels.py`, beside this file or where the checkout has it; without the package, which wants more than torch."""
     here = Path(__file__).resolve().parent
-    path = next(path for path in (here / "kernels.py", here.parent / "train" / "kernels.py") if path.exists())
+    path = next(
+        path for path in (here / "kernels.py", here.parent / "train" / "learning" / "kernels.py") if path.exists()
+    )
     spec = importlib.util.spec_from_file_location("granary_kernels", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

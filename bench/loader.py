@@ -19,8 +19,8 @@ from bench.timing import Comparison
 from store.shards import Pack
 from store.sites import POINTS
 from tests.written_pack import SITE, written_pack
-from train.loader import Loader
-from train.reading import buffer_for
+from train.rows.loader import Loader
+from train.rows.reading import buffer_for
 
 SHARDS, SHARD_BYTES, BATCH = 4, 256 * 10**6, 4096
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from bench.peer import Task, Trainer, main
 from store.shards import open_pack
 from train.distributed import Ranks
-from train.learner import Course, Learner
-from train.loader import Batch, Loader
-from train.means import TrainingMeans
+from train.learning.learner import Course, Learner
 from train.models import models_of
+from train.rows.loader import Batch, Loader
+from train.rows.means import TrainingMeans
 from train.settings import TrainSettings
 
 

@@ -22,10 +22,10 @@ import safetensors.torch
 from bench.peer import Answer, Task
 from bench.planted import SITE, packs_of, planted_store
 from store.shards import Pack
-from train.config import DictionaryConfig
-from train.dictionary import build
-from train.evaluate import evaluate
-from train.means import TrainingMeans
+from train.dictionaries.config import DictionaryConfig
+from train.dictionaries.dictionary import build
+from train.results.evaluate import evaluate
+from train.rows.means import TrainingMeans
 
 ROOT = Path(__file__).parent.parent
 PEERS = {
@@ -114,7 +114,7 @@ class Comparison:
 
 
 def judged(weights: Path, pack: Pack, val: Pack) -> dict[str, float]:
-    """FVU, L0 and the share of dead features of an SAE on held-out rows, by `train.evaluate`."""
+    """FVU, L0 and the share of dead features of an SAE on held-out rows, by `train.results.evaluate`."""
     config = DictionaryConfig("sae", SITE, D_MODEL, FEATURES, activation="topk", k=K, family="flux-sae")
     dictionary = build(config)
     dictionary.load_state_dict(safetensors.torch.load_file(weights))

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from bench.timing import Comparison, by_turns
 from store import Site
-from train.config import DictionaryConfig
-from train.dictionary import build
+from train.dictionaries.config import DictionaryConfig
+from train.dictionaries.dictionary import build
 from train.distributed import Ranks
-from train.learner import Course, Learner
-from train.loader import Batch
-from train.loss import loss_of_record
+from train.learning.learner import Course, Learner
+from train.learning.loss import loss_of_record
 from train.models import Model
 from train.recipe import Recipe
+from train.rows.loader import Batch
 
 D_MODEL, BATCH, K = 512, 4096, 64
 BUFFER_ROWS, SIGMAS = 4 * BATCH, (1.0, 0.75390625, 0.5, 0.25)

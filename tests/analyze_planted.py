@@ -17,9 +17,9 @@ from store.format import StoreMeta, StreamTokens
 from store.split import split_of
 from store.tokens import kept_positions
 from store.writer import Part, StoreWriter
-from train.checkpoint import save_dictionary
-from train.config import DictionaryConfig
-from train.dictionary import Dictionary, build
+from train.dictionaries.checkpoint import save_dictionary
+from train.dictionaries.config import DictionaryConfig
+from train.dictionaries.dictionary import Dictionary, build
 
 RGB = {
     "red": (220, 40, 40), "yellow": (250, 212, 40), "green": (48, 160, 70), "cyan": (40, 200, 220), "blue": (40, 80, 215),

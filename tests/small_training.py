@@ -13,7 +13,7 @@ from store.pack import PackSettings
 from store.pack import run as make_pack
 from tests.toy_stores import toy_store
 from train import Dictionary, TrainSettings, run
-from train.learner import Learner
+from train.learning.learner import Learner
 
 Packs = tuple[Path, Path]
 QUICK: dict[str, Any] = {

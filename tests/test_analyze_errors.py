@@ -13,8 +13,8 @@ from analyze.settings import Inputs, ReportSettings, ScoresSettings, SheetSettin
 from store.errors import DamagedError, ForeignError, GranaryError, MismatchError, UsageError
 from store.files import write_json
 from tests.analyze_planted import MODEL, Plan, planted_dictionaries, planted_store, reading_dictionary
-from train.checkpoint import save_dictionary
-from train.config import Parent
+from train.dictionaries.checkpoint import save_dictionary
+from train.dictionaries.config import Parent
 
 PLAN = Plan(n_images=6, steps=1, chunk_images=4)
 

@@ -21,7 +21,7 @@ from store.errors import NonFiniteError
 from store.format import StreamTokens
 from store.tokens import image_policy
 from tests.analyze_planted import Plan, planted_dictionaries, planted_store, reading_dictionary
-from train.checkpoint import save_dictionary
+from train.dictionaries.checkpoint import save_dictionary
 
 
 def run_scores(folder: Path, plan: Plan, out: str = "out", **options: object) -> tuple[Store, Path]:

@@ -14,11 +14,11 @@ from store.sites import Site
 from tests.toy_dictionaries import random_dictionary, rows
 from train import load_dictionaries, load_dictionary
 from train.__main__ import COMMANDS
-from train.checkpoint import RESUME, read_config, save_dictionary
-from train.config import Parent
-from train.dictionary import sinusoidal
-from train.loss import loss_of_record
-from train.published import to_bytes
+from train.dictionaries.checkpoint import RESUME, read_config, save_dictionary
+from train.dictionaries.config import Parent
+from train.dictionaries.dictionary import sinusoidal
+from train.dictionaries.published import to_bytes
+from train.learning.loss import loss_of_record
 
 
 @pytest.mark.parametrize("dim", [8, 64, 256, 33])

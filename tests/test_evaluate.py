@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-import train.evaluate
+import train.results.evaluate
 from store.errors import MismatchError, UsageError
 from store.pack import PackSettings
 from store.pack import run as make_pack
 from store.shards import Group, Pack, open_pack
 from store.sites import Point, Site
 from tests.toy_stores import mlp_in_numpy, toy_store
-from train.config import DictionaryConfig
-from train.dictionary import Dictionary, build, sinusoidal
-from train.evaluate import (
+from train.dictionaries.config import DictionaryConfig
+from train.dictionaries.dictionary import Dictionary, build, sinusoidal
+from train.results.evaluate import (
     DENSITY_LOG10_EDGES,
     check_packs,
     check_sigmas,
@@ -25,7 +25,7 @@ from train.evaluate import (
     density_histogram,
     evaluate,
 )
-from train.means import TrainingMeans
+from train.rows.means import TrainingMeans
 
 TXT, IMG = Site.parse("txt_0"), Site.parse("img_0")
 D_MODEL = 8
@@ -56,8 +56,8 @@ def recomputed(tmp_path_factory: pytest.TempPathFactory) -> Packs:
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 37 rows, and of fewer for wide dictionaries: the last one of every shard is ragged."""
-    monkeypatch.setattr(train.evaluate, "ROWS_AT_ONCE", 37)
-    monkeypatch.setattr(train.evaluate, "ENTRIES_AT_ONCE", 37 * 32)
+    monkeypatch.setattr(train.results.evaluate, "ROWS_AT_ONCE", 37)
+    monkeypatch.setattr(train.results.evaluate, "ENTRIES_AT_ONCE", 37 * 32)
 
 
 def dictionary(site: Site, kind: str, seed: int, n_features: int = 40, **config: Any) -> Dictionary:
@@ -97,7 +97,7 @@ def columns_of(pack: Pack, site: Site) -> dict[str, np.ndarray]:
 
 
 def in_numpy(d: Dictionary, x: np.ndarray, sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """z and y_hat as the formulas in `train.dictionary` say, float64."""
+    """z and y_hat as the formulas in `train.dictionaries.dictionary` say, float64."""
     w = {name: value.numpy().astype(np.float64) for name, value in d.state_dict().items()}
     into, out_bias = x, w.get("decoder.bias")
     if d.config.family == "flux-sae":
@@ -181,8 +181,10 @@ def test_many_at_once_have_the_figures_of_each_alone_bit_for_bit(name: str, requ
 
 def test_the_pack_is_read_once_for_all_dictionaries(packs: Packs, monkeypatch: pytest.MonkeyPatch) -> None:
     reads = []
-    read = train.evaluate.read_shard
-    monkeypatch.setattr(train.evaluate, "read_shard", lambda shard, points: reads.append(points) or read(shard, points))  # type: ignore[func-returns-value]
+    read = train.results.evaluate.read_shard
+    monkeypatch.setattr(
+        train.results.evaluate, "read_shard", lambda shard, points: reads.append(points) or read(shard, points)
+    )  # type: ignore[func-returns-value]
     evaluate(mixed(TXT), means_of(packs[0], TXT), packs[1])
     assert reads == [("mlp_in", "mlp_out")]
     evaluate([dictionary(TXT, "sae", 0)], means_of(packs[0], TXT), packs[1])
@@ -192,7 +194,7 @@ def test_the_pack_is_read_once_for_all_dictionaries(packs: Packs, monkeypatch: p
 def test_blocks_change_no_count_and_no_figure_beyond_rounding(packs: Packs, monkeypatch: pytest.MonkeyPatch) -> None:
     means = means_of(packs[0], TXT)
     small = evaluate(mixed(TXT), means, packs[1])
-    monkeypatch.setattr(train.evaluate, "ROWS_AT_ONCE", 4096)
+    monkeypatch.setattr(train.results.evaluate, "ROWS_AT_ONCE", 4096)
     for one, other in zip(small, evaluate(mixed(TXT), means, packs[1]), strict=True):
         assert one["density_histogram"] == other["density_histogram"] and one["l0"] == other["l0"]
         assert one["fvu"] == pytest.approx(other["fvu"], rel=1e-6)

@@ -27,10 +27,10 @@ from tests.golden_curve import (
     read_rows,
 )
 from train import TrainSettings, run
-from train.checkpoint import LogLine
-from train.loader import Loader
-from train.objective import learning_rate as trainers_rate
+from train.dictionaries.checkpoint import LogLine
+from train.learning.objective import learning_rate as trainers_rate
 from train.recipe import Recipe
+from train.rows.loader import Loader
 
 INDEPENDENT = KEPT = 2e-6
 """relative, of float32 with its sums in any order: against float64, and against what another machine found"""
@@ -46,9 +46,17 @@ def trained(pack: Path, out: Path, site: str) -> list[LogLine]:
     batch = BATCH[site]
     run(
         TrainSettings(
-            pack=pack, out=out, sites=site, expansion=str(EXPANSION), time_embed_dim=WIDTH, batch=batch,
-            rows=STEPS * batch, epochs=STEPS, log_steps=1, threads=1,
-        )  # fmt: skip
+            pack=pack,
+            out=out,
+            sites=site,
+            expansion=str(EXPANSION),
+            time_embed_dim=WIDTH,
+            batch=batch,
+            rows=STEPS * batch,
+            epochs=STEPS,
+            log_steps=1,
+            threads=1,
+        )
     )
     return [json.loads(line) for line in (out / f"transcoder_{site}" / "log.jsonl").read_text().splitlines()]
 

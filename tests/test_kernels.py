@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench import gpu_step
-from train import kernels
-from train.kernels import Sparse, decode_sparse, dense_of, encode_batch_topk, encode_topk, greatest, relu_pass
+from train.learning import kernels
+from train.learning.kernels import Sparse, decode_sparse, dense_of, encode_batch_topk, encode_topk, greatest, relu_pass
 
 ROWS, D_MODEL, N_FEATURES, K = 300, 24, 160, 12
 NAMES = ("x", "w_enc", "b_enc", "w_dec", "b_dec")

@@ -21,15 +21,15 @@ import safetensors.numpy
 import torch
 from torch.utils.data import DataLoader
 
-import train.loader
-import train.read_ahead
-import train.reading
+import train.rows.loader
+import train.rows.read_ahead
+import train.rows.reading
 from store.errors import UsageError
 from store.shards import Pack
 from tests.toy_stores import mlp_in_numpy, mlp_of_site
 from tests.written_pack import SITE, telling_rows, written_pack
-from train.loader import Batch, Loader, stable_order
-from train.recompute import SiteMLP
+from train.rows.loader import Batch, Loader, stable_order
+from train.rows.recompute import SiteMLP
 
 ROWS, BATCH = (300, 250, 275, 260), 64
 """rows of the four shards, of which 4, 3, 4 and 4 batches come"""
@@ -152,19 +152,19 @@ def test_a_torch_dataloader_gives_the_same_batches_in_the_same_order(
 
 
 def test_workers_do_not_fill_a_cuda_device(pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.loader, "get_worker_info", lambda: SimpleNamespace(id=0, num_workers=2))
+    monkeypatch.setattr(train.rows.loader, "get_worker_info", lambda: SimpleNamespace(id=0, num_workers=2))
     with pytest.raises(UsageError, match="make the Loader with device='cpu'"):
         next(iter(loader(pack, device="cuda")))
 
 
 class Seen:
-    """What the thread reads and into what, while `train.read_ahead` goes on as it does."""
+    """What the thread reads and into what, while `train.rows.read_ahead` goes on as it does."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.shards: list[int] = []
         self.whole: list[bool] = []
         self.buffers: list[weakref.ref[np.ndarray]] = []
-        read_shard, buffer_for = train.read_ahead.read_shard, train.read_ahead.buffer_for
+        read_shard, buffer_for = train.rows.read_ahead.read_shard, train.rows.read_ahead.buffer_for
 
         def reads(shard: Any, points: Any, buffer: Any, whole: bool, stop: Any) -> Any:
             self.shards.append(shard.index)
@@ -175,13 +175,15 @@ class Seen:
             self.buffers.append(weakref.ref(made := buffer_for(size)))
             return made
 
-        monkeypatch.setattr(train.read_ahead, "read_shard", reads)
-        monkeypatch.setattr(train.read_ahead, "buffer_for", makes)
+        monkeypatch.setattr(train.rows.read_ahead, "read_shard", reads)
+        monkeypatch.setattr(train.rows.read_ahead, "buffer_for", makes)
 
     @property
     def held(self) -> int:
         """Bytes of the buffers that live."""
-        return sum(buffer.nbytes - train.reading.ALIGNMENT for ref in self.buffers if (buffer := ref()) is not None)
+        return sum(
+            buffer.nbytes - train.rows.reading.ALIGNMENT for ref in self.buffers if (buffer := ref()) is not None
+        )
 
 
 def test_reading_ahead_holds_two_shards_within_the_bound_and_one_where_two_do_not_fit(
@@ -226,14 +228,14 @@ def test_one_point_of_two_is_read_whole_the_first_time_and_alone_after_that(
 def waits(*_: Any, stop: threading.Event) -> dict[str, torch.Tensor]:
     """A reading from a disk that does not answer."""
     assert stop.wait(20)
-    raise train.reading.Stopped
+    raise train.rows.reading.Stopped
 
 
 @pytest.mark.parametrize("end", ["close", "release", "error"])
 def test_no_thread_is_left_when_the_batches_are_closed(pack: Pack, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
-    read_shard = train.read_ahead.read_shard
+    read_shard = train.rows.read_ahead.read_shard
     monkeypatch.setattr(
-        train.read_ahead,
+        train.rows.read_ahead,
         "read_shard",
         lambda shard, *rest, stop: (waits if shard.index else read_shard)(shard, *rest, stop=stop),
     )
@@ -253,7 +255,7 @@ def test_no_thread_is_left_when_the_batches_are_closed(pack: Pack, monkeypatch: 
 
 
 def test_an_interrupt_ends_the_waiting_for_a_shard_at_once(pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.read_ahead, "read_shard", waits)
+    monkeypatch.setattr(train.rows.read_ahead, "read_shard", waits)
     timer = threading.Timer(0.1, os.kill, (os.getpid(), 2))
     timer.start()
     begun = time.monotonic()
@@ -285,7 +287,7 @@ def test_a_batch_greater_than_a_shard_is_refused(pack: Pack) -> None:
 
 
 def test_the_loader_imports_no_zarr() -> None:
-    code = "import sys, train.loader, train.mixing; sys.exit(any(m in sys.modules for m in ('zarr', 'diffusers')))"
+    code = "import sys, train.rows.loader, train.rows.mixing; sys.exit(any(m in sys.modules for m in ('zarr', 'diffusers')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

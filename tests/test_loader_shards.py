@@ -13,15 +13,15 @@ import pytest
 import safetensors.numpy
 import torch
 
-import train.reading
-import train.staging
+import train.rows.reading
+import train.rows.staging
 from store.errors import DamagedError, GranaryError, MismatchError, NonFiniteError, UsageError
 from store.files import read_self_checked, self_checked, write_json
 from store.shards import METADATA_KEY, Pack, crc32c_hex, open_pack, shard_file
 from tests.written_pack import SITE, telling_rows, written_pack
-from train.loader import Loader
-from train.mixing import mixing
-from train.reading import is_finite, read_shard
+from train.rows.loader import Loader
+from train.rows.mixing import mixing
+from train.rows.reading import is_finite, read_shard
 
 BOTH = ("mlp_in", "mlp_out")
 
@@ -140,7 +140,7 @@ def test_a_shard_that_ends_or_fails_while_it_is_read_is_named(tmp_path: Path, mo
     def fails(*_: Any) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(train.reading.os, "posix_fadvise", fails)
+    monkeypatch.setattr(train.rows.reading.os, "posix_fadvise", fails)
     with pytest.raises(DamagedError, match=r"cannot be read .*Input/output error"):
         read_shard(shard, BOTH)
 
@@ -157,7 +157,7 @@ def test_of_all_bit_patterns_those_are_finite_that_numpy_says(dtype: Any) -> Non
 
 @pytest.mark.parametrize("block", [1 << 18, 64, 50, 7])
 def test_a_nan_is_found_wherever_blocks_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    monkeypatch.setattr(train.reading, "BLOCK", block)
+    monkeypatch.setattr(train.rows.reading, "BLOCK", block)
     for row, channel in ((0, 0), (3, 2), (7, 3), (2, 1)):
         rows = telling_rows(0, 8, dtype=np.float32)
         whole = written_pack(tmp_path / f"{row}-whole", [rows]).shards(SITE)[0]
@@ -238,7 +238,7 @@ class FakeCuda:
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(torch.cuda, "current_stream", Stream)
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda _, __: fake.acts.append("kept"))
-        monkeypatch.setattr(train.staging, "page_locked", lambda shape, dtype: torch.empty(shape, dtype=dtype))
+        monkeypatch.setattr(train.rows.staging, "page_locked", lambda shape, dtype: torch.empty(shape, dtype=dtype))
         monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor.clone())
 
 

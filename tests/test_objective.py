@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import train.forward
+import train.learning.forward
 from store.errors import UsageError
 from tests.toy_dictionaries import N_FEATURES, kept64, prepared64, random_dictionary, recipe_of, rows
-from train.activations import jump_relu, keep_top, keep_top_of_batch
-from train.dictionary import Dictionary, build
-from train.objective import THRESHOLD_BATCHES, Objective, learning_rate, risen
+from train.dictionaries.activations import jump_relu, keep_top, keep_top_of_batch
+from train.dictionaries.dictionary import Dictionary, build
+from train.learning.objective import THRESHOLD_BATCHES, Objective, learning_rate, risen
 from train.recipe import Recipe
 
 FLUX: dict[str, Any] = {"kind": "sae", "family": "flux-sae", "time_embed_dim": None}
@@ -81,7 +81,7 @@ def slow_terms(
 def test_terms_and_gradients_are_those_of_the_formulas(
     case: str, sparse: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train.forward, "sparse_pays", lambda *_: sparse)
+    monkeypatch.setattr(train.learning.forward, "sparse_pays", lambda *_: sparse)
     dictionary = random_dictionary(**CASES[case][0]).requires_grad_(True)
     recipe = recipe_of(dictionary, **CASES[case][1])
     x, y, sigma = pair(dictionary)
@@ -155,7 +155,7 @@ def test_a_jumprelu_dictionary_judges_by_its_learned_thresholds() -> None:
 def test_the_threshold_of_batchtopk_is_the_mean_of_the_least_kept_and_inference_judges_by_it(
     sparse: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train.forward, "sparse_pays", lambda *_: sparse)
+    monkeypatch.setattr(train.learning.forward, "sparse_pays", lambda *_: sparse)
     dictionary = random_dictionary(activation="batchtopk", k=4)
     dictionary.normalise_decoder()
     objective = Objective(dictionary, recipe_of(dictionary), steps=10, batch=40)

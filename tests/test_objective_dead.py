@@ -11,10 +11,10 @@ from torch import Tensor
 
 from tests.test_objective import FLUX, pair
 from tests.toy_dictionaries import N_FEATURES, prepared64, random_dictionary, recipe_of, rows
-from train.dead import Dead, auxiliary_term
-from train.dictionary import FIRST_THRESHOLD, Dictionary, build
-from train.objective import Objective
-from train.resample import resample
+from train.dictionaries.dictionary import FIRST_THRESHOLD, Dictionary, build
+from train.learning.dead import Dead, auxiliary_term
+from train.learning.objective import Objective
+from train.learning.resample import resample
 
 DEAD = torch.tensor([0, 5, 6, 20])
 ALIVE = torch.tensor([f for f in range(N_FEATURES) if f not in DEAD.tolist()])

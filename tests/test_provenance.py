@@ -19,9 +19,9 @@ from store.shards import open_pack
 from tests.analyze_planted import Plan, planted_dictionaries, planted_store, reading_dictionary
 from tests.toy_stores import toy_store
 from train import Dictionary, TrainSettings, load_dictionary, run
-from train.checkpoint import read_config, save_dictionary
-from train.config import Parent
-from train.loader import Loader
+from train.dictionaries.checkpoint import read_config, save_dictionary
+from train.dictionaries.config import Parent
+from train.rows.loader import Loader
 
 MODEL = {"id": "model-a", "revision": None, "weights_sha256": {"transformer": "aa" * 32}}
 OTHER = {"id": "model-b", "revision": None, "weights_sha256": {"transformer": "bb" * 32}}

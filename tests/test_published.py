@@ -11,16 +11,16 @@ import pytest
 import safetensors.torch
 import torch
 
-import train.checkpoint
+import train.dictionaries.checkpoint
 from store.errors import ForeignError, UsageError
 from store.sites import Site
 from tests.test_objective import FLUX
 from tests.toy_dictionaries import random_dictionary, recipe_of, rows
 from train import SAE, Transcoder, load_dictionaries, load_dictionary
-from train.checkpoint import save_dictionary
-from train.dictionary import PreBiasSAE, build
-from train.objective import Objective
-from train.published import ExportSettings, ImportSettings, import_file, run_export, run_import, to_bytes
+from train.dictionaries.checkpoint import save_dictionary
+from train.dictionaries.dictionary import PreBiasSAE, build
+from train.dictionaries.published import ExportSettings, ImportSettings, import_file, run_export, run_import, to_bytes
+from train.learning.objective import Objective
 
 GOLDEN = Path(__file__).parent / "golden" / "circuit_a"
 SCORES = Path(__file__).parent / "golden" / "scores_a"
@@ -74,7 +74,9 @@ def test_a_killed_import_goes_on_with_the_same_command(
     run_import(ImportSettings(file, tmp_path / "whole"))
     with monkeypatch.context() as patch:
         for name in ("write_bytes", "write_json"):
-            patch.setattr(train.checkpoint, name, dying(getattr(train.checkpoint, name), survives))
+            patch.setattr(
+                train.dictionaries.checkpoint, name, dying(getattr(train.dictionaries.checkpoint, name), survives)
+            )
         with pytest.raises(KeyboardInterrupt):
             run_import(ImportSettings(file, tmp_path / "killed"))
     run_import(ImportSettings(file, tmp_path / "killed"))

@@ -14,11 +14,11 @@ from huggingface_hub import errors
 from store.errors import UnreachableError, UsageError
 from store.sites import Site
 from tests.toy_dictionaries import random_dictionary, rows
-from train.checkpoint import save_dictionary
-from train.collection import load_dictionaries
-from train.hub import fetch
-from train.published import import_file, to_bytes
-from train.temporal_aware import TemporalAwareSAE, TemporalAwareTranscoder, load_transcoders
+from train.dictionaries.checkpoint import save_dictionary
+from train.dictionaries.collection import load_dictionaries
+from train.dictionaries.hub import fetch
+from train.dictionaries.published import import_file, to_bytes
+from train.dictionaries.temporal_aware import TemporalAwareSAE, TemporalAwareTranscoder, load_transcoders
 
 GOLDEN = Path(__file__).parent / "golden" / "circuit_a"
 SIZES: dict[str, Any] = {"d_model": 64, "expansion_factor": 4, "time_embed_dim": 64}

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 import store.pack
-import train.read_ahead
+import train.rows.read_ahead
 import train.trainer
 from analyze import scores
 from analyze.__main__ import main
@@ -32,10 +32,10 @@ from store.shards import GROUPS, Pack, open_pack
 from tests.analyze_planted import reading_dictionary
 from tests.toy_stores import mlp_in_numpy, toy_store
 from train import Dictionary, TrainSettings, load_dictionary, run
-from train.checkpoint import save_dictionary
-from train.loader import Loader
-from train.means import TrainingMeans
-from train.recompute import SiteMLP
+from train.dictionaries.checkpoint import save_dictionary
+from train.rows.loader import Loader
+from train.rows.means import TrainingMeans
+from train.rows.recompute import SiteMLP
 
 IMG, TXT = Site.parse("img_0"), Site.parse("txt_0")
 BFLOAT16 = 2.0**-8
@@ -164,9 +164,9 @@ def test_means_of_recomputed_targets_are_those_of_the_stored_and_are_computed_on
     both: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stored, recomputed = packs(both)
-    read_shard, shards = train.read_ahead.read_shard, []
+    read_shard, shards = train.rows.read_ahead.read_shard, []
     monkeypatch.setattr(
-        train.read_ahead,
+        train.rows.read_ahead,
         "read_shard",
         lambda shard, *rest, **stop: shards.append(shard) or read_shard(shard, *rest, **stop),
     )

@@ -19,10 +19,10 @@ from tests.small_training import Packs, command_line, digests, leave_out_picture
 from tests.toy_stores import toy_store
 from train import TrainSettings, load_dictionaries, load_dictionary, run
 from train.__main__ import COMMANDS
-from train.evaluate import evaluate
-from train.means import TrainingMeans
-from train.objective import learning_rate
+from train.learning.objective import learning_rate
 from train.recipe import Recipe
+from train.results.evaluate import evaluate
+from train.rows.means import TrainingMeans
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from store.errors import StoreError, UsageError
 from store.shards import open_pack
 from tests.small_training import Packs, digests, leave_out_pictures, small_packs, small_run
 from train import TrainSettings, load_dictionaries
-from train.loader import Loader
 from train.models import Model, models_of
+from train.rows.loader import Loader
 from train.settings import SWEPT
 
 

@@ -20,12 +20,12 @@ from store.sites import Site
 from tests.small_training import Packs, command_line, digests, leave_out_pictures, small_packs, small_run
 from tests.test_train_models import everything
 from train import load_dictionary
-from train.checkpoint import RESUME
-from train.dictionary import build
+from train.dictionaries.checkpoint import RESUME
+from train.dictionaries.dictionary import build
 from train.distributed import LostRankError, Ranks
-from train.loader import Loader
-from train.objective import Objective, learning_rate
+from train.learning.objective import Objective, learning_rate
 from train.recipe import Recipe
+from train.rows.loader import Loader
 
 
 @pytest.fixture

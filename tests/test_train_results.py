@@ -15,20 +15,20 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import train.sweep
+import train.results.sweep
 from store.errors import DamagedError
 from store.files import read_self_checked, sha256_file
 from store.sites import Site
 from tests.object_server import fetched, sent
 from train import load_dictionaries
-from train.checkpoint import LogLine, save_dictionary
-from train.config import DictionaryConfig
-from train.dictionary import Dictionary, build
-from train.evaluate import DENSITY_LOG10_EDGES, figures
-from train.logs import Logs
-from train.pareto import on_front, pareto
-from train.plots import curves, density, running_mean, short_number
-from train.sweep import save, table
+from train.dictionaries.checkpoint import LogLine, save_dictionary
+from train.dictionaries.config import DictionaryConfig
+from train.dictionaries.dictionary import Dictionary, build
+from train.results.evaluate import DENSITY_LOG10_EDGES, figures
+from train.results.logs import Logs
+from train.results.pareto import on_front, pareto
+from train.results.plots import curves, density, running_mean, short_number
+from train.results.sweep import save, table
 
 
 def measured(l0: float, fvu: float, stream: str = "img", n_features: int = 16) -> dict[str, Any]:
@@ -251,7 +251,7 @@ def test_a_sweep_covers_every_dictionary_below_out_and_is_the_same_bytes_whoever
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("curves", "density"):  # that these are the same bytes has a test of its own
-        monkeypatch.setattr(train.sweep, name, lambda content, title: f"{title} {content}".encode())
+        monkeypatch.setattr(train.results.sweep, name, lambda content, title: f"{title} {content}".encode())
     one, other = tmp_path / "one", tmp_path / "other"
     put(one, "l1-0.001", made("txt_0", l0=2, fvu=0.5, l1=1e-3))
     save(one)

@@ -37,9 +37,9 @@ from tests.test_train_models import everything
 from tests.written_pack import telling_rows, written_pack
 from train import TrainSettings, load_dictionary, run
 from train.__main__ import COMMANDS
-from train.checkpoint import METADATA_KEY, RESUME
-from train.learner import Learner
-from train.loader import Batch
+from train.dictionaries.checkpoint import METADATA_KEY, RESUME
+from train.learning.learner import Learner
+from train.rows.loader import Batch
 
 SITE = Site.parse("img_0")
 

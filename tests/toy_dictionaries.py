@@ -8,7 +8,7 @@ from torch import Tensor
 
 from store.sites import Site
 from train import DictionaryConfig
-from train.dictionary import Dictionary, build
+from train.dictionaries.dictionary import Dictionary, build
 from train.recipe import Recipe
 
 D_MODEL, N_FEATURES, WIDTH = 6, 24, 8

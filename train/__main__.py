@@ -3,7 +3,7 @@
 import sys
 
 from store.command import Command, program
-from train.published import ExportSettings, ImportSettings, run_export, run_import
+from train.dictionaries.published import ExportSettings, ImportSettings, run_export, run_import
 from train.settings import TrainSettings
 from train.trainer import train
 

@@ -16,7 +16,7 @@ import yaml
 from store.errors import UsageError
 from store.shards import Pack
 from store.sites import Site, Stream, choose_sites
-from train.config import DictionaryConfig, Parent
+from train.dictionaries.config import DictionaryConfig, Parent
 from train.recipe import L1_OF_RECORD, Autocast, Recipe
 from train.settings import COUNTED, SWEPT, TrainSettings, coerced, combinations
 

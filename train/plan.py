@@ -15,10 +15,10 @@ import torch
 from store.errors import StoreError, UsageError
 from store.shards import Pack, shard_file
 from store.sizes import human_size
-from train.checkpoint import RESUME, progress_bytes
-from train.dictionary import build
+from train.dictionaries.checkpoint import RESUME, progress_bytes
+from train.dictionaries.dictionary import build
 from train.distributed import Ranks
-from train.learner import Group
+from train.learning.learner import Group
 from train.models import Model
 from train.settings import TrainSettings
 

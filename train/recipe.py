@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from store.errors import UsageError
-from train.config import Activation, Family, Kind
+from train.dictionaries.config import Activation, Family, Kind
 
 Schedule = Literal["record", "cosine", "constant"]
 LossName = Literal["record", "mse"]

@@ -9,7 +9,7 @@ from types import FrameType
 import torch
 
 from store.errors import GranaryError
-from train.learner import Group
+from train.learning.learner import Group
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Trains the models of a run from a pack: those of one site on one read, one group after the other.
 
 1. Whatever can be refused is refused: settings, sites, packs, shards, folders, memory, disk.  The plan is printed.
-2. A group's batches are read once; each of its models takes its step on every batch (`train.learner`).
+2. A group's batches are read once; each of its models takes its step on every batch (`train.learning.learner`).
 3. All models of a group are checkpointed at the same step.  A killed run goes on from there: a model whose last checkpoint is
    ahead skips the batches that it has seen.
 4. Finished models are measured on the held-out rows, all of a site in one read, and saved; at the end comes the table.
@@ -19,8 +19,7 @@ from tqdm import tqdm
 from store.errors import Interrupted, MismatchError, NonFiniteError, UsageError
 from store.shards import Pack, open_pack
 from store.sites import Point, Site
-from train import sweep
-from train.checkpoint import (
+from train.dictionaries.checkpoint import (
     CONFIG,
     COVERED,
     RESUME,
@@ -33,17 +32,18 @@ from train.checkpoint import (
     refuse_other,
     save_dictionary,
 )
-from train.dictionary import Dictionary
+from train.dictionaries.dictionary import Dictionary
 from train.distributed import Parallel, Ranks
-from train.evaluate import check_packs, check_sigmas, check_site, evaluate
-from train.learner import Course, Group, Learner
-from train.loader import Loader
-from train.logs import Logs
-from train.means import TrainingMeans
-from train.mixing import mixing
+from train.learning.learner import Course, Group, Learner
 from train.models import Model, device_of, models_of
 from train.plan import announce
-from train.recompute import Recompute
+from train.results import sweep
+from train.results.evaluate import check_packs, check_sigmas, check_site, evaluate
+from train.results.logs import Logs
+from train.rows.loader import Loader
+from train.rows.means import TrainingMeans
+from train.rows.mixing import mixing
+from train.rows.recompute import Recompute
 from train.settings import TrainSettings
 from train.stopping import explained_memory, stopping_between_steps, thread_count
 

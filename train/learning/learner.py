@@ -16,12 +16,12 @@ from torch import Tensor
 
 from store.errors import GranaryError, NonFiniteError
 from store.sites import Site
-from train.checkpoint import LogLine, Progress, load_progress, save_progress
-from train.dictionary import Dictionary, build
+from train.dictionaries.checkpoint import LogLine, Progress, load_progress, save_progress
+from train.dictionaries.dictionary import Dictionary, build
 from train.distributed import Ranks
-from train.loader import Batch
+from train.learning.objective import Objective, Terms, learning_rate
 from train.models import Model
-from train.objective import Objective, Terms, learning_rate
+from train.rows.loader import Batch
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 from store.errors import UsageError
 from store.shards import Pack
 from store.sites import POINTS, Point, Site
-from train.read_ahead import ReadAhead
-from train.recompute import Recompute
-from train.staging import Sent, Staging
-from train.tensors import gathered
+from train.rows.read_ahead import ReadAhead
+from train.rows.recompute import Recompute
+from train.rows.staging import Sent, Staging
+from train.rows.tensors import gathered
 
 
 class Batch:

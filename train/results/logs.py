@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from store.files import write_bytes
-from train.checkpoint import LOG, LogLine
+from train.dictionaries.checkpoint import LOG, LogLine
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

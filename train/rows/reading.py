@@ -17,7 +17,7 @@ from torch import Tensor
 from store.errors import DamagedError, NonFiniteError
 from store.shards import MANIFEST, REPACK, Shard, shard_file
 from store.sites import POINTS, Point
-from train.tensors import to_torch
+from train.rows.tensors import to_torch
 
 BLOCK = 1 << 18
 """bytes of one read: checksum and look for NaNs find them in the cache.  From the page cache 4.9 GB/s without the two, 3.6 GB/s

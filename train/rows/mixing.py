@@ -13,7 +13,7 @@ import numpy as np
 
 from store.shards import Pack
 from store.sites import Site
-from train.loader import Loader
+from train.rows.loader import Loader
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
     total = residual + l1 * sparsity + aux_weight * auxiliary
 
-    residual     by the recipe's loss (`train.loss`); nested: the mean over the inner prefixes and the whole.  Bussmann et
+    residual     by the recipe's loss (`train.learning.loss`); nested: the mean over the inner prefixes and the whole.  Bussmann et
                  al. 2025 add them up; the mean keeps what l1 weighs against the same for any number of prefixes
     sparsity     record: mean_rows sum_f |z_f|;  mse: mean |z|, one n_features-th of that;  jumprelu: mean L0
-    auxiliary    what dead features explain of the residual (`train.dead`), where the recipe asks for it
+    auxiliary    what dead features explain of the residual (`train.learning.dead`), where the recipe asks for it
 
 Everything is a function of the batch, the step and `state()`: randomness is drawn from (recipe.seed, step), so that a
 resumed run needs no generator's state.
@@ -19,12 +19,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from train.dead import Dead, auxiliary_term
-from train.dictionary import Dictionary
-from train.forward import forward
-from train.loss import residual_term
+from train.dictionaries.dictionary import Dictionary
+from train.learning.dead import Dead, auxiliary_term
+from train.learning.forward import forward
+from train.learning.loss import residual_term
+from train.learning.resample import Share, resample
 from train.recipe import Recipe
-from train.resample import Share, resample
 
 RECORD_ROWS, RECORD_PERIOD = 1_000_000, 256
 THRESHOLD_BATCHES = 1000

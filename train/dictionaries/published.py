@@ -24,9 +24,9 @@ from torch import Tensor
 from store.errors import ForeignError, UsageError
 from store.files import is_temporary, write_bytes
 from store.sites import Site
-from train.checkpoint import CONFIG, COVERED, fill, frozen, load_dictionary, save_dictionary
-from train.config import DictionaryConfig, Kind
-from train.dictionary import Dictionary, build
+from train.dictionaries.checkpoint import CONFIG, COVERED, fill, frozen, load_dictionary, save_dictionary
+from train.dictionaries.config import DictionaryConfig, Kind
+from train.dictionaries.dictionary import Dictionary, build
 
 _NAME = re.compile(r"(transcoder|sae)_((?:img|txt|joint)_\d+)\.pt")
 _CONDITIONED = {"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"} | {

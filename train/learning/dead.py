@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from train.activations import keep_top
-from train.dictionary import Dictionary
-from train.loss import residual_term
+from train.dictionaries.activations import keep_top
+from train.dictionaries.dictionary import Dictionary
+from train.learning.loss import residual_term
 
 
 class Dead:

@@ -13,7 +13,7 @@ The second family, that of "SAEs for visual features in FLUX.1", knows no sigma:
 
     z = act(W_enc (x - pre_bias) + b_enc),   y = W_dec z + pre_bias
 
-`act` is one of `train.activations`.  A transcoder may have a skip connection (Paulo et al. 2025): a linear path
+`act` is one of `train.dictionaries.activations`.  A transcoder may have a skip connection (Paulo et al. 2025): a linear path
 from the input as it is read, before scale and shift, which is added to y:
 
     y = W_dec z + b_dec + W_skip x                                skip.weight (d_model, d_model), zero at the start
@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from store.sites import Point, Site
-from train.activations import keep_top
-from train.config import DictionaryConfig
-from train.kernels import unit_columns_
+from train.dictionaries.activations import keep_top
+from train.dictionaries.config import DictionaryConfig
+from train.learning.kernels import unit_columns_
 
 MAX_PERIOD = 10_000.0
 MANY_SIGMAS = 64  # beyond so many in one batch the one-hot matrix costs more than it saves

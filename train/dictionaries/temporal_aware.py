@@ -19,10 +19,10 @@ from torch.nn import functional
 
 from store.errors import UnreachableError, UsageError
 from store.sites import Site
-from train.checkpoint import CONFIG, load_dictionary
-from train.dictionary import Dictionary, sinusoidal
-from train.hub import fetch, may_be_on_hub, on_hub
-from train.published import import_file, why_not_difract
+from train.dictionaries.checkpoint import CONFIG, load_dictionary
+from train.dictionaries.dictionary import Dictionary, sinusoidal
+from train.dictionaries.hub import fetch, may_be_on_hub, on_hub
+from train.dictionaries.published import import_file, why_not_difract
 
 RELEASE = "temporal-aware-transcoders"
 """the folder of transcoders in the published repository"""

@@ -32,9 +32,9 @@ from store.files import (
     write_bytes,
     write_json,
 )
-from train.config import DictionaryConfig
-from train.dictionary import Dictionary, build
-from train.provenance import model_name
+from train.dictionaries.config import DictionaryConfig
+from train.dictionaries.dictionary import Dictionary, build
+from train.dictionaries.provenance import model_name
 
 CONFIG, WEIGHTS, METRICS, LOG, RESUME = (
     "config.json",

@@ -6,7 +6,7 @@
                threshold, the running mean of the least activation kept in training           Bussmann et al. 2024
     jumprelu   z = p where p > threshold_f, else 0; a threshold a feature, learned            Rajamanoharan et al. 2024
 
-These are the dense forms, each a matrix of (row, n_features); `train.kernels` has those that pay at large widths.
+These are the dense forms, each a matrix of (row, n_features); `train.learning.kernels` has those that pay at large widths.
 """
 
 from typing import Any

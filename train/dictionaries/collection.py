@@ -6,10 +6,10 @@ The folder may lie on the Hugging Face hub: `hf://OWNER/NAME/folder`.
 from pathlib import Path
 
 from store.errors import UnfinishedError, UsageError
-from train.checkpoint import CONFIG, RESUME, load_dictionary
-from train.dictionary import Dictionary
-from train.hub import fetch, on_hub
-from train.published import import_file, is_published_name
+from train.dictionaries.checkpoint import CONFIG, RESUME, load_dictionary
+from train.dictionaries.dictionary import Dictionary
+from train.dictionaries.hub import fetch, on_hub
+from train.dictionaries.published import import_file, is_published_name
 
 
 def load_dictionaries(folder: str | Path) -> list[Dictionary]:

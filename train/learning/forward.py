@@ -4,7 +4,7 @@ Which code computes it is decided by rule, never by what happens to work:
 
     relu                           one fused pass                          kernels.relu_pass
     topk, batchtopk, where sparse decoding is measured to pay              kernels.encode_*, decode_sparse
-    everything else, and whatever is nested                                dense matrices, `train.activations`
+    everything else, and whatever is nested                                dense matrices, `train.dictionaries.activations`
 
 Nested (Matryoshka) prefixes, Bussmann et al. 2025: each prefix of the features must explain the target alone.  The
 reconstructions are cumulative, prefix after prefix, so that no column of the decoder is multiplied twice.
@@ -18,9 +18,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-from train.activations import jump_relu, keep_top, keep_top_of_batch
-from train.dictionary import Dictionary
-from train.kernels import Sparse, decode_sparse, encode_batch_topk, encode_topk, relu_pass, sparse_pays
+from train.dictionaries.activations import jump_relu, keep_top, keep_top_of_batch
+from train.dictionaries.dictionary import Dictionary
+from train.learning.kernels import Sparse, decode_sparse, encode_batch_topk, encode_topk, relu_pass, sparse_pays
 
 
 class Forward(NamedTuple):

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from train.dictionary import FIRST_THRESHOLD, Dictionary
+from train.dictionaries.dictionary import FIRST_THRESHOLD, Dictionary
 from train.recipe import Recipe
 
 SMALL = 0.2

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from store.shards import Shard, shard_file
 from store.sites import Point
-from train.reading import buffer_for, read_shard
+from train.rows.reading import buffer_for, read_shard
 
 
 class Reading(threading.Thread):

@@ -21,12 +21,12 @@ from tqdm import tqdm
 from store.errors import MismatchError, UsageError
 from store.shards import GROUPS, Group, Pack
 from store.sites import POINTS, Point, Site
-from train.config import DictionaryConfig
-from train.dictionary import Dictionary
-from train.means import TrainingMeans
-from train.provenance import check_same_model
-from train.reading import ROWS_AT_ONCE, read_shard
-from train.recompute import Recompute
+from train.dictionaries.config import DictionaryConfig
+from train.dictionaries.dictionary import Dictionary
+from train.dictionaries.provenance import check_same_model
+from train.rows.means import TrainingMeans
+from train.rows.reading import ROWS_AT_ONCE, read_shard
+from train.rows.recompute import Recompute
 
 ENTRIES_AT_ONCE = 1 << 25
 """entries of a (row, n_features) matrix held at once: 128 MiB in float32, 682 rows of 49,152 features"""

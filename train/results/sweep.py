@@ -19,11 +19,11 @@ from tqdm import tqdm
 from store.errors import ForeignError
 from store.files import is_temporary, json_bytes, read_self_checked, self_checked, sha256_bytes, write_bytes
 from store.shards import GROUPS, Group
-from train.checkpoint import CONFIG, LogLine, outline, read_log
-from train.dictionary import Dictionary
-from train.pareto import figures_of, on_front, pareto, sparsity_of
-from train.plots import curves, density, short_number
+from train.dictionaries.checkpoint import CONFIG, LogLine, outline, read_log
+from train.dictionaries.dictionary import Dictionary
 from train.recipe import Recipe
+from train.results.pareto import figures_of, on_front, pareto, sparsity_of
+from train.results.plots import curves, density, short_number
 
 SWEEP, PAGE, PARETO, PLOTS = "sweep.json", "sweep.md", "pareto.png", "plots"
 FORMAT, FORMAT_VERSION = "granary-sweep", 1

@@ -17,8 +17,8 @@ from matplotlib.ticker import MaxNLocator
 
 from store.shards import GROUPS, Group
 from store.sites import Site
-from train.dictionary import Dictionary
-from train.plots import (
+from train.dictionaries.dictionary import Dictionary
+from train.results.plots import (
     BLUE,
     GREEN,
     GREY,

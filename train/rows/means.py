@@ -9,10 +9,10 @@ from tqdm import tqdm
 
 from store.shards import GROUPS, Group, Pack
 from store.sites import Point, Site
-from train.read_ahead import in_order
-from train.reading import ROWS_AT_ONCE
-from train.recompute import Recompute
-from train.tensors import to_torch
+from train.rows.read_ahead import in_order
+from train.rows.reading import ROWS_AT_ONCE
+from train.rows.recompute import Recompute
+from train.rows.tensors import to_torch
 
 
 class TrainingMeans:

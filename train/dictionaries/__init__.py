@@ -1,0 +1,1 @@
+"""Dictionaries: what they are, how they lie on disk, and those that others published."""

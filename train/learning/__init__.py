@@ -1,0 +1,1 @@
+"""One model in training: forward pass, loss, dead features, optimizer."""
