@@ -20,9 +20,10 @@ from analyze.settings import Inputs
 from store import Store, open_store
 from store.errors import ForeignError, MismatchError, UsageError
 from store.files import read_json, write_json
-from store.sites import Point, Site, choose_sites, parse_numbers
+from store.sites import Point, Site, choose_sites, parse_numbers, parse_sites
 from store.tables import write_table
 from train import Dictionary, load_dictionaries
+from train.dictionaries.hub import on_hub
 from train.dictionaries.provenance import check_same_model, model_name
 from train.rows.recompute import points_given
 
@@ -114,7 +115,11 @@ def open_analysis(settings: Inputs) -> Analysis:
     """The store and dictionaries that `settings` name, checked against one another; every refusal is a `GranaryError`."""
     store = open_store(settings.store)
     steps = _steps(store, settings.steps)
-    found = load_dictionaries(settings.dictionaries)  # refuses a folder without any, or with one twice
+    every = settings.sites.strip() == "all" or not on_hub(
+        settings.dictionaries
+    )  # a folder of others need not be fetched
+    wanted = None if every else parse_sites(settings.sites)
+    found = load_dictionaries(settings.dictionaries, wanted)  # refuses a folder without any, or with one twice
     at = {dictionary.site for dictionary in found}
     chosen = set(choose_sites(settings.sites, sorted(at), str(settings.dictionaries)))
     dictionaries = [dictionary for dictionary in found if dictionary.site in chosen]

@@ -5,7 +5,7 @@ import platform
 
 import torch
 
-from bench import harvest_overhead, loader, store_io, train_step
+from bench import harvest_overhead, loader, pack_copy, store_io, train_step
 
 
 def main() -> None:
@@ -14,7 +14,7 @@ def main() -> None:
         f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}; best of 3, by turns; ratio = ours / alternative"
     )
     print(f"{'what':<34} {'ours':>10}   {'alternative':<44} {'it':>10}   {'ratio':>6}   least work")
-    for group in (store_io, loader, train_step, harvest_overhead):
+    for group in (store_io, pack_copy, loader, train_step, harvest_overhead):
         for comparison in group.comparisons():
             print(comparison.line(), flush=True)
 

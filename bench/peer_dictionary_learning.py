@@ -17,11 +17,11 @@ class DictionaryLearning:
     """A `TopKTrainer` or `StandardTrainer` with its defaults, but a warm-up that fits a short training."""
 
     def __init__(self, task: Task) -> None:
+        if task.bfloat16:
+            raise NotSupportedError("its trainSAE turns autocast off on a CPU")
         from dictionary_learning.trainers.standard import StandardTrainer
         from dictionary_learning.trainers.top_k import TopKTrainer
 
-        if task.bfloat16:
-            raise NotSupportedError("its trainSAE turns autocast off on a CPU")
         self.task = task
         self.rows = torch.from_numpy(np.load(task.rows))
         about: dict[str, Any] = {

@@ -32,7 +32,7 @@ class Ours:
         (model,) = models_of(settings, pack)
         mean = TrainingMeans(pack, model.site, "mlp_out").of(pack.steps[0])
         assert mean is not None
-        course = Course(10**6, task.batch, settings.log_steps, torch.device("cpu"), False, Ranks())
+        course = Course(10**6, task.batch, settings.log_steps, torch.device("cpu"), Ranks())
         self.learner = Learner(model, settings.out, course, mean.float())
         self.loader = Loader(pack, model.site, ("mlp_out",), task.batch, 0)
 

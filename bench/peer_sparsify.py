@@ -38,13 +38,13 @@ class Sparsify:
     """A `SparseCoder` of `Trainer`; signum, its default optimizer, and its other defaults."""
 
     def __init__(self, task: Task) -> None:
-        from sparsify import SparseCoderConfig, TrainConfig
-        from sparsify import Trainer as SparsifyTrainer
-
         if task.activation != "topk":
             raise NotSupportedError("it has TopK and GroupMax alone")
         if task.bfloat16:
             raise NotSupportedError("its autocast is for CUDA alone")
+        from sparsify import SparseCoderConfig, TrainConfig
+        from sparsify import Trainer as SparsifyTrainer
+
         self.task, self.folder = task, Path(tempfile.mkdtemp())
         self.rows = torch.from_numpy(np.load(task.rows))
         self.model = Rows(self.rows.shape[1])

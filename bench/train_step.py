@@ -23,7 +23,6 @@ from train.dictionaries.config import DictionaryConfig
 from train.dictionaries.dictionary import build
 from train.distributed import Ranks
 from train.learning.learner import Course, Learner
-from train.learning.loss import loss_of_record
 from train.models import Model
 from train.recipe import Recipe
 from train.rows.loader import Batch
@@ -83,7 +82,7 @@ class Ours:
         config = DictionaryConfig(
             "transcoder", SITE, D_MODEL, n_features, recipe.activation, recipe.k, recipe.time_embed_dim
         )
-        course = Course(10**6, BATCH, 100, torch.device("cpu"), False, Ranks())
+        course = Course(10**6, BATCH, 100, torch.device("cpu"), Ranks())
         with tempfile.TemporaryDirectory() as folder:
             self.learner = Learner(Model(SITE, recipe, Path(config.name), config), Path(folder), course, None)
         self.rows = rows
@@ -113,7 +112,8 @@ class Plain:
             z = self.model.encode(x, sigma)
             y_hat = self.model.decode(z)
         self.optimizer.zero_grad()
-        loss_of_record(y, y_hat, z, self.l1).total.backward()
+        residual = (y - y_hat.float()).square().sum(dim=1).mean() / (y.var(dim=0, correction=0).sum() + 1e-6)
+        torch.autograd.backward(residual + self.l1 * z.sum(dtype=torch.float32) / len(z) if self.l1 else residual)
         self.optimizer.step()
         with torch.no_grad():
             weight: Tensor = self.model.decoder.weight

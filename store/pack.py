@@ -61,7 +61,7 @@ class Packing:
         units = self.budget.units(stream)[first:last]
         meta = plan.store.meta
         chunk = meta.chunk_images * meta.tokens[stream].kept * meta.row_bytes * len(plan.points)
-        return int((units > 0).sum()) * chunk + layout.size(len(units), int(units.sum()))
+        return len(units) * chunk + layout.size(len(units), int(units.sum()))
 
     def tasks(self, site: Site, kind: str) -> list[Task]:
         """What is still to be done for a site, of a kind."""
@@ -195,6 +195,9 @@ def run(settings: PackSettings) -> Pack | None:
                 raise UsageError(
                     f"{flag} {path} lies in the store: choose a folder beside it, a store holds nothing else"
                 )
+    for flag, path in (("--out", settings.out), ("--scratch", settings.scratch)):
+        if path is not None and not (there := _existing(path)).is_dir() and (flag, there) != ("--out", path.absolute()):
+            raise UsageError(f"{flag} {path}: {there} is a file, and a folder is wanted there: choose another {flag}")
     plan = PackPlan(store, settings)
     folder = PackFolder(plan, settings.out, settings.scratch)
     folder.refuse_foreign()
@@ -224,7 +227,7 @@ def run(settings: PackSettings) -> Pack | None:
     print(
         f"{settings.out}: {human_size(plan.total_bytes)} in {len(pack.files)} files; {human_size(moved)} read and written in "
         f"{seconds:.1f} s ({moved / seconds / 1e6:.0f} MB/s); peak memory {' + '.join(human_size(peak) for peak in peaks)}\n"
-        f"next: python -m train --pack {settings.out} …"
+        f"next: python -m train {f'--pack {settings.out}' if pack.split == 'train' else f'--pack … --val {settings.out}'} …"
     )
     return pack
 

@@ -318,7 +318,8 @@ class Store:
     def _table(self, name: str, part: int) -> pa.Table:
         data, rows = self._file(name, part), len(self.meta.part_images(part))
         try:
-            table = pq.read_table(io.BytesIO(data))
+            # not read_table: its threads may let go of the file when Python is ending, and abort the process
+            table = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise trust.damaged(self.place, name, f"is no table: {error}") from None
         if table.num_rows != rows:

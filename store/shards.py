@@ -274,6 +274,8 @@ def open_pack(path: str | Path) -> Pack:
             raise UnfinishedError(
                 f"{path} is not finished: run the same python -m store pack again, it goes on where it was"
             )
+        if (path / "zarr.json").exists():
+            raise UsageError(f"{path} is a store: make a pack of it with python -m store pack {path} --out PACK")
         raise ForeignError(f"{path} is no pack: it has no {MANIFEST}")
     manifest = read_self_checked(path / MANIFEST)
     if manifest.get("format") != FORMAT or manifest.get("format_version") not in READABLE:

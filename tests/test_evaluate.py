@@ -239,6 +239,9 @@ def test_a_kind_of_token_that_training_never_saw_is_judged_against_the_mean_of_t
     mean = fit["mlp_out"][fit["step"] == 2].mean(axis=0)
     plain = ((held["mlp_out"] - y_hat)[rows] ** 2).sum() / ((held["mlp_out"][rows] - mean) ** 2).sum()
     assert found["padding"]["steps"]["2"]["fvu"] == pytest.approx(plain, rel=1e-5)
+    assert found["means_missing"] == ["padding 2"]
+    (whole,) = evaluate([each], means_of(packs[0], TXT), packs[1])
+    assert "means_missing" not in whole
     with pytest.raises(MismatchError, match="no row of txt_0 at step 2"):
         evaluate([each], {"mlp_out": SomeMeans(packs[0], (2, "all"))}, packs[1])
 

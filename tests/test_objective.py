@@ -158,7 +158,7 @@ def test_the_threshold_of_batchtopk_is_the_mean_of_the_least_kept_and_inference_
     monkeypatch.setattr(train.learning.forward, "sparse_pays", lambda *_: sparse)
     dictionary = random_dictionary(activation="batchtopk", k=4)
     dictionary.normalise_decoder()
-    objective = Objective(dictionary, recipe_of(dictionary), steps=10, batch=40)
+    objective = Objective(dictionary, recipe_of(dictionary), steps=50, batch=40)
     optimizer = torch.optim.AdamW(dictionary.parameters())
     least = []
     for step in range(5):
@@ -172,12 +172,20 @@ def test_the_threshold_of_batchtopk_is_the_mean_of_the_least_kept_and_inference_
     z = dictionary.preactivation(x, sigma)
     assert torch.equal(dictionary.encode(x, sigma), torch.where(z > dictionary.threshold, z, 0))
     assert torch.equal(dictionary.encode(x, sigma)[:7], dictionary.encode(x[:7], sigma[:7]))
-    objective._batches.fill_(10 * THRESHOLD_BATCHES)  # and later on it forgets
-    before = float(dictionary.threshold)
-    x, y, sigma = pair(dictionary, seed=3)
+
+
+@pytest.mark.parametrize(("steps", "batches"), [(3, 1), (50, 5), (10**6, THRESHOLD_BATCHES)])
+def test_the_threshold_forgets_what_is_older_than_a_tenth_of_the_run(steps: int, batches: int) -> None:
+    dictionary = random_dictionary(activation="batchtopk", k=4)
+    dictionary.threshold.fill_(7.0)
+    objective = Objective(dictionary, recipe_of(dictionary), steps, batch=40)
+    objective._batches.fill_(10 * THRESHOLD_BATCHES)
+    x, y, sigma = pair(dictionary)
     objective.terms(x, y, sigma, 5, count=False)
-    objective.after_step(optimizer, x, y, sigma, 5)
-    assert float(dictionary.threshold) == pytest.approx(before + (least[3] - before) / THRESHOLD_BATCHES, rel=1e-6)
+    objective._move_threshold()
+    z = dictionary.preactivation(x, sigma).clamp_min(0).flatten()
+    least = float(z.sort(descending=True).values[4 * 40 - 1])
+    assert float(dictionary.threshold) == pytest.approx(7 + (least - 7) / batches, rel=1e-6)
 
 
 def test_a_batch_without_any_active_feature_leaves_the_threshold_and_stays_finite() -> None:
@@ -251,7 +259,7 @@ def test_a_training_that_went_on_from_its_state_ends_with_the_same_bits(
     again, kept_again = trained(recipe, half, range(7, 12), state)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
     assert all(torch.equal(value, kept_again[1][name]) for name, value in kept[1].items())
-    without, _ = trained(recipe_of(start, **{**changes, "dead": "none"}), start, range(12))
+    without, _ = trained(recipe_of(start, l1=recipe.l1), start, range(12))
     assert not torch.equal(without.encoder.weight, whole.encoder.weight)  # what was kept had something to say
 
 

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -144,16 +145,18 @@ def test_resampling_starts_the_dead_at_rows_and_leaves_every_bit_of_the_living(
     if dictionary.config.skip:
         writes = writes - x.double() @ old["skip.weight"].T
     norm = 0.2 * old["encoder.weight"][ALIVE].norm(dim=1).mean()
-    used = []
+    used, scales = [], []
     for feature in DEAD.tolist():
         row, column = p["encoder.weight"][feature], p["decoder.weight"][:, feature]
         wanted = 0.2 * reads if rule == "flux-sae" else norm * reads / reads.norm(dim=1, keepdim=True)
-        near = (wanted - row).norm(dim=1)
-        used.append(int(near.argmin()))
-        assert near.min() < 1e-5
+        used.append(int(torch.cosine_similarity(wanted, row[None]).argmax()))
+        scales.append(float(row.norm() / wanted[used[-1]].norm()))
+        assert (row - scales[-1] * wanted[used[-1]]).norm() < 1e-5
         assert (column - writes[used[-1]] / writes[used[-1]].norm()).norm() < 1e-5
-    assert len(set(used)) == len(DEAD) or rule == "flux-sae"
+    assert len(set(used)) == len(DEAD)
     assert not dictionary.encoder.bias[DEAD].any()
+    assert scales == pytest.approx([scales[0]] * len(DEAD), rel=1e-5) and scales[0] < 1 + 1e-6  # one factor for all
+    assert rule == "flux-sae" or scales[0] > 1 - 1e-6  # its features are small enough as they are
 
     for name, value in dictionary.state_dict().items():
         rows_of, old_rows = (value.T, before[name].T) if name == "decoder.weight" else (value, before[name])
@@ -185,13 +188,17 @@ def test_what_is_drawn_depends_on_seed_and_step_alone() -> None:
     assert not torch.equal(drawn(1, 2), drawn(1, 3)) and not torch.equal(drawn(1, 2), drawn(2, 2))
 
 
-@pytest.mark.parametrize(("rule", "share"), [("resample", 16 / 17), ("flux-sae", 1 / (1 + math.exp(-10 * 3 / 6)))])
-def test_rows_are_drawn_by_their_error_as_each_rule_says(rule: str, share: float) -> None:
+@pytest.mark.parametrize("rule", ["resample", "flux-sae"])
+def test_rows_are_drawn_by_their_error_as_each_rule_says(rule: str) -> None:
     dictionary = with_dead(kind="sae", time_embed_dim=None)
     for parameter in dictionary.parameters():
         parameter.zero_()  # so that the error of a row is the row
     x = torch.zeros(5, 6)
-    x[1, 0], x[3, 1] = 1.0, 2.0  # squared errors 1 and 4: 1 to 16 by their squares
+    squares = [1.0, 4.0] if rule == "resample" else [1.0, 1.05]  # the first rule sees 1 to 16
+    x[1, 0], x[3, 1] = (square**0.5 for square in squares)
+    share = 16 / 17
+    if rule == "flux-sae":
+        share = 1 / (1 + math.exp(-10 * 0.05 / float(np.std([0, 1, 0, 1.05, 0]))))
     counts = torch.zeros(6)
     recipe = recipe_of(dictionary, dead=rule)
     for step in range(150):
@@ -202,13 +209,61 @@ def test_rows_are_drawn_by_their_error_as_each_rule_says(rule: str, share: float
     assert float(counts[1] / (counts[0] + counts[1])) == pytest.approx(share, abs=0.06)
 
 
-def test_no_row_serves_two_dead_features_and_those_without_a_row_wait() -> None:
+@pytest.mark.parametrize("rule", ["resample", "flux-sae"])
+def test_no_row_serves_two_dead_features_and_those_without_a_row_wait(rule: str) -> None:
     dictionary = with_dead(kind="sae", time_embed_dim=None)
     x, y, sigma = pair(dictionary, count=3)
     before = dictionary.encoder.weight.clone()
-    done = resample(dictionary, stepped(dictionary, x, y, sigma), recipe_of(dictionary), DEAD, x, y, sigma, 0)
+    recipe = recipe_of(dictionary, dead=rule)
+    done = resample(dictionary, stepped(dictionary, x, y, sigma), recipe, DEAD, x, y, sigma, 0)
     assert done.tolist() == DEAD[:3].tolist()
     assert torch.equal(dictionary.encoder.weight[DEAD[3]], before[DEAD[3]])
+
+
+@pytest.mark.parametrize("rule", ["resample", "flux-sae"])
+def test_rows_whose_reconstruction_is_infinite_start_no_feature(rule: str) -> None:
+    dictionary = with_dead()
+    dictionary.decoder.bias[0] = 1e30
+    x, y, sigma = pair(dictionary)
+    before = dictionary.encoder.weight.clone()
+    done = resample(
+        dictionary, stepped(dictionary, x, y, sigma), recipe_of(dictionary, dead=rule), DEAD, x, y, sigma, 0
+    )
+    assert len(done) == 0 and torch.equal(dictionary.encoder.weight, before)
+
+
+@pytest.mark.parametrize("rule", ["resample", "flux-sae"])
+@pytest.mark.parametrize("changes", [{"activation": "topk", "k": 16}, {"activation": "batchtopk", "k": 16}, {}])
+def test_a_model_most_of_whose_features_are_dead_survives_their_resampling(changes: dict[str, Any], rule: str) -> None:
+    sae = random_dictionary(**{**FLUX, **changes, "d_model": 32, "n_features": 256}).requires_grad_(True)
+    sae.initialise(0)
+    dead = torch.arange(192)
+    generator = torch.Generator().manual_seed(1)
+    causes = torch.randn(41, 32, generator=generator)
+
+    def batch() -> Tensor:  # rows have a direction in common, and some are many times as long as others
+        present = (torch.randn(256, 40, generator=generator) - 1).relu()
+        return 3 * torch.exp(0.5 * torch.randn(256, 1, generator=generator)) * (present @ causes[1:]) / 8 + causes[0]
+
+    sigma = torch.ones(256)
+    recipe = recipe_of(sae, loss="mse", dead=rule)
+    optimizer, objective = torch.optim.AdamW(sae.parameters(), lr=3e-3), Objective(sae, recipe, 999, 256)
+    losses = []
+    for step in range(110):
+        if step < 100:
+            sae.encoder.bias.data[dead] = -1e3
+        elif step == 100:
+            x = batch()
+            assert torch.equal(resample(sae, optimizer, recipe, dead, x, x, sigma, step), dead)
+        x = batch()
+        optimizer.zero_grad()
+        terms = objective.terms(x, x, sigma, step, count=False)
+        terms.total.backward()
+        losses.append(float(terms.total.detach()))
+        optimizer.step()
+        sae.normalise_decoder()
+    before = sum(losses[90:100]) / 10
+    assert losses[100] < 6 * before and losses[-1] < 3 * before, (before, losses[100:])
 
 
 def test_resampling_is_due_once_in_so_many_rows_and_never_after_the_last_step() -> None:
@@ -261,7 +316,8 @@ def test_ranks_that_merge_end_with_the_same_weights_and_counts(changes: dict[str
     models = [build(start.config) for _ in range(2)]
     for model in models:
         model.load_state_dict(start.state_dict())
-    recipe = recipe_of(start, dead=rule, dead_rows=80, resample_rows=160)
+    resampled = {} if rule == "auxk" else {"resample_rows": 160}
+    recipe = recipe_of(start, dead=rule, dead_rows=80, **resampled)
     objectives = [Objective(model, recipe, 9, 80) for model in models]
 
     def work(rank: int, all_reduce: Callable[[Tensor], None]) -> None:

@@ -39,6 +39,9 @@ from store.format import StreamTokens
 from store.pack import PackSettings, run
 from store.packing.budget import Budget, Share, _runs
 from store.packing.crew import ThreadCrew
+from store.packing.folder import PackFolder
+from store.packing.plan import PackPlan
+from store.packing.reading import Reading
 from store.reader import Store
 from store.shards import Pack, open_pack
 from store.sizes import human_size, parse_size
@@ -283,7 +286,7 @@ def test_what_a_killed_pack_finished_is_not_done_again(
     with monkeypatch.context() as patch:
         killed_after(50, patch)
         with pytest.raises(KeyboardInterrupt):
-            make(path, out, shard_mb=1, memory="9MB", scratch=scratch)
+            make(path, out, shard_mb=1, memory="6MB", scratch=scratch)
     kept = {file: file.stat().st_mtime_ns for file in (*out.rglob("shard*s"), *scratch.rglob("*.run"))}
     assert any(file.suffix == ".run" for file in kept)
     touched = {}
@@ -294,7 +297,7 @@ def test_what_a_killed_pack_finished_is_not_done_again(
         drop(self, site)
 
     monkeypatch.setattr(store.packing.folder.PackFolder, "drop_scratch", looked_at)
-    make(path, out, shard_mb=1, memory="9MB", scratch=scratch)
+    make(path, out, shard_mb=1, memory="6MB", scratch=scratch)
     assert touched == kept and digests(out) == expected
     assert not list(scratch.iterdir())
 
@@ -317,6 +320,74 @@ def test_a_damaged_scratch_file_is_found_and_made_anew(
         make(path, tmp_path / "p", shard_mb=1, memory="5MB")
     monkeypatch.setattr(store.packing.tasks.Hands, "_shard", shard)
     assert digests(make(path, tmp_path / "p", shard_mb=1, memory="5MB").path) == expected
+
+
+def test_what_is_not_ours_in_out_is_refused_or_stays(a_store: Path, tmp_path: Path) -> None:
+    for name in ("unfinished/thesis.txt", "unfinished/.thesis.txt.0badf00d.tmp", "unfinished/done/mine", ".mine.tmp"):
+        out = tmp_path / name.replace("/", "-") / "p"
+        (out / name).parent.mkdir(parents=True)
+        (out / name).write_text("mine")
+        with pytest.raises(UsageError, match="is not a pack"):
+            make(a_store, out)
+        assert (out / name).read_text() == "mine"
+    out = tmp_path / "p"
+    (out / "unfinished").mkdir(parents=True)
+    ours = (out / "unfinished" / ".plan.json.0badf00d.tmp", out / "unfinished" / "lock")
+    for file in ours:
+        file.touch()
+    with mock.patch.object(store.pack, "_make", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        make(a_store, out)
+    plan = PackFolder(PackPlan(open_store(a_store), PackSettings(store=a_store, out=out, seed=1)), out, None)
+    plan.begin({})
+    assert not ours[0].exists()
+    (out / ".mine.tmp").touch()
+    (out / ".x.tmp").mkdir()
+    (out / "unfinished" / "mine").touch()
+    make(a_store, out)
+    assert (out / ".mine.tmp").exists() and (out / ".x.tmp").is_dir()
+    assert [file.name for file in (out / "unfinished").iterdir()] == ["mine"]
+
+
+def test_units_without_rows_take_neither_memory_nor_scratch(tmp_path: Path) -> None:
+    path = toy_store(tmp_path / "s", n_images=24, sites=("img_0",), img_tokens=4, d_model=64, chunk_images=1)
+    plan = PackPlan(open_store(path), PackSettings(store=path, out=tmp_path / "p", split="val"))
+    budget = Budget(plan, 10**9, lanes=2)
+    every = plan.rows["img"].unit_rows.reshape(-1)
+    units = budget.units("img")
+    assert len(units) < len(every) / 2 and units.sum() == every.sum() and (units > 0).all()
+    reading = Reading(plan, plan.sites[0], (1, 3), lambda count: np.empty(count, np.uint8), lambda _count: None)
+    reading.fill(1)
+    assert len(reading.sums) == 2 and reading.sums.any(axis=(1, 2, 3)).all() and len(reading.tokens) == units[1:3].sum()
+    assert _runs(np.array([5, 1, 1, 1, 9, 2]), 6) == ((0, 2), (2, 4), (4, 5), (5, 6))
+
+
+def test_scratch_files_elsewhere_go_when_scratch_is_another(
+    large: tuple[Path, dict[str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path, expected = large
+    with monkeypatch.context() as patch:
+        killed_after(20, patch)
+        with pytest.raises(KeyboardInterrupt):
+            make(path, tmp_path / "p", shard_mb=1, memory="9MB", scratch=tmp_path / "a")
+    assert [file.name for file in (tmp_path / "a").glob("granary-pack-*/*.json")] == ["mark.json"]
+    make(path, tmp_path / "p", shard_mb=1, memory="9MB", scratch=tmp_path / "b")
+    assert f"left at {tmp_path / 'a'}/granary-pack-" in capsys.readouterr().out
+    assert digests(tmp_path / "p") == expected
+    assert not list((tmp_path / "a").iterdir()) and not list((tmp_path / "b").iterdir())
+
+
+def test_a_file_where_a_folder_is_wanted_is_said_before_anything_is_written(a_store: Path, tmp_path: Path) -> None:
+    (file := tmp_path / "file").touch()
+    for changes, reason in (
+        ({"out": file / "p"}, r"--out .*file is a file"),
+        ({"out": tmp_path / "p", "scratch": file}, r"--scratch .*file is a file"),
+    ):
+        with pytest.raises(UsageError, match=reason):
+            make(a_store, **changes)
+    assert not (tmp_path / "p").exists()
 
 
 def test_two_processes_do_not_make_one_pack(a_store: Path, tmp_path: Path) -> None:
@@ -345,7 +416,9 @@ def test_a_disk_that_fills_up_is_said_and_nothing_is_lost(
 
     with monkeypatch.context() as patch:
         patch.setattr(store.packing.sink.os, "write", full)
-        with pytest.raises(StoreError, match=r"disk of .* is full\. What is finished is kept"):
+        with pytest.raises(
+            StoreError, match=r"disk of the scratch files, .*unfinished/scratch, is full\. What is finished is kept"
+        ):
             make(path, tmp_path / "p", shard_mb=1, memory="9MB")
     assert digests(make(path, tmp_path / "p", shard_mb=1, memory="9MB").path) == expected
 

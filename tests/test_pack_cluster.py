@@ -10,14 +10,19 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 
+from store import Site, open_store
 from store.errors import MismatchError, NonFiniteError, UnreachableError, UsageError
 from store.pack import PackSettings, run
 from store.packing import cluster
 from store.packing.cluster import ClusterCrew, Job
 from store.packing.courier import probe, sources_of
+from store.packing.plan import PackPlan
+from store.packing.tasks import Task
 from store.shards import open_pack
 from tests.test_pack import digests
 from tests.toy_stores import toy_store
@@ -101,7 +106,10 @@ def test_a_worker_of_another_version_or_without_our_files_is_refused(
             {"sources": None, "error": "No module named 'store'"},
             r"worker tcp://w:1 cannot import .*No module named 'store'",
         ),
-        ({"sources": "0" * 64}, r"tcp://w:1 runs another version of Granary, at .*store.*same packages"),
+        (
+            {"sources": "0" * 64},
+            r"tcp://w:1 has loaded another version of Granary, at .*store: restart the workers.*same packages",
+        ),
         ({"files": {**true["files"], str(mark): None}}, r"does not see .*plan\.json: .*under the same paths"),
         ({"files": {**true["files"], str(mark): "0"}}, r"sees another file at .*plan\.json"),
     ):
@@ -120,6 +128,53 @@ def test_a_job_finds_out_for_itself_that_it_came_to_the_wrong_place(
         cluster._hands(Job(settings, 10**9, "key", "0" * 64))
     with pytest.raises(MismatchError, match="another store"):
         cluster._hands(Job(settings, 10**9, "key", sources_of(ROOT / "store")))
+
+
+def test_a_cluster_that_lost_its_workers_is_given_up(
+    alone: tuple[Path, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = PackSettings(store=alone[0], out=tmp_path / "p", scheduler="tcp://127.0.0.1:9")
+    crew = ClusterCrew(Job(settings, 10**9, "key", cluster.SOURCES), lambda _count: None, len)
+    monkeypatch.setattr(cluster, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(cluster, "ALONE_SECONDS", 0.05)
+    monkeypatch.setattr(cluster, "PROBE_SECONDS", 0.05)
+    never = SimpleNamespace(key="k", add_done_callback=lambda _call: None)
+    crew.client = SimpleNamespace(
+        scheduler_info=lambda n_workers: {"workers": {}}, submit=lambda *_, pure: never, run=lambda *_: time.sleep(1)
+    )
+    with pytest.raises(UnreachableError, match=r"all workers are gone.*dask worker tcp://"):
+        list(crew.do([Task("whole", Site.parse("img_0"))], 1))
+    for failure in (OSError("closed"), RuntimeError("loop is closed"), TimeoutError("late")):
+        crew.client.scheduler_info = mock.Mock(side_effect=failure)
+        with pytest.raises(UnreachableError, match=str(failure)):
+            crew._workers()
+    (tmp_path / "p" / "unfinished").mkdir(parents=True)
+    (tmp_path / "p" / "unfinished" / "plan.json").touch()
+    with pytest.raises(UnreachableError, match="no answer within"):
+        crew._refuse_strangers()
+    late = SimpleNamespace(exception=lambda: ModuleNotFoundError("No module named 'store'"))
+    with pytest.raises(MismatchError, match=r"came late cannot import.*No module named 'store'.*restart"):
+        crew._result(late, Task("whole", Site.parse("img_0")))
+
+
+def test_a_worker_holds_one_room_whatever_its_threads_and_gives_it_back(
+    alone: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    settings = PackSettings(store=alone[0], out=tmp_path / "p")
+    job = cluster.job_of(PackPlan(open_store(alone[0]), settings), 10**9)
+    hands = cluster._hands(job)
+    rooms = [hands._room(100)]
+    (other := threading.Thread(target=lambda: rooms.append(hands._room(100)))).start()
+    other.join()
+    assert np.shares_memory(*rooms) and cluster._hands(job) is hands
+    with cluster._one_at_a_time:
+        cluster.end(job)  # a task is being done: the memory goes with its end
+        assert job in cluster._held
+    cluster._forget_ended()
+    assert not cluster._held
+    cluster._hands(job)
+    cluster.end(job)
+    assert not cluster._held
 
 
 def start(words: list[str]) -> "subprocess.Popen[str]":

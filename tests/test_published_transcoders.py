@@ -1,5 +1,6 @@
 """Code written for the published transcoders runs on ours with another import line, from a folder or from the hub."""
 
+import errno
 import fnmatch
 import shutil
 from pathlib import Path
@@ -174,6 +175,55 @@ def test_all_dictionaries_of_a_folder_on_the_hub_load(as_path: bool, hub: list[d
     assert all(name.startswith("ours/") for name in hub[0]["files"] + hub[1]["files"])
     with pytest.raises(UsageError, match="there is no folder"):
         found("hf://owner/name/nothing")
+
+
+def test_of_a_folder_on_the_hub_only_the_sites_asked_for_are_fetched(hub: list[dict[str, Any]]) -> None:
+    place, sites = "hf://owner/name/temporal-aware-transcoders", [Site.parse("img_1"), Site.parse("txt_2")]
+    assert [d.name for d in load_dictionaries(place, sites)] == ["transcoder_img_1", "transcoder_txt_2"]
+    assert hub[0]["files"] == [f"temporal-aware-transcoders/transcoder_{site}.pt" for site in sites]
+    for folder in ("ours", "ours/transcoder_img_3"):  # also one that is itself a dictionary
+        (found,) = load_dictionaries(f"hf://owner/name/{folder}", [Site.parse("img_3")])
+        assert found.name == "transcoder_img_3"
+    with pytest.raises(UsageError, match="no dictionary of img_9"):
+        load_dictionaries(place, [Site.parse("img_9")])
+
+
+@pytest.mark.parametrize(
+    ("address", "revision", "pattern"),
+    [
+        ("hf://owner/name@refs/pr/1/ours", "refs/pr/1", "ours/*"),
+        ("hf://owner/name@refs/convert/parquet", "refs/convert/parquet", "*"),
+        ("hf:/owner/name@main/a/b/", "main", "a/b/*"),
+    ],
+)
+def test_a_revision_of_the_hub_may_be_a_reference_with_slashes(
+    address: str, revision: str, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def snapshot_download(repo_id: str, **asked: Any) -> str:
+        assert (repo_id, asked) == ("owner/name", {"revision": revision, "allow_patterns": [pattern]})
+        return "cache"
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert fetch(address) == Path("cache") / pattern.rstrip("*")
+
+
+@pytest.mark.parametrize("raised", [OSError(errno.ENOSPC, "No space left on device"), TypeError("ours")])
+def test_a_full_disk_or_a_fault_of_ours_is_not_blamed_on_the_hub(
+    raised: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> str:
+        raise raised
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
+    with pytest.raises(type(raised)) as found:
+        fetch("hf://owner/name")
+    assert found.value is raised
+
+
+@pytest.mark.parametrize("kind", ["datasets", "spaces"])
+def test_a_data_set_or_space_on_the_hub_is_refused(kind: str) -> None:
+    with pytest.raises(UsageError, match=f"one of the hub's {kind}: dictionaries are fetched from model repositories"):
+        fetch(f"hf://{kind}/owner/name/folder")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from store.shards import open_pack
 from store.sites import Site
 from tests.small_training import Packs, command_line, digests, leave_out_pictures, small_packs, small_run
 from tests.test_train_models import everything
+from tests.test_train_resume import step_of
 from train import load_dictionary
 from train.dictionaries.checkpoint import RESUME
 from train.dictionaries.dictionary import build
@@ -147,6 +149,21 @@ def test_a_rank_that_is_killed_ends_the_run_and_the_same_world_ends_in_the_same_
     assert len(folders) == 9
     for folder in folders:
         assert digests(tmp_path / "killed" / folder) == digests(tmp_path / "whole" / folder)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_all_that_share_rows_at_one_step(packs: Packs, tmp_path: Path) -> None:
+    flags = command_line(packs, tmp_path / "out", parallel="rows", epochs=2000, batch=128, checkpoint_steps=20)
+    running = torchrun(flags)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not list((tmp_path / "out").rglob(RESUME)):
+        time.sleep(0.02)
+    os.kill(process_of_rank(running, 1), signal.SIGTERM)
+    code, _, err = finished(running)
+    said = re.findall(r"error: (stopped by SIGTERM at step [\d,]+ of .*)", err)
+    assert code != 0 and len(said) == 2 and len(set(said)) == 1 and "the state of 1 models of img_0 is saved" in said[0]
+    (path,) = (tmp_path / "out").rglob(RESUME)
+    assert f"at step {step_of(path):,} of" in said[0]
 
 
 def test_who_waits_for_a_rank_that_failed_or_fell_silent_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -205,6 +205,19 @@ def test_the_front_holds_whom_no_other_of_its_site_and_kind_beats() -> None:
     assert 0 < sum(found) < len(found)
 
 
+def test_dictionaries_measured_on_different_rows_are_not_compared_and_the_table_says_so() -> None:
+    good, bad = made(l0=2, fvu=0.1), made(l0=4, fvu=0.3, seed=1)
+    assert on_front([good, bad], "all") == [True, False] and "measured on" not in table([good, bad])
+    with_titles = pareto([good, bad])
+    for key, value in (("pack", "sha256-0123456789"), ("targets", "recomputed")):
+        other = made(l0=4, fvu=0.3, seed=1)
+        assert other.metrics is not None
+        other.metrics = {**other.metrics, key: value}
+        assert on_front([good, other], "all") == [True, True]
+        assert "measured on" in table([good, other]) and value.removeprefix("sha256-")[:8] in table([good, other])
+        assert pareto([good, other]) != with_titles
+
+
 # the table
 
 

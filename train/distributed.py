@@ -51,7 +51,11 @@ class Ranks:
     here: int = 1
     """ranks on this machine, which share its memory"""
     parallel: Parallel = "models"
+    launched: bool = False
+    """whether torchrun, or somebody like it, started this process"""
     _store: Any = None
+    _flags: Any = None
+    """the group in which the CPU asks the others something, without waiting for the device"""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
@@ -61,7 +65,13 @@ class Ranks:
         rank, local = _number("RANK", 0), _number("LOCAL_RANK", 0)
         if not 0 <= rank < size:
             raise UsageError(f"RANK is {rank} of WORLD_SIZE {size}: start the processes with torchrun, which sets both")
-        return cls(rank, size, local, _number("LOCAL_WORLD_SIZE", 1))
+        absent = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if size > 1 and absent:
+            raise UsageError(
+                f"WORLD_SIZE is {size} and the environment has no {', '.join(absent)}: start the processes with torchrun, which sets "
+                "them all, or unset WORLD_SIZE"
+            )
+        return cls(rank, size, local, _number("LOCAL_WORLD_SIZE", 1), launched="WORLD_SIZE" in os.environ)
 
     @property
     def first(self) -> bool:
@@ -103,6 +113,8 @@ class Ranks:
                         timeout=timedelta(seconds=COLLECTIVE_SECONDS),
                         device_id=device if device.type == "cuda" else None,
                     )
+                    if device.type == "cuda":
+                        self._flags = dist.new_group(backend="gloo")
             yield
             self.wait("the end")
         except BaseException as error:
@@ -114,7 +126,7 @@ class Ranks:
             heart.join()
             if dist.is_initialized():
                 dist.destroy_process_group()
-            self._store = None
+            self._store = self._flags = None
 
     def wait(self, where: str) -> None:
         """Go on when every rank has come here; `LostRankError` when one has failed or says nothing any more."""
@@ -142,6 +154,15 @@ class Ranks:
         if self.sharers > 1:
             with self._watched("while counters were added up"):
                 dist.all_reduce(tensor)
+
+    def greatest(self, number: int) -> int:
+        """The greatest of the numbers that the ranks which share batches give here."""
+        if self.sharers == 1:
+            return number
+        found = torch.tensor(number)
+        with self._watched("between two steps"):
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=self._flags)
+        return int(found)
 
     def copy_of_first(self, tensors: Iterable[Tensor]) -> None:
         """Give the tensors of rank 0 to all that share batches, in place."""

@@ -4,8 +4,9 @@ With one model a site (and kind) the folders are OUT/transcoder_img_6/.  With se
 them, such as OUT/l1-0.0003_seed-1/transcoder_img_6/: it holds the same model at all sites, as `--dictionaries` wants it.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,12 +16,12 @@ import yaml
 
 from store.errors import UsageError
 from store.shards import Pack
-from store.sites import Site, Stream, choose_sites
+from store.sites import Point, Site, Stream, choose_sites
 from train.dictionaries.config import DictionaryConfig, Parent
-from train.recipe import L1_OF_RECORD, Autocast, Recipe
-from train.settings import COUNTED, SWEPT, TrainSettings, coerced, combinations
+from train.recipe import COUNTED, DEFAULTS, L1_OF_RECORD, Autocast, Recipe, idle
+from train.settings import SWEPT, TrainSettings, coerced, combinations, flag, listed
 
-DEFAULTS: Mapping[str, Any] = MappingProxyType({f.name: f.default for f in fields(Recipe)} | {"l1": None})
+UNNAMED: Mapping[str, Any] = MappingProxyType({**DEFAULTS, "l1": None})
 """what a folder does not name"""
 
 
@@ -40,6 +41,11 @@ class Model:
         return self.folder.as_posix()
 
 
+def points_of(models: Sequence[Model]) -> tuple[Point, ...]:
+    """The points that some of the models read or write, each once."""
+    return tuple(dict.fromkeys(p for m in models for p in (m.config.input_point, m.config.target_point)))
+
+
 def models_of(settings: TrainSettings, pack: Pack, world: int = 1) -> tuple[Model, ...]:
     """The models of a run, site by site.
 
@@ -47,37 +53,53 @@ def models_of(settings: TrainSettings, pack: Pack, world: int = 1) -> tuple[Mode
     that contradict each other, and two models that are the same.
     """
     sites = choose_sites(settings.sites, pack.sites, str(pack.path))
-    entries = entries_of(settings)
+    places, entries = entries_of(settings)
     labels = labels_of(entries)
     device = device_of(settings)
     models = []
     for site in sites:
-        for entry, label in zip(entries, labels, strict=True):
-            recipe = recipe_of(entry, site.stream, device)
-            config = config_of(recipe, pack, site, training_of(settings, recipe, device, world))
+        for place, entry, label in zip(places, entries, labels, strict=True):
+            with _said_where(place):
+                recipe = recipe_of(entry, site.stream, device)
+                config = config_of(recipe, pack, site, training_of(settings, recipe, device, world))
             models.append(Model(site, recipe, Path(label) / config.name, config))
     _refuse_twins(models)
     return tuple(models)
 
 
-def entries_of(settings: TrainSettings) -> list[dict[str, Any]]:
-    """The models of one site as values of `Recipe`'s fields; l1 may be None, the default of the site's stream."""
-    choices = settings.choices()
+def entries_of(settings: TrainSettings) -> tuple[list[str], list[dict[str, Any]]]:
+    """The models of one site: where each was asked for ("" by flags), and its values of `Recipe`'s fields.
+
+    l1 may be None, the default of the site's stream.
+    """
+    choices, by_hand = settings.choices(), settings.by_hand()
     if settings.models is None:
-        return list(combinations(choices))
+        entries = list(combinations(choices, by_hand))
+        return [""] * len(entries), entries
+    places: list[str] = []
     found: list[dict[str, Any]] = []
     for number, mapping in enumerate(_read(settings.models), start=1):
-        try:
+        place = f"{settings.models}, model {number}"
+        with _said_where(place):
             given = {name: _values(name, value) for name, value in mapping.items()}
-            if given.get("activation") and "k" not in given and not set(given["activation"]) & set(COUNTED):
-                given["k"] = (None,)  # the flag's k is for the others
-            entries = list(combinations({**choices, **given}))
+            entries = list(combinations({**choices, **given}, given))  # a flag's k is for those that need one
             for entry in entries:
                 recipe_of(entry, "img", torch.device("cpu"))
-        except UsageError as error:
-            raise UsageError(f"{settings.models}, model {number}: {error}") from None
         found += entries
-    return found
+        places += [place] * len(entries)
+    for name in by_hand:
+        if all(name in idle(entry) for entry in found):
+            raise UsageError(f"{flag(name)} means nothing for any model of {settings.models}: leave it out")
+    return places, found
+
+
+@contextlib.contextmanager
+def _said_where(place: str) -> Iterator[None]:
+    """A `UsageError` inside names the place in the list of models; "" for none."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{place}: {error}" if place else str(error)) from None
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -85,6 +107,8 @@ def _read(path: Path) -> list[dict[str, Any]]:
         content = yaml.safe_load(path.read_bytes())
     except FileNotFoundError:
         raise UsageError(f"there is no file {path}: --models names a YAML list of models") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}): --models names a YAML list of models") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is no YAML: {error}") from None
     if not isinstance(content, list) or not content or not all(isinstance(one, dict) for one in content):
@@ -100,9 +124,8 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _values(name: str, given: Any) -> tuple[Any, ...]:
-    if name in SWEPT:
-        words = given.split(",") if isinstance(given, str) else given if isinstance(given, list) else [given]
-        return tuple(coerced(name, word) for word in words)
+    if name in SWEPT and given is not None:
+        return listed(name, given) or (None,)
     return (coerced(name, given),)
 
 
@@ -147,7 +170,7 @@ def device_of(settings: TrainSettings, rank: int = 0) -> torch.device:
 
 def training_of(settings: TrainSettings, recipe: Recipe, device: torch.device, world: int) -> dict[str, Any]:
     """What `config.json` says of the training: all that decides the weights beside pack and site; no paths."""
-    run = {name: getattr(settings, name) for name in ("batch", "rows", "epochs", "order_seed", "log_steps", "compile")}
+    run = {name: getattr(settings, name) for name in ("batch", "rows", "epochs", "order_seed", "log_steps")}
     threads = settings.threads or torch.get_num_threads()
     return {**recipe.to_json(), **run, "threads": threads, "world": world, "device": device.type}
 
@@ -182,7 +205,7 @@ def labels_of(entries: Sequence[Mapping[str, Any]]) -> list[str]:
         peers = [other for other in entries if other["kind"] == entry["kind"]]
         varying = [name for name in entry if name != "kind" and len({other[name] for other in peers}) > 1]
         named = [
-            name for name in varying if (name in SWEPT and entry[name] is not None) or entry[name] != DEFAULTS[name]
+            name for name in varying if (name in SWEPT and entry[name] is not None) or entry[name] != UNNAMED[name]
         ]
         labels.append("_".join(f"{name}-{_text(entry[name])}" for name in named) or ("plain" if varying else ""))
     return labels

@@ -6,22 +6,28 @@ Memory is estimated: weights, gradients and AdamW's moments are counted, activat
 
 import contextlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from store.errors import StoreError, UsageError
 from store.shards import Pack, shard_file
+from store.sites import Point, Site
 from store.sizes import human_size
 from train.dictionaries.checkpoint import RESUME, progress_bytes
 from train.dictionaries.dictionary import build
 from train.distributed import Ranks
 from train.learning.learner import Group
-from train.models import Model
+from train.models import Model, points_of
+from train.rows.read_ahead import in_order
+from train.rows.recompute import ROWS_AT_ONCE, ROWS_ON_DEVICE, Recompute
 from train.settings import TrainSettings
 
+AHEAD = 10**9
+"""bytes of shards that a `Loader` holds, by its default"""
 MATRICES = 4
 """(batch, n_features) matrices alive at once in a step: pre-activations, activations and a gradient of each"""
 SHOWN = 12
@@ -77,7 +83,9 @@ class GroupPlan:
     group: Group
     needs: dict[str, Need]
     buffers: int
-    """two shards: the one that is read from and the one that is read ahead"""
+    """in RAM: the shard that is read from and, where the loader reads ahead, the next one"""
+    recomputing: int
+    """the MLP that recomputes targets, and its hidden layer"""
     read: int
     """of the site, as often as its rows are seen"""
     checkpoints: int
@@ -88,10 +96,14 @@ class GroupPlan:
         """The plan of one group."""
         course, every = group.course, settings.checkpoint_steps
         shards = [pack.files[shard_file(group.site, shard.index)]["bytes"] for shard in pack.shards(group.site)]
+        ahead = len(shards) > 1 and 2 * max(shards) <= AHEAD
+        recomputes = any(point not in pack.points for point in points_of(group.models))
+        at_once = ROWS_AT_ONCE if course.device.type == "cpu" else ROWS_ON_DEVICE
         return cls(
             group,
             {model.name: Need.of(model, settings.batch) for model in group.models},
-            2 * max(shards),
+            max(shards) * (2 if ahead else 1),
+            4 * (8 * pack.d_model**2 + 2 * 4 * pack.d_model * at_once) if recomputes else 0,
             round(sum(shards) * course.steps * course.batch / pack.rows(group.site)),
             (course.steps - 1) // every + (course.steps > every),
         )
@@ -108,8 +120,15 @@ class GroupPlan:
 
     @property
     def memory(self) -> int:
-        """On the device; on the CPU with the rows that are read."""
-        return self.lasting + self.passing + (self.buffers if self.group.course.device.type == "cpu" else 0)
+        """On the device; on the CPU with all that lies in RAM."""
+        device = self.lasting + self.passing + self.recomputing
+        return device + (self.ram if self.group.course.device.type == "cpu" else 0)
+
+    @property
+    def ram(self) -> int:
+        """In RAM beside weights and moments: rows, and what is copied there while a state or a dictionary is saved."""
+        on_device = self.group.course.device.type == "cuda"
+        return self.buffers + max(need.checkpoint if on_device else need.weights for need in self.needs.values())
 
     @property
     def states(self) -> int:
@@ -151,7 +170,8 @@ def _lines(settings: TrainSettings, models: Sequence[Model], plans: Sequence[Gro
         f"  steps        {' to '.join(f'{count:,}' for count in (steps if len(steps) == 1 else (steps[0], steps[-1])))} of "
         f"{course.batch:,} rows; {max(plan.checkpoints for plan in plans)} checkpoints of each model",
         f"  memory       about {human_size(largest.memory)} of {course.device}: {human_size(largest.lasting)} weights and moments, "
-        f"{human_size(largest.passing)} gradients and activations, {human_size(largest.buffers)} rows in RAM; {free}",
+        f"{human_size(largest.passing)} gradients and activations, {human_size(largest.recomputing)} recomputing targets, "
+        f"{human_size(largest.ram)} in RAM for rows and saving; {free}",
         f"  disk         {human_size(_disk(plans))} in {settings.out}, {human_size(_free(settings.out))} are free",
         *_long_warmups(plans),
     ]
@@ -177,8 +197,15 @@ def _many(count: int, what: str) -> str:
 def _refuse_memory(plan: GroupPlan, ranks: Ranks) -> None:
     group = plan.group
     there = _available(group.course.device, ranks)
+    fewer = f"--together {len(group.models) // 2}, " if len(group.models) > 1 else ""
+    if group.course.device.type == "cuda":
+        free = _available(torch.device("cpu"), ranks)
+        if free is not None and plan.ram > free:
+            raise UsageError(
+                f"rows and the copy of a state while it is saved need about {human_size(plan.ram)} of RAM and {human_size(free)} are "
+                "free: use a smaller --expansion, or a pack of smaller shards"
+            )
     if there is not None and plan.memory > there:
-        fewer = f"--together {len(group.models) // 2}, " if len(group.models) > 1 else ""
         raise UsageError(
             f"{_many(len(group.models), 'model')} of {group.site} at once need about {human_size(plan.memory)} and "
             f"{human_size(there)} are free on {group.course.device}: use {fewer}a smaller --batch or --expansion"
@@ -223,3 +250,13 @@ def _available(device: torch.device, ranks: Ranks) -> int | None:
             found, limit - used + int(words[words.index("file") + 1])
         )  # what files occupy is given back when asked for
     return found // ranks.here
+
+
+def check_rows(val: Pack, wanted: Mapping[Site, Sequence[Point]]) -> None:
+    """Read the held-out rows once, before the first step: `NonFiniteError` or `DamagedError` then, and not after hours."""
+    rows = sum(val.rows(site) for site in wanted)
+    with tqdm(total=rows, unit="row", unit_scale=True, desc="held-out rows", mininterval=0.5) as bar:
+        for site, points in wanted.items():
+            columns = Recompute(val, site).columns(points)
+            for shard, _ in in_order(val.shards(site), columns):
+                bar.update(shard.rows)

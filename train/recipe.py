@@ -23,6 +23,12 @@ Autocast = Literal["none", "bfloat16"]
 RecipeName = Literal["difract", "flux-sae"]
 
 L1_OF_RECORD = {"img": 3e-4, "txt": 5e-5, "joint": 3e-4}
+GREATEST = 2**63 - 1
+"""of any whole number: what torch counts with"""
+WIDEST = 65_536
+"""expansion and time_embed_dim at most: far beyond what any memory holds"""
+COUNTED = ("topk", "batchtopk")
+"""the activations that need a k"""
 
 
 @dataclass(frozen=True)
@@ -44,8 +50,9 @@ class Recipe:
     """a linear path from input to target beside the features"""
     nested: tuple[float, ...] = ()
     """shares of the features, rising and below 1, whose first so many must also explain the target alone (Matryoshka)"""
-    bandwidth: float = 1e-3
-    """jumprelu: width of the rectangle around a threshold through which it gets its gradient"""
+    bandwidth: float = 0.1
+    """jumprelu: width of the rectangle around a threshold through which it gets its gradient; the paper's 1e-3 is for inputs of
+    unit norm"""
     loss: LossName = "record"
     decoder_bias: Literal["zero", "mean"] = "zero"
     """where the decoder's bias (or pre_bias) starts"""
@@ -75,6 +82,10 @@ class Recipe:
     """decides the initial weights, and which rows dead features are resampled from"""
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            value, most = getattr(self, f.name), WIDEST if f.name in ("expansion", "time_embed_dim") else GREATEST
+            if isinstance(value, int) and value > most:
+                raise UsageError(f"--{f.name.replace('_', '-')} {value} must be at most {most}")
         for name in ("expansion", "lr", "k", "aux_k", "dead_rows", "resample_rows", "bandwidth", "clip"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -82,11 +93,13 @@ class Recipe:
         for name in ("l1", "lr_warmup_rows", "l1_warmup_rows", "seed", "aux_weight", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)} must not be negative")
-        counted = self.activation in ("topk", "batchtopk")
-        if counted and self.k is None:
+        if self.activation in COUNTED and self.k is None:
             raise UsageError(f"--activation {self.activation} needs --k: how many features may be active on a row")
-        if not counted and self.k is not None:
-            raise UsageError(f"--k {self.k} means nothing with --activation {self.activation}: add --activation topk")
+        for name, (idle_with, remedy) in idle(vars(self)).items():
+            if getattr(self, name) != DEFAULTS[name]:
+                raise UsageError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)} means nothing with {idle_with}: add {remedy}"
+                )
         if list(self.nested) != sorted({share for share in self.nested if 0 < share < 1}):
             raise UsageError(
                 f"--nested {self.nested} must be rising shares of the features between 0 and 1, such as 0.125,0.5"
@@ -96,6 +109,32 @@ class Recipe:
         """As `config.json` and the log say it."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {**values, "nested": list(self.nested)}
+
+
+DEFAULTS: Mapping[str, Any] = MappingProxyType({f.name: f.default for f in fields(Recipe)})
+"""the recipe of record"""
+
+
+def idle(values: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """The fields of `Recipe` that decide nothing beside the others: name -> (because of what, what would make it count).
+
+    `values` may have l1 None, the default of the site's stream.
+    """
+    activation, dead, counted = values["activation"], values["dead"], values["activation"] in COUNTED
+    found: dict[str, tuple[str, str]] = {}
+    if not counted:
+        found["k"] = f"--activation {activation}", "--activation topk"
+    if activation != "jumprelu":
+        found["bandwidth"] = f"--activation {activation}", "--activation jumprelu"
+    if dead == "none":
+        found["dead_rows"] = "--dead none", "--dead auxk"
+    if dead != "auxk":
+        found["aux_k"] = found["aux_weight"] = f"--dead {dead}", "--dead auxk"
+    if dead not in ("resample", "flux-sae"):
+        found["resample_rows"] = f"--dead {dead}", "--dead resample"
+    if values["l1"] == 0 or (values["l1"] is None and counted):
+        found["l1_warmup_rows"] = "--l1 0", "--l1 with a weight"
+    return found
 
 
 RECIPES: Mapping[RecipeName, Mapping[str, Any]] = MappingProxyType(

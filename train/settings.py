@@ -5,7 +5,7 @@ differ between models is said in `--models FILE.yaml`, a list of mappings of the
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
@@ -17,12 +17,23 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from store.errors import UsageError
-from train.recipe import RECIPES, Dead, LossName, Recipe, RecipeName, Schedule
+from train.recipe import (
+    COUNTED,
+    DEFAULTS,
+    GREATEST,
+    L1_OF_RECORD,
+    RECIPES,
+    Dead,
+    LossName,
+    Recipe,
+    RecipeName,
+    Schedule,
+    idle,
+)
 
 SWEPT = ("kind", "activation", "k", "l1", "expansion", "lr", "seed")
 """what takes a comma list, in the order in which models are made and named"""
-COUNTED = ("topk", "batchtopk")
-"""the activations that need a k"""
+MOST_THREADS = 65_536
 
 _HINTS = get_type_hints(Recipe)
 _NAMES = tuple(f.name for f in fields(Recipe))
@@ -69,21 +80,22 @@ class TrainSettings:
     k: Annotated[Whole, _words("INT[,INT...]")] = None
     """with topk, batchtopk: active features a row"""
     l1: Annotated[Numbers, _words("FLOAT[,FLOAT...]")] = None
-    """weight of the sparsity term; default 3e-4 (img) and 5e-5 (txt), with topk and batchtopk none"""
+    """weight of the sparsity term, with jumprelu that of the mean L0; default 3e-4 (img) and 5e-5 (txt), with topk and
+    batchtopk none"""
     expansion: Annotated[Whole, _words("INT[,INT...]")] = None
     """features for each channel: n_features = expansion * d_model; default 16 (difract), 4 (flux-sae)"""
     lr: Annotated[Numbers, _words("FLOAT[,FLOAT...]")] = None
     """learning rate of AdamW; default 2e-4 (difract), 1e-3 (flux-sae)"""
     seed: Annotated[Whole, _words("INT[,INT...]")] = None
     """decides the initial weights; default 0"""
-    time_embed_dim: int | Literal["recipe"] | None = "recipe"
+    time_embed_dim: Annotated[int | str | None, _words("INT|none")] = "recipe"
     """width of the embedding of sigma; none: not conditioned on the denoising step; default 256 (difract), none (flux-sae)"""
     skip: bool = False
     """a linear path from input to target beside the features"""
     nested: Annotated[Numbers, _words("FLOAT[,FLOAT...]")] = None
     """shares of the features, such as 0.125,0.5, whose first so many must also explain the target alone (Matryoshka)"""
     bandwidth: float | None = None
-    """with jumprelu: width of the rectangle through which thresholds get their gradient; default 1e-3"""
+    """with jumprelu: width of the rectangle through which thresholds get their gradient; default 0.1 (the paper has 1e-3, for inputs of unit norm)"""
     loss: LossName | None = None
     """record: squared residual over the batch's variance, + l1 * mean sum |z| (difract); mse: per element, + l1 * mean |z|"""
     decoder_bias: Literal["zero", "mean"] | None = None
@@ -125,8 +137,6 @@ class TrainSettings:
     """how many models of a site are trained at once on one read, each with its weights and moments in memory; default all"""
     device: str | None = None
     """cuda, cuda:1, cpu; default: cuda where there is one"""
-    compile: bool = False
-    """torch.compile of the loss of each model: a minute of compiling, and other bits than without"""
     parallel: Literal["models", "rows"] | None = None
     """under torchrun: each rank its share of the models, or all ranks each model, a batch each with gradients averaged.
     Default: models where there are at least as many as ranks"""
@@ -141,13 +151,18 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         for name in SWEPT:
-            object.__setattr__(self, name, _listed(name, getattr(self, name)))
+            object.__setattr__(self, name, listed(name, getattr(self, name)))
+        if self.time_embed_dim != "recipe":
+            object.__setattr__(self, "time_embed_dim", coerced("time_embed_dim", self.time_embed_dim))
         if self.nested is not None:
             object.__setattr__(self, "nested", coerced("nested", self.nested))
         for name in ("epochs", "rows", "batch", "threads", "log_steps", "checkpoint_steps", "together"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UsageError(f"{flag(name)} {value} must be positive")
+            most = MOST_THREADS if name == "threads" else GREATEST
+            if value is not None and value > most:
+                raise UsageError(f"{flag(name)} {value} must be at most {most}")
         if self.order_seed < 0:
             raise UsageError(f"--order-seed {self.order_seed} must not be negative")
         if self.val is not None and self.val == self.pack:
@@ -158,32 +173,47 @@ class TrainSettings:
             except RuntimeError:
                 raise UsageError(f"--device {self.device!r} is no device: write cpu, cuda or cuda:1") from None
         if self.models is None:
-            for values in combinations(self.choices()):
-                Recipe(**{**values, "l1": values["l1"] or 0.0, "autocast": "none"})  # refuses what cannot be
+            for values in combinations(self.choices(), self.by_hand()):
+                l1 = (
+                    L1_OF_RECORD["img"]
+                    if values["l1"] is None and values["activation"] not in COUNTED
+                    else values["l1"]
+                )
+                Recipe(**{**values, "l1": l1 or 0.0, "autocast": "none"})  # refuses what cannot be
+
+    @property
+    def runs(self) -> Path:
+        """`OUT.runs`, the folder beside OUT with what is said of a run and not of a dictionary."""
+        out = self.out.resolve() if self.out.name in ("", "..") else self.out  # `--out .` has a name, too
+        return out.with_name(out.name + ".runs")
 
     def choices(self) -> dict[str, tuple[Any, ...]]:
         """The values of every field of `Recipe`: given by hand, else the recipe's, else the default; l1 None by default."""
         values: dict[str, tuple[Any, ...]] = {f.name: (f.default,) for f in fields(Recipe)}
         values |= {"l1": (None,)} | {name: (value,) for name, value in RECIPES[self.recipe].items()}
-        default = {f.name: f.default for f in fields(self)}
-        for name in _NAMES:
-            if name in default and (given := getattr(self, name)) != default[name]:
-                values[name] = given if name in SWEPT else (given,)
+        for name in self.by_hand():
+            given = getattr(self, name)
+            values[name] = given if name in SWEPT else (given,)
         return values
 
+    def by_hand(self) -> frozenset[str]:
+        """The fields of `Recipe` that flags give."""
+        default = {f.name: f.default for f in fields(self)}
+        return frozenset(name for name in _NAMES if name in default and getattr(self, name) != default[name])
 
-def combinations(choices: Mapping[str, tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+
+def combinations(choices: Mapping[str, tuple[Any, ...]], by_hand: Collection[str]) -> Iterator[dict[str, Any]]:
     """Every combination of the values of each field.
 
-    A k goes only with the activations that need one: of `--activation relu,topk --k 32,64` there are three models.
+    What decides nothing in one of them, such as a k with relu, is at its default there: of `--activation relu,topk --k 32,64`
+    there are three models.  What was given `by_hand` and decides nothing in any of them stays, and `Recipe` refuses it.
     """
-    counted = any(activation in COUNTED for activation in choices["activation"])
     names = (*SWEPT, *(name for name in choices if name not in SWEPT))
+    every = [dict(zip(names, values, strict=True)) for values in product(*(choices[name] for name in names))]
+    wanted = set.intersection(*(set(idle(found)) for found in every)) & set(by_hand)
     seen = []
-    for values in product(*(choices[name] for name in names)):
-        found = dict(zip(names, values, strict=True))
-        if counted and found["activation"] not in COUNTED:
-            found["k"] = None
+    for found in every:
+        found |= {name: DEFAULTS[name] for name in idle(found) if name not in wanted}
         if found not in seen:
             seen.append(found)
             yield found
@@ -194,7 +224,7 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _listed(name: str, given: Any) -> tuple[Any, ...] | None:
+def listed(name: str, given: Any) -> tuple[Any, ...] | None:
     """The values of a field that a sweep varies, from what was given in Python or as a word."""
     if given is None:
         return None

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -13,22 +14,32 @@ from train.learning.learner import Group
 
 
 @contextmanager
-def stopping_between_steps() -> Iterator[Callable[[], str]]:
-    """Inside, the first SIGINT or SIGTERM is kept for the end of the step: the function yielded names it.  A second one acts at once."""
+def stopping_between_steps(grace: float = 0.0) -> Iterator[Callable[[], int]]:
+    """Inside, the first SIGINT or SIGTERM is kept for the end of the step: the function yielded gives its number, 0 before.
+
+    A second one acts at once.  `grace`: seconds in which it is taken for the first again, because torchrun hands on what the
+    terminal has sent to all already.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: ""
+        yield lambda: 0
         return
-    asked: list[str] = []
+    asked: list[int] = []
+    since = 0.0
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, frame: FrameType | None) -> None:
-        asked.append(signal.Signals(number).name)
-        signal.signal(number, before[signal.Signals(number)])
+        nonlocal since
+        if not asked:
+            since = time.monotonic()
+            asked.append(number)
+        elif time.monotonic() - since >= grace:
+            signal.signal(number, before[signal.Signals(number)])
+            signal.raise_signal(number)
 
     for number in before:
         signal.signal(number, note)
     try:
-        yield lambda: asked[0] if asked else ""
+        yield lambda: asked[0] if asked else 0
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

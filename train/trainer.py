@@ -10,7 +10,11 @@ A model whose loss is no longer a number is given up and the others go on; the r
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import json
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,12 +23,15 @@ from tqdm import tqdm
 from store.errors import Interrupted, MismatchError, NonFiniteError, UsageError
 from store.shards import Pack, open_pack
 from store.sites import Point, Site
+from train.claim import claimed, refuse_place
 from train.dictionaries.checkpoint import (
     CONFIG,
     COVERED,
     RESUME,
+    LogLine,
     check_progress,
     check_whole,
+    clear,
     frozen,
     load_dictionary,
     outline,
@@ -35,8 +42,8 @@ from train.dictionaries.checkpoint import (
 from train.dictionaries.dictionary import Dictionary
 from train.distributed import Parallel, Ranks
 from train.learning.learner import Course, Group, Learner
-from train.models import Model, device_of, models_of
-from train.plan import announce
+from train.models import Model, device_of, models_of, points_of
+from train.plan import announce, check_rows
 from train.results import sweep
 from train.results.evaluate import check_packs, check_sigmas, check_site, evaluate
 from train.results.logs import Logs
@@ -46,6 +53,9 @@ from train.rows.mixing import mixing
 from train.rows.recompute import Recompute
 from train.settings import TrainSettings
 from train.stopping import explained_memory, stopping_between_steps, thread_count
+
+GRACE_SECONDS = 5.0
+"""after a signal, in which a second one to one of several ranks is torchrun handing on the first"""
 
 
 def run(settings: TrainSettings) -> list[Dictionary]:
@@ -63,11 +73,14 @@ def train(settings: TrainSettings) -> tuple[Model, ...]:
     with thread_count(settings.threads):
         training = Training(settings, ranks)
         if not settings.plan:
-            with ranks.joined(training.device):
-                training.run()
-            if ranks.first:
-                training.show()
-            training.complain()
+            with contextlib.ExitStack() as stack:
+                stack.callback(training.complain)  # whatever the table comes to
+                with ranks.joined(training.device):
+                    if ranks.first:
+                        stack.enter_context(claimed(settings.out, settings.runs))
+                    training.run()
+                if ranks.first:
+                    training.show()
     return training.models
 
 
@@ -76,12 +89,14 @@ class Training:
 
     def __init__(self, settings: TrainSettings, ranks: Ranks) -> None:
         self.settings, self.ranks = settings, ranks
-        self.device = device_of(settings, ranks.local)
+        self.device = self._device()
+        refuse_place(settings.out)
         self.pack, self.val = self._packs()
         ranks.parallel = "models" if ranks.size == 1 else settings.parallel or self._suggested()
         self.models = models_of(settings, self.pack, ranks.sharers)
         self.finished = {model.name for model in self.models if self._finished(model)}
         self.loaders: dict[Site, Loader] = {}
+        self._means: dict[tuple[Site, Point], TrainingMeans] = {}
         for site in dict.fromkeys(model.site for model in self.models):
             self._check_site(site, [model for model in self.models if model.site == site])
         mine = [self.models[i] for i in ranks.share(len(self.models)) if self.models[i].name not in self.finished]
@@ -92,14 +107,18 @@ class Training:
                 if model.name in self.finished:
                     print(f"{settings.out / model.folder} is complete already")
         announce(settings, self.pack, self.models, self.groups, ranks)
-        if ranks.first:
-            for site in {group.site.stream: group.site for group in self.groups}.values():  # a stream has one order
-                print(f"{site.stream}: {mixing(self.pack, site, settings.batch, settings.order_seed)}")
         if self.val is None and ranks.first:
             print("no --val pack: the dictionaries are not measured, and their metrics.json says null")
 
     def run(self) -> None:
         """Train what is not finished; models that diverge are given up, and `complain` names them."""
+        if self.ranks.first:
+            for name in self.finished:
+                clear(self.settings.out / name)
+            for site in {group.site.stream: group.site for group in self.groups}.values():  # a stream has one order
+                print(f"{site.stream}: {mixing(self.pack, site, self.settings.batch, self.settings.order_seed)}")
+            if self.val is not None:
+                check_rows(self.val, {group.site: points_of(group.models) for group in self.groups})
         for number, group in enumerate(self.groups):
             with explained_memory(group):
                 GroupTraining(self, group).run()
@@ -109,10 +128,9 @@ class Training:
     def complain(self) -> None:
         """`NonFiniteError` when models were given up."""
         if self.diverged:
-            count = len(self.diverged)
-            raise NonFiniteError(
-                "\n".join([*self.diverged, f"{count} of {len(self.models)} models diverged; the others are done"])
-            )
+            count, of = len(self.diverged), len(self.models)
+            others = "; the others are done" if count < of else ""
+            raise NonFiniteError("\n".join([*self.diverged, f"{count} of {of} models diverged{others}"]))
 
     def show(self) -> None:
         """Print the table of this run's models; write that of all in `--out`, and the pictures, beside them."""
@@ -120,6 +138,33 @@ class Training:
         done = [trained[model.name] for model in self.models if model.name in trained]
         if done:
             print(sweep.text(done))
+            print(f"this table of all in {self.settings.out}, with pictures: {self.settings.out / 'sweep.md'}")
+
+    def reading(self) -> dict[str, Any]:
+        """How every loader of this run reads, beside the site and its points."""
+        ranks = self.ranks
+        rank, world = (ranks.rank, ranks.size) if ranks.sharers > 1 else (0, 1)
+        run = {"batch": self.settings.batch, "seed": self.settings.order_seed}
+        return {**run, "rank": rank, "world": world, "device": self.device}
+
+    def means(self, site: Site, point: Point) -> TrainingMeans:
+        """The means of a point of the training rows; what must be computed for them is computed once in a run."""
+        return self._means.setdefault((site, point), TrainingMeans(self.pack, site, point, self.device))
+
+    def _device(self) -> torch.device:
+        settings, ranks = self.settings, self.ranks
+        if settings.parallel is not None and not ranks.launched:
+            raise UsageError(
+                f"--parallel {settings.parallel} is for several processes: start them with torchrun -m train, or leave it out"
+            )
+        if ranks.size > 1 and settings.device is not None and torch.device(settings.device).index is not None:
+            raise UsageError(
+                f"--device {settings.device} with {ranks.size} ranks: each takes the device of its own number, say --device cuda"
+            )
+        device = device_of(settings, ranks.local)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        return device
 
     def _packs(self) -> tuple[Pack, Pack | None]:
         settings = self.settings
@@ -149,12 +194,7 @@ class Training:
                 Recompute(self.val, site).columns(points_of([model]))  # looks for its MLP
         if self.val is not None:
             check_sigmas(self.pack, self.val, site)
-        settings, ranks = self.settings, self.ranks
-        rank, world = (ranks.rank, ranks.size) if ranks.sharers > 1 else (0, 1)
-        self.loaders[site] = Loader(
-            self.pack, site, points_of(models), settings.batch, settings.order_seed,
-            rank=rank, world=world, device=self.device,
-        )  # fmt: skip
+        self.loaders[site] = Loader(self.pack, site, points_of(models), **self.reading())
         self.loaders[site].check()
 
     def _group(self, models: Sequence[Model]) -> Group:
@@ -169,7 +209,7 @@ class Training:
             )
         return Group(
             site, tuple(models),
-            Course(steps, rows, settings.log_steps, self.device, settings.compile, self.ranks),
+            Course(steps, rows, settings.log_steps, self.device, self.ranks),
         )  # fmt: skip
 
     def _finished(self, model: Model) -> bool:
@@ -190,7 +230,10 @@ class Training:
         if not there <= {RESUME, *COVERED}:
             raise UsageError(f"{folder} exists and is no dictionary of ours: choose another --out, or remove it")
         if RESUME in there:
-            check_progress(folder, model.config)
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # of a training that ends just now; `claimed` says so if it does not
+                check_progress(folder, model.config)
         return False
 
 
@@ -200,8 +243,9 @@ class GroupTraining:
     def __init__(self, training: Training, group: Group) -> None:
         self.training, self.settings, self.group = training, training.settings, group
         self.course, self.ranks = group.course, training.ranks
-        self.means = {point: TrainingMeans(training.pack, group.site, point) for point in points_of(group.models)}
-        self.loader = training.loaders[group.site]
+        points = points_of(group.models)
+        self.means = {point: training.means(group.site, point) for point in points}
+        self.loader = Loader(training.pack, group.site, points, **training.reading())
         self.writes = self.ranks.sharers == 1 or self.ranks.first
 
     def run(self) -> None:
@@ -209,16 +253,15 @@ class GroupTraining:
         folders = {model.name: self.settings.out / model.folder for model in self.group.models}
         for folder in folders.values():
             for leftover in folder.glob(".*.tmp") if self.writes else ():  # of a run that was killed while it wrote
-                leftover.unlink()
+                leftover.unlink(missing_ok=True)
         learners = [
             Learner(model, folders[model.name], self.course, self._decoder_bias(model)) for model in self.group.models
         ]
-        runs = self.settings.out.with_name(self.settings.out.name + ".runs")
         with contextlib.ExitStack() as stack:
             stack.callback(self.loader.release)
             logs = {}
             for learner in learners if self.writes else ():
-                logs[learner] = stack.enter_context(contextlib.closing(Logs(runs, learner.model.name)))
+                logs[learner] = stack.enter_context(contextlib.closing(Logs(self.settings.runs, learner.model.name)))
             learners = self._train(learners, logs)
             if self.writes and learners:
                 self._finish(learners, logs)
@@ -228,9 +271,14 @@ class GroupTraining:
         course, every = self.course, self.settings.checkpoint_steps
         first = min(learner.step for learner in learners)
         reached = {learner: learner.step for learner in learners}
+        since = dict.fromkeys(learners, time.monotonic())
+        seen = {learner: learner.step * course.batch for learner in learners}
         sharers = self.ranks.sharers
         batches = self.loader.batches(first * sharers, course.steps * sharers)
-        with self._bar(learners) as bar, stopping_between_steps() as asked:
+        with (
+            self._bar(learners) as bar,
+            stopping_between_steps(grace=GRACE_SECONDS if self.ranks.size > 1 else 0.0) as asked,
+        ):
             for step, batch in zip(range(first, course.steps), batches, strict=False):
                 due = (step + 1) % every == 0 and step + 1 < course.steps
                 for learner in [learner for learner in learners if learner.step == step]:
@@ -238,20 +286,23 @@ class GroupTraining:
                         line = learner.learn(batch, check=due)
                     except NonFiniteError as error:
                         learners.remove(learner)
-                        self._give_up(str(error), bar)
+                        self._give_up(learner, str(error), learners)
                         continue
                     bar.update(course.batch)
                     if line is not None:
                         if learner in logs:
-                            logs[learner].line(line, float(bar.format_dict["rate"] or 0))
+                            now, rows = time.monotonic(), int(line["rows"])
+                            rate = (rows - seen[learner]) / max(now - since[learner], 1e-9)
+                            since[learner], seen[learner] = now, rows
+                            logs[learner].line(line, rate)
                         bar.set_postfix(loss=f"{line['loss']:.4f}", L0=f"{line['l0']:.1f}", refresh=False)
                 if not learners:
                     return []
                 if due:
                     for learner in [learner for learner in learners if learner.step == step + 1]:
                         learner.save()
-                if asked():
-                    self._stop(learners, asked())
+                if number := self.ranks.greatest(asked()):
+                    self._stop(learners, signal.Signals(number).name)
         if course.steps > every:  # measuring may take long, too
             for learner in learners:
                 if learner.step > reached[learner]:
@@ -270,21 +321,31 @@ class GroupTraining:
         self.loader.release()
         val = self.training.val
         figures = [None] * len(learners) if val is None else evaluate(dictionaries, self.means, val, self.course.device)
+        left = list(learners)
         for learner, dictionary, metrics in zip(learners, dictionaries, figures, strict=True):
+            if odd := _odd(metrics, learner.log):
+                left.remove(learner)
+                self._give_up(learner, f"{learner.model.name}: {odd}", left)
+                continue
             dictionary.metrics = metrics
             if metrics is not None:
                 logs[learner].figures(metrics, self.course.steps)
             save_dictionary(learner.folder, dictionary, metrics, learner.log)
 
-    def _give_up(self, why: str, bar: tqdm) -> None:
+    def _give_up(self, learner: Learner, why: str, others: Sequence[Learner]) -> None:
+        """Forget a learner, and say so; `others` are those that are left of the group."""
+        learner.give_up()
         self.training.diverged.append(why)
-        bar.write(f"{why}. The other models go on")
+        if self.writes and (others or self.group is not self.training.groups[-1]):
+            tqdm.write(f"{why}. The other models go on")
 
     def _stop(self, learners: Sequence[Learner], name: str) -> None:
         """Save what is worth going on from, and end."""
-        kept = [learner for learner in learners if learner.finite]
+        kept = [learner for learner in learners if learner.finite()]
         for learner in kept:
             learner.save()
+        if self.ranks.sharers > 1:
+            self.ranks.wait("the stop")  # until rank 0 has saved
         raise Interrupted(
             f"stopped by {name} at step {max(learner.step for learner in learners):,} of {self.course.steps:,}; the state of "
             f"{len(kept)} models of {self.group.site} is saved: the same command goes on from there"
@@ -309,9 +370,14 @@ class GroupTraining:
         return torch.stack(means).mean(dim=0).float()
 
 
-def points_of(models: Sequence[Model]) -> tuple[Point, ...]:
-    """The points that some of the models read or write, each once."""
-    return tuple(dict.fromkeys(p for m in models for p in (m.config.input_point, m.config.target_point)))
+def _odd(metrics: Mapping[str, Any] | None, log: Sequence[LogLine]) -> str:
+    """What is no number among the figures of a model; empty where all are."""
+    for what, content in (("figures on held-out rows", metrics), ("lines of the log", log)):
+        try:
+            json.dumps(content, allow_nan=False)
+        except ValueError:
+            return f"{what} are no numbers, the training diverged: use a lower --lr, or a longer --lr-warmup-rows"
+    return ""
 
 
 def together(models: Sequence[Model], most: int | None) -> Iterator[Sequence[Model]]:

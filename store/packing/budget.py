@@ -41,12 +41,10 @@ class Share:
     shard_lanes: int
     readers: int
     """threads of a lane that read"""
-    run_rows: int
-    """rows of a run at most; all of a site where it fits"""
     block: int
     """bytes of the block that files are written from"""
     runs: tuple[tuple[int, int], ...]
-    """first unit and last + 1 of each run"""
+    """first unit and last + 1 of each run, counted among those that have rows"""
 
 
 class Budget:
@@ -75,8 +73,9 @@ class Budget:
         return sum(layout.size(last - first, int(units[first:last].sum())) for first, last in share.runs)
 
     def units(self, stream: Stream) -> np.ndarray:
-        """Rows of each unit: chunk by chunk, step by step."""
-        return self.plan.rows[stream].unit_rows.reshape(-1)
+        """Rows of each unit that has any: chunk by chunk, step by step."""
+        every = self.plan.rows[stream].unit_rows.reshape(-1)
+        return every[every > 0]
 
     def _share(self, stream: Stream) -> Share:
         units, rows = self.units(stream), self.plan.rows[stream].rows
@@ -108,14 +107,14 @@ class Budget:
         for lanes in range(min(self.lanes, sites), 0, -1):
             hands = max(readers // lanes, 1)
             if everything + THREADS // lanes * whole_shard <= room(lanes, hands):
-                return Share(True, lanes, lanes, hands, rows, block, ((0, len(units)),))
+                return Share(True, lanes, lanes, hands, block, ((0, len(units)),))
         lanes = next((n for n in range(self.lanes, 1, -1) if room(n, 1) >= max(unit, free // (2 * n))), 1)
         hands = max(
             (n for n in range(1, readers // lanes + 1) if room(lanes, n) >= max(unit, free // lanes // 2)), default=1
         )
-        most = room(lanes, hands) * rows // everything
         shard_lanes = max(min(self.lanes, free // one_shard), 1)
-        return Share(False, lanes, shard_lanes, hands, most, block, _runs(units, max(most, int(units.max()))))
+        runs = _runs(units * record + sums, max(room(lanes, hands), unit))
+        return Share(False, lanes, shard_lanes, hands, block, runs)
 
     def _said(self, need: int) -> str:
         """What to write after --memory: it is of all processes of this machine."""
@@ -126,8 +125,8 @@ class Budget:
         return len(self.plan.points) * self.plan.store.meta.d_model * np.dtype(self.plan.dtype).itemsize
 
     def _sums(self, stream: Stream) -> int:
-        """Bytes of the sums of a unit: they are held, and written, and put together on the way."""
-        return 3 * len(self.plan.points) * len(GROUPS[stream]) * self.plan.store.meta.d_model * 8
+        """Bytes of the sums of a unit: they are held once, and written from there."""
+        return len(self.plan.points) * len(GROUPS[stream]) * self.plan.store.meta.d_model * 8
 
     def _reader(self, stream: Stream) -> int:
         """What one reading thread takes beside the rows it keeps: a chunk, what decoding it takes, rows to be added."""
@@ -139,11 +138,11 @@ class Budget:
         return copies * stored + decoded + 3 * 4 * (SUM_VALUES + d_model)
 
 
-def _runs(units: np.ndarray, most: int) -> tuple[tuple[int, int], ...]:
-    """Consecutive units, as many in each run as have at most `most` rows together; those without rows at the end go nowhere."""
-    upto = np.concatenate([[0], np.cumsum(units)])
+def _runs(taken: np.ndarray, most: int) -> tuple[tuple[int, int], ...]:
+    """Consecutive units, as many in each run as take at most `most` bytes together; `taken` is what each takes."""
+    upto = np.concatenate([[0], np.cumsum(taken)])
     runs, first = [], 0
-    while first < len(units) and upto[first] < upto[-1]:
+    while first < len(taken):
         last = max(int(np.searchsorted(upto, upto[first] + most, side="right")) - 1, first + 1)
         runs.append((first, last))
         first = last

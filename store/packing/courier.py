@@ -27,10 +27,10 @@ def probe(marks: list[str]) -> dict[str, Any]:
             files[mark] = None
     try:
         import store
-    except ImportError as error:
-        return {"files": files, "sources": None, "error": str(error)}
-    folder = Path(store.__file__ or "").parent
-    return {"files": files, "sources": sources_of(folder), "where": str(folder)}
+        from store.packing.cluster import SOURCES  # of what this worker has loaded, whatever lies on the disk by now
+    except Exception as error:  # whatever keeps it from being imported is said, and not raised elsewhere
+        return {"files": files, "sources": None, "error": f"{type(error).__name__}: {error}"}
+    return {"files": files, "sources": SOURCES, "where": str(Path(store.__file__ or "").parent)}
 
 
 def deliver(packed: bytes) -> bytes:

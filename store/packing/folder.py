@@ -4,6 +4,7 @@
     OUT/unfinished/lock                                 held by the process that makes it
     OUT/unfinished/done/img_0/shard-00000….json         length and CRC-32C of a file that is finished
     OUT/unfinished/scratch/img_0/0-12.run               a run (or below --scratch), proved in the same way
+    SCRATCH/granary-pack-…/mark.json                    what workers must see below --scratch
 
 A file is finished when its record is there and holds.  All of `unfinished` goes when the manifest has come.
 """
@@ -11,6 +12,7 @@ A file is finished when its record is there and holds.  All of `unfinished` goes
 import contextlib
 import fcntl
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +22,6 @@ from typing import Any
 
 from store.errors import DamagedError, ForeignError, MismatchError, StoreError, UsageError
 from store.files import (
-    is_temporary,
     json_bytes,
     read_self_checked,
     self_checked,
@@ -30,10 +31,21 @@ from store.files import (
 )
 from store.packing.plan import PackPlan
 from store.packing.scratch import Layout, RunFile
-from store.shards import JOURNAL, MANIFEST, UNFINISHED, crc32c_of, open_pack
+from store.shards import JOURNAL, MANIFEST, MEANS, UNFINISHED, crc32c_of, open_pack
 from store.sites import Site
 
 Entry = dict[str, Any]
+_NAMES = (
+    rf"manifest|plan|mark|shard-\d{{5,}}\.safetensors|sha256-[0-9a-f-]+\.safetensors|{re.escape(MEANS)}|\d+-\d+\.run"
+)
+TEMPORARY = re.compile(rf"\.(?:{_NAMES})(?:\.json)?\.[0-9a-f]{{8}}\.tmp")
+"""what a killed process left of a file of a pack, or of a record of one"""
+SCRATCH_MARK = "mark.json"
+
+
+def scratch_of(key: str, out: Path, scratch: Path) -> Path:
+    """The folder below --scratch of the pack with this key at this place."""
+    return scratch / f"granary-pack-{sha256_bytes(f'{key}:{out.absolute()}'.encode())[:16]}"
 
 
 class PackFolder:
@@ -43,8 +55,7 @@ class PackFolder:
         self.plan, self.out, self.work = plan, out, out / UNFINISHED
         self.scratch = self.work / "scratch"
         if scratch is not None:  # of this pack at this place
-            tag = sha256_bytes(f"{plan.key}:{out.absolute()}".encode())[:16]
-            self.scratch = scratch / f"granary-pack-{tag}"
+            self.scratch = scratch_of(plan.key, out, scratch)
 
     def refuse_foreign(self) -> None:
         """`UsageError` or `MismatchError` where OUT holds anything but nothing, or this pack, finished or not."""
@@ -62,7 +73,10 @@ class PackFolder:
             raise UsageError(f"{self.out} exists and is not a pack: choose another --out, or remove it")
 
     def _is_ours(self, file: Path) -> bool:
-        return is_temporary(file) or file == self.work
+        """Of an OUT without plan: what a process leaves that is killed before it has written one."""
+        if file != self.work or file.is_symlink() or not file.is_dir():
+            return False
+        return all(each.is_file() and (each.name == "lock" or _is_leftover(each)) for each in file.iterdir())
 
     def _refuse_other(self, there: dict[str, Any]) -> None:
         content = self.plan.content
@@ -108,16 +122,35 @@ class PackFolder:
 
     def begin(self, runs: Mapping[Site, Iterable[str]]) -> None:
         """Note the plan; throw away what killed processes left half-written, and runs that were cut otherwise."""
-        write_json(self.work / "plan.json", self_checked({"key": self.plan.key, "plan": self.plan.content}))
+        self._leave_scratch()
+        content = {"key": self.plan.key, "plan": self.plan.content, "scratch": str(self.scratch.absolute())}
+        write_json(self.work / "plan.json", self_checked(content))
         for root in {self.out, self.scratch}:
             for leftover in root.glob("**/.*.tmp"):
-                leftover.unlink(missing_ok=True)
+                if _is_leftover(leftover):
+                    leftover.unlink(missing_ok=True)
+        if self.scratch.parent != self.work and any(True for each in runs.values() for _ in each):
+            write_json(self.scratch / SCRATCH_MARK, {"key": self.plan.key, "once": secrets.token_hex(8)})
         for site in self.plan.sites:
             names = {*runs.get(site, ()), *(f"{name}.json" for name in runs.get(site, ()))}
             folder = self.scratch / str(site)
             for file in folder.iterdir() if folder.is_dir() else ():
-                if file.name not in names:
+                if file.name not in names and file.is_file():
                     file.unlink()
+
+    def _leave_scratch(self) -> None:
+        """Remove the scratch files of an earlier run elsewhere, or say where they lie."""
+        if not (self.work / "plan.json").exists():
+            return
+        there = read_self_checked(self.work / "plan.json").get("scratch")
+        if not isinstance(there, str) or Path(there) == self.scratch.absolute() or not Path(there).is_dir():
+            return
+        old = Path(there)
+        if old in (self.work.absolute() / "scratch", scratch_of(self.plan.key, self.out, old.parent)):
+            shutil.rmtree(old, ignore_errors=True)
+            print(f"the scratch files that an earlier run left at {old} are removed: --scratch is another now")
+        else:
+            print(f"an earlier run, with OUT at another place, left scratch files at {old}: remove them")
 
     def finish(self, name: str, entry: Entry) -> None:
         """Record a file of the pack that is published."""
@@ -180,7 +213,19 @@ class PackFolder:
     def clear(self) -> None:
         """Remove all that belongs to the making alone."""
         shutil.rmtree(self.scratch, ignore_errors=True)
-        shutil.rmtree(self.work, ignore_errors=True)
+        if (self.work / "plan.json").exists():
+            shutil.rmtree(self.work / "done", ignore_errors=True)
+        for file in self.work.iterdir() if self.work.is_dir() else ():
+            if _is_leftover(file):
+                file.unlink(missing_ok=True)
+        for name in ("plan.json", "lock"):  # the plan after all that it tells to be ours
+            (self.work / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not there, or something in it that is not ours
+            self.work.rmdir()
+
+
+def _is_leftover(file: Path) -> bool:
+    return TEMPORARY.fullmatch(file.name) is not None and file.is_file() and not file.is_symlink()
 
 
 def run_name(run: tuple[int, int]) -> str:

@@ -1,7 +1,8 @@
 """Pass 1: reads units of a site into memory, each byte once, with their sums by step, point and group.
 
-A unit is a chunk of images at one step.  Its sums are taken row after row and kept apart until all are there, then added in
-the order of the units: so the means depend on the store alone, not on how much is read at once, or by whom.
+A unit is a chunk of images at one step; those without a row of the split are left out and not counted.  Its sums are taken
+row after row and kept apart until all are there, then added in the order of the units: so the means depend on the store
+alone, not on how much is read at once, or by whom.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,41 +31,37 @@ class Reading:
         """`room(bytes)` gives the memory for the activations, which is used again for the next run."""
         self.plan, self.site, self.advance = plan, site, advance
         self.rows: Rows = plan.rows[site.stream]
-        self.first, self.last = units
-        counts = self.rows.unit_rows.reshape(-1)[self.first : self.last]
-        self.starts = np.concatenate([[0], np.cumsum(counts)])
+        every = self.rows.unit_rows.reshape(-1)
+        self.numbers = np.flatnonzero(every)[units[0] : units[1]]
+        self.starts = np.concatenate([[0], np.cumsum(every[self.numbers])])
         total, d_model = int(self.starts[-1]), plan.store.meta.d_model
         self.destinations = np.empty(total, np.int64)
         self.tokens = np.empty(total, np.int32)
         self.activations = columns_in(room, plan.points, total, d_model, plan.dtype)
-        self.sums = np.zeros((len(counts), len(plan.points), len(GROUPS[site.stream]), d_model))
+        self.sums = np.zeros((len(self.numbers), len(plan.points), len(GROUPS[site.stream]), d_model))
 
     def fill(self, readers: int) -> None:
         """Read everything, `readers` units at once.  `NonFiniteError` names the first row of a unit that is not finite."""
-        numbers = [unit for unit in range(self.first, self.last) if self._span(unit).stop > self._span(unit).start]
         if readers == 1:
-            for number in numbers:
-                self._unit(number)
+            for index in range(len(self.numbers)):
+                self._unit(index)
             return
         with ThreadPoolExecutor(readers) as pool:
             try:
-                for _ in pool.map(self._unit, numbers):
+                for _ in pool.map(self._unit, range(len(self.numbers))):
                     pass
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def _span(self, number: int) -> slice:
-        return slice(int(self.starts[number - self.first]), int(self.starts[number - self.first + 1]))
-
-    def _unit(self, number: int) -> None:
-        chunk, step = divmod(number, len(self.rows.steps))
-        unit, span = self.rows.unit(chunk, step), self._span(number)
+    def _unit(self, index: int) -> None:
+        chunk, step = divmod(int(self.numbers[index]), len(self.rows.steps))
+        unit, span = self.rows.unit(chunk, step), slice(int(self.starts[index]), int(self.starts[index + 1]))
         self.destinations[span], self.tokens[span] = unit.destinations, unit.tokens
-        for index, point in enumerate(self.plan.points):
+        for column, point in enumerate(self.plan.points):
             values = self.activations[point][span]
             self._read(chunk, step, point, unit, values)
-            self.sums[number - self.first, index] = found = sums_of(values, unit.real)
+            self.sums[index, column] = found = sums_of(values, unit.real)
             if not np.isfinite(found).all():
                 self._refuse(step, point, unit, values)
 
@@ -142,13 +139,12 @@ class Means:
         self.plan, self.site, self.rows = plan, site, plan.rows[site.stream]
         shape = (len(plan.points), len(GROUPS[site.stream]), plan.store.meta.d_model)
         self.totals = np.zeros((len(self.rows.steps), *shape))
-        self._next = 0
+        self._steps = iter(np.flatnonzero(self.rows.unit_rows.reshape(-1)) % len(self.rows.steps))
 
     def add(self, sums: np.ndarray) -> None:
-        """Add the sums (unit, point, group, d_model) of the next units."""
+        """Add the sums (unit, point, group, d_model) of the next units that have rows."""
         for unit in sums:
-            self.totals[self._next % len(self.rows.steps)] += unit
-            self._next += 1
+            self.totals[next(self._steps)] += unit
 
     def result(self) -> Mapping[str, np.ndarray]:
         """Means by name, without those of groups that have no row."""

@@ -2,7 +2,7 @@
 
     bounds    int64 (shards + 1)     where, among the run's rows, those of each shard begin
     checks    uint32 (shards)        CRC-32C of each segment
-    sums      float64 (units, points, groups, d_model)
+    sums      float64 (units that have rows, points, groups, d_model)
     segments  one a shard: destinations int64 (row), tokens int32 (row), then the activations (row, d_model) of each point
 
 The file is proved by its length and the CRC-32C of all before the segments; a segment when it is read.
@@ -73,7 +73,7 @@ def write_run(
     checks = np.zeros(layout.shards, np.uint32)
     sources = [as_bytes(column) for column in columns]
     with Sink(path, block, advance) as sink:
-        sink.put(np.zeros(layout.head(len(sums)), np.uint8))
+        sink.leave(layout.head(len(sums)))
         for shard, (first, last) in enumerate(pairwise(bounds)):
             sink.restart()
             sink.put(arranged[first:last])
@@ -81,9 +81,17 @@ def write_run(
             for source in sources:
                 sink.gather(source, order[first:last])
             checks[shard] = sink.crc
-        head = bounds.astype(np.int64).tobytes() + checks.tobytes() + sums.tobytes()
+        head = [part.reshape(-1).view(np.uint8) for part in (bounds.astype(np.int64), checks, sums)]
         sink.at_start(head)
-    return f"{crc32c.crc32c(head):08x}"
+    return f"{_crc_of(head):08x}"
+
+
+def _crc_of(parts: Sequence[np.ndarray]) -> int:
+    """CRC-32C of arrays of bytes, one after another."""
+    found = 0
+    for part in parts:
+        found = crc32c.crc32c(part.data, found)
+    return found
 
 
 class RunFile:
@@ -119,10 +127,7 @@ class RunFile:
         parts = [each[: last - first].reshape(-1).view(np.uint8) for each in (destinations, tokens, *columns)]
         self._fill([part for part in parts if len(part)], self.layout.head(self.units) + first * self.layout.record)
         (expected,) = np.frombuffer(self._exactly(4, 8 * (self.layout.shards + 1) + 4 * shard), np.uint32)
-        found = 0
-        for part in parts:
-            found = crc32c.crc32c(part.data, found)
-        if found != expected:
+        if _crc_of(parts) != expected:
             raise self._damaged()
         return last - first
 

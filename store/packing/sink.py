@@ -1,7 +1,7 @@
 """Writes a file from one reused block of memory: rows gathered in any order, a CRC-32C as they pass."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import crc32c
@@ -53,10 +53,17 @@ class Sink:
             self._took(count * width)
             order = order[count:]
 
-    def at_start(self, head: bytes) -> None:
-        """Write over the beginning of the file."""
+    def leave(self, count: int) -> None:
+        """Leave so many bytes at the beginning of the file for `at_start`."""
+        assert not self.bytes
+        self.bytes = os.lseek(self._file, count, os.SEEK_SET)
+
+    def at_start(self, head: Iterable[np.ndarray]) -> None:
+        """Write these bytes, one array after another, over the beginning of the file, without a copy."""
         self._flush()
-        assert os.pwrite(self._file, head, 0) == len(head)
+        os.lseek(self._file, 0, os.SEEK_SET)
+        for part in head:
+            self._write(part)
 
     def _room(self, least: int) -> int:
         if len(self._block) - self._filled < least:
@@ -69,12 +76,14 @@ class Sink:
         self.bytes += count
 
     def _flush(self) -> None:
-        view = self._block[: self._filled]
+        self._write(self._block[: self._filled])
+        self._filled = 0
+
+    def _write(self, view: np.ndarray) -> None:
         while len(view):
             count = os.write(self._file, view.data)
             self._advance(count)
             view = view[count:]
-        self._filled = 0
 
 
 def as_bytes(rows: np.ndarray) -> np.ndarray:

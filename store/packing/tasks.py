@@ -3,18 +3,20 @@
 A task may be done twice, or by two at the same time: it publishes the same bytes under the same names.
 """
 
+import errno
 import secrets
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import safetensors.numpy
 
-from store.errors import DamagedError
+from store.errors import DamagedError, StoreError
 from store.files import publish, temporary_of, write_bytes
 from store.packing.budget import THREADS, Budget
 from store.packing.folder import Entry, PackFolder
@@ -41,9 +43,12 @@ class Task:
 class Hands:
     """Does tasks for one pack in one process."""
 
-    def __init__(self, plan: PackPlan, budget: Budget, folder: PackFolder, advance: Advance) -> None:
+    def __init__(
+        self, plan: PackPlan, budget: Budget, folder: PackFolder, advance: Advance, *, one_at_a_time: bool = False
+    ) -> None:
+        """`one_at_a_time`: whatever thread does a task, no other does one meanwhile."""
         self.plan, self.budget, self.folder, self.advance = plan, budget, folder, advance
-        self._memory = threading.local()
+        self._memory: Any = SimpleNamespace() if one_at_a_time else threading.local()
 
     def do(self, task: Task) -> dict[str, Entry]:
         """The files of the pack that the task made."""
@@ -53,7 +58,7 @@ class Hands:
         return kinds[task.kind](task)
 
     def _room(self, count: int) -> np.ndarray:
-        """So many bytes for activations, the same ones for each task of this thread."""
+        """So many bytes for activations, the same ones for each task of this thread, or of all."""
         if len(getattr(self._memory, "held", ())) < count:
             self._memory.held = None  # before there are two
             self._memory.held = np.empty(count, np.uint8)
@@ -96,10 +101,15 @@ class Hands:
                 tuple(reading.activations.values()), reading.sums, np.empty(share.block, np.uint8), self.advance,
             )  # fmt: skip
             temporary.replace(path)  # not synced: it is soon gone, and every piece of it is proved when it is read
-        except BaseException:
+            self.folder.finish_run(site, run, {"bytes": path.stat().st_size, "crc32c": found})
+        except BaseException as error:
             temporary.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StoreError(
+                    f"the disk of the scratch files, {self.folder.scratch}, is full. What is finished is kept: make room, or "
+                    "give another --scratch, then run the same command again"
+                ) from None
             raise
-        self.folder.finish_run(site, run, {"bytes": path.stat().st_size, "crc32c": found})
         return {}
 
     def _shard(self, task: Task) -> dict[str, Entry]:

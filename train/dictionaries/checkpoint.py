@@ -73,7 +73,13 @@ def save_dictionary(
         write_bytes(folder / name, content)
     files = {name: {"bytes": len(content), "sha256": sha256_bytes(content)} for name, content in contents.items()}
     write_json(folder / CONFIG, self_checked({**dictionary.config.to_json(), "files": files}))
-    (folder / RESUME).unlink(missing_ok=True)
+    clear(folder)
+
+
+def clear(folder: Path) -> None:
+    """Remove what a killed run left in the folder of a finished dictionary, which is no part of it."""
+    for path in (folder / RESUME, *folder.glob(".*.tmp")):
+        path.unlink(missing_ok=True)
 
 
 def read_config(folder: Path) -> DictionaryConfig:
@@ -195,7 +201,10 @@ def load_progress(
 
 
 def check_progress(folder: Path, asked: DictionaryConfig) -> dict[str, Any]:
-    """What the unfinished training in `folder` says of itself, its weights unread; the errors of `load_progress`."""
+    """What the unfinished training in `folder` says of itself, its weights unread; the errors of `load_progress`.
+
+    `FileNotFoundError` where there is none (any more).
+    """
     path = folder / RESUME
     try:
         with safetensors.safe_open(path, "pt") as file:

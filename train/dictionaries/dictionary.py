@@ -165,11 +165,13 @@ class Dictionary(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int, decoder_bias: Float[Tensor, " d_model"] | None = None) -> None:
-        """Set every weight as the recipe of record does, from a seed.
+        """Set every weight from a seed.
 
-        Decoder Kaiming-uniform; encoder its transpose, taken before the columns get unit norm; biases
-        zero (`decoder_bias`: the mean of the targets, say); modulation zero, so that training starts unconditioned;
-        skip path zero, so that it starts without.
+        As the recipe of record says: decoder Kaiming-uniform; encoder its transpose, taken before the columns get unit
+        norm; modulation zero, so that training starts unconditioned.  Of the rest it says nothing, and here is chosen:
+        biases of encoder and decoder zero (`decoder_bias`: the mean of the targets, say); the time MLP as `nn.Linear` starts,
+        uniform within 1 / sqrt(inputs), biases too; skip path zero, so that it starts without.  The published system's own
+        class starts its time MLP otherwise (see `TemporalAwareTranscoder`).
         """
         generator = torch.Generator().manual_seed(seed)
         self._initialise_matrices(generator)

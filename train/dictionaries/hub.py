@@ -1,6 +1,7 @@
 """Dictionaries on the Hugging Face hub: a folder of a model repository, fetched into the hub's own cache.
 
-`hf://OWNER/NAME[@REVISION][/FOLDER]`, the address that the hub's own tools use.  Only what is asked for is fetched: a
+`hf://OWNER/NAME[@REVISION][/FOLDER]`, the address that the hub's own tools use; a revision is a branch, a tag, a commit, or
+`refs/pr/1` and `refs/convert/…`, the only ones with slashes.  Only what is asked for is fetched: a
 published transcoder of FLUX is a file of 1.2 GB.
 """
 
@@ -10,7 +11,10 @@ from pathlib import Path
 
 from store.errors import UnreachableError, UsageError
 
-_ADDRESS = re.compile(r"hf:/{1,2}([\w.-]+/[\w.-]+?)(?:@([^/]+))?(?:/(.*?))?/?")  # a Path has lost one of the slashes
+_ADDRESS = re.compile(  # a Path has lost one of the slashes
+    r"hf:/{1,2}([\w.-]+/[\w.-]+?)(?:@(refs/(?:pr|convert)/[^/]+|[^/]+))?(?:/(.*?))?/?"
+)
+_OTHER_KINDS = ("datasets", "spaces")
 _BARE = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -28,7 +32,8 @@ def fetch(place: str | Path, names: Sequence[str] = ("*",), revision: str | None
     """The local folder of a folder on the hub, after fetching those of its files that match `names`.
 
     What the cache holds already is not fetched again; offline it is all there is.  `UsageError` where there is no such
-    repository or revision, `UnreachableError` where the hub does not answer or does not let us in.
+    repository or revision, `UnreachableError` where the hub does not answer or does not let us in.  What the disk refuses is
+    an `OSError` as it is.
     """
     from huggingface_hub import errors, snapshot_download
 
@@ -36,6 +41,11 @@ def fetch(place: str | Path, names: Sequence[str] = ("*",), revision: str | None
     if found is None:
         raise UsageError(f"{place} is no address on the hub: it should look like hf://OWNER/NAME/folder")
     repository, said, folder = found[1], found[2], found[3] or ""
+    if repository.split("/")[0] in _OTHER_KINDS:
+        raise UsageError(
+            f"{place} is in one of the hub's {repository.split('/')[0]}: dictionaries are fetched from model repositories, "
+            "hf://OWNER/NAME/folder; download it with `hf download` and name the local folder"
+        )
     if said and revision and said != revision:
         raise UsageError(f"{place} names the revision {said}, and revision={revision} is asked for: name one")
     prefix = f"{folder}/" if folder else ""
@@ -61,6 +71,9 @@ def fetch(place: str | Path, names: Sequence[str] = ("*",), revision: str | None
             f"{place} is not in the cache of the hub, and the hub cannot be reached: go online (HF_HUB_OFFLINE unset), or "
             f"fetch {page} elsewhere and name the local folder"
         ) from None
-    except Exception as error:  # of whichever HTTP client the hub's library uses
+    except (
+        errors.HTTPError,  # of the HTTP client, whichever this release of the hub's library uses
+        errors.HfHubHTTPError, errors.FileMetadataError, errors.XetDownloadError, ConnectionError, TimeoutError,
+    ) as error:  # fmt: skip
         raise UnreachableError(f"{place} could not be fetched ({error}): try again") from None
     return Path(root) / folder

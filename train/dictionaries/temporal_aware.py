@@ -32,7 +32,8 @@ class TemporalAwareTranscoder(nn.Module):
     """The architecture of record by its published name: parameters, constructor and calls are those of the reference.
 
     `state_dict` has the keys of the published files, so `load_state_dict(torch.load(file, weights_only=True))` works.
-    A new one starts as the reference does, from torch's global generator.
+    A new one draws from torch's global generator: encoder and decoder by the same rule as `Dictionary.initialise`, the time
+    MLP by another, Kaiming-normal with zero biases.  `python -m train` does not start from it.
     """
 
     def __init__(

@@ -106,12 +106,15 @@ def decode_prefixes(
     bias: Float[Tensor, " d_model"],
     nested: tuple[int, ...],
 ) -> list[Float[Tensor, "row d_model"]]:
-    """The target as each prefix of the features explains it, and last as all do; one without inner prefixes."""
+    """The target as each prefix of the features explains it, and last as all do; one without inner prefixes.
+
+    Under autocast each part is a product in its dtype; parts are added in float32, not rounded once more a prefix.
+    """
     if not nested:
         return [functional.linear(z, weight, bias)]
-    y_hats = [functional.linear(z[:, : nested[0]], weight[:, : nested[0]], bias)]
+    y_hats = [functional.linear(z[:, : nested[0]], weight[:, : nested[0]]).float() + bias]
     for first, last in pairwise([*nested, z.shape[1]]):
-        y_hats.append(y_hats[-1] + functional.linear(z[:, first:last], weight[:, first:last]))
+        y_hats.append(y_hats[-1] + functional.linear(z[:, first:last], weight[:, first:last]).float())
     return y_hats
 
 

@@ -6,9 +6,9 @@ number of the step, and the state that a checkpoint carries, so a resumed traini
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -23,6 +23,13 @@ from train.learning.objective import Objective, Terms, learning_rate
 from train.models import Model
 from train.rows.loader import Batch
 
+_DIVERGED = "the training diverged: use a lower --lr, or a longer --lr-warmup-rows"
+
+
+THRESHOLD_SPEED = 50.0
+"""jumprelu: log thresholds learn so many times as fast as weights.  A step of AdamW moves them by about the learning rate, and
+from 0.001 to the size of pre-activations it is a factor of e seven times: 35,000 steps at the rate of the weights"""
+
 
 @dataclass(frozen=True)
 class Course:
@@ -33,7 +40,6 @@ class Course:
     """rows a step, of all ranks that share a model together"""
     log_steps: int
     device: torch.device
-    compile: bool
     ranks: Ranks
 
 
@@ -58,14 +64,12 @@ class Learner:
         self.dictionary.initialise(model.recipe.seed, decoder_bias)
         self.dictionary.to(course.device)
         self.optimizer = torch.optim.AdamW(
-            self.dictionary.parameters(), lr=model.recipe.lr, weight_decay=model.recipe.weight_decay, fused=True
+            _parameter_groups(self.dictionary), lr=model.recipe.lr, weight_decay=model.recipe.weight_decay, fused=True
         )
         self.objective = Objective(self.dictionary, model.recipe, course.steps, course.batch)
         self.progress: Progress = load_progress(folder, self.dictionary, self.optimizer, self.objective.load_state)
         self._agree_with_ranks()
         self._total = torch.zeros((), device=course.device)
-        terms: Callable[..., Terms] = self.objective.terms
-        self._terms = torch.compile(terms) if course.compile else terms
 
     @property
     def step(self) -> int:
@@ -80,16 +84,17 @@ class Learner:
     def learn(self, batch: Batch, check: bool = False) -> LogLine | None:
         """Take one step; the line of the log where one is due.
 
-        `NonFiniteError` for a loss that is no number: looked for at each line of the log, and with `check`.
+        `NonFiniteError` for a loss that is no number: looked for at each line of the log, and with `check`; and for such
+        weights: looked for with `check`, and after the last step.
         """
         course, recipe, step = self.course, self.model.recipe, self.step
         x, y = batch.at(self.dictionary.input_point), batch.at(self.dictionary.target_point)
         logged = step % course.log_steps == 0 or step == course.steps - 1
         lr = learning_rate(recipe, step, course.steps, course.batch)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["speed"]
         with torch.autocast(course.device.type, torch.bfloat16, enabled=recipe.autocast == "bfloat16"):
-            terms = self._terms(x, y, batch.sigma, step, logged)
+            terms = self.objective.terms(x, y, batch.sigma, step, logged)
         terms.total.backward()  # type: ignore[no-untyped-call]
         self._share_with_ranks()
         self.objective.before_step()
@@ -102,6 +107,8 @@ class Learner:
         self.progress.step += 1
         if logged or check:
             self._check_finite()
+        if check or self.step == course.steps:
+            self._check_weights()
         if not logged:
             return None
         line = self._line(step, terms, lr)
@@ -118,10 +125,27 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.state.clear()
 
-    @property
+    def give_up(self) -> None:
+        """Let go of weights, gradients and moments: nothing can be asked of this learner any more."""
+        self.release()
+        with torch.no_grad():
+            for tensor in (*self.dictionary.parameters(), *self.dictionary.buffers()):
+                tensor.set_()  # type: ignore[call-overload]
+
     def finite(self) -> bool:
-        """Whether the last loss that this rank saw was a number."""
-        return bool(self._total.isfinite())
+        """Whether the last loss and the weights are numbers, on every rank that shares the model: all of them ask, or none."""
+        total = self._total.clone()
+        self.course.ranks.sum(total)
+        return bool(total.isfinite()) and self._sound()
+
+    def _sound(self) -> bool:
+        return all(bool(value.isfinite().all()) for value in self.dictionary.state_dict().values())
+
+    def _check_weights(self) -> None:
+        if not self._sound():
+            raise NonFiniteError(
+                f"{self.model.name}: weights are no numbers any more after step {self.step - 1}, {_DIVERGED}"
+            )
 
     def _agree_with_ranks(self) -> None:
         ranks = self.course.ranks
@@ -149,13 +173,18 @@ class Learner:
         total = self._total.clone()
         self.course.ranks.sum(total)
         if not math.isfinite(float(total)):
-            raise NonFiniteError(
-                f"{self.model.name}: the loss is {float(total)} at step {self.step - 1}, the training diverged: use a lower "
-                "--lr, or a longer --lr-warmup-rows"
-            )
+            raise NonFiniteError(f"{self.model.name}: the loss is {float(total)} at step {self.step - 1}, {_DIVERGED}")
 
     def _line(self, step: int, terms: Terms, lr: float) -> LogLine:
         values = torch.stack([value.detach().float() for value in terms])
         self.course.ranks.average([values])
         named = dict(zip(("loss", "residual", "sparsity", "auxiliary", "l0"), values.tolist(), strict=True))
         return {"step": step, "rows": (step + 1) * self.course.batch, **named, "lr": lr}
+
+
+def _parameter_groups(dictionary: Dictionary) -> list[dict[str, Any]]:
+    """The parameters for AdamW, each with its `speed` as a multiple of the learning rate."""
+    found = dict(dictionary.named_parameters())
+    thresholds = [found.pop(name) for name in ("log_threshold",) if name in found]
+    groups: list[dict[str, Any]] = [{"params": list(found.values()), "speed": 1.0}]
+    return [*groups, {"params": thresholds, "speed": THRESHOLD_SPEED}] if thresholds else groups

@@ -28,7 +28,8 @@ from train.recipe import Recipe
 
 RECORD_ROWS, RECORD_PERIOD = 1_000_000, 256
 THRESHOLD_BATCHES = 1000
-"""batchtopk: the threshold is the mean over the batches so far, and over about so many of the last later on"""
+"""batchtopk: the threshold is a mean over about so many of the last batches, at most, and never over more than a tenth of the
+run: the model sharpens while it trains, and a mean that goes back to its start lies too low"""
 
 
 class Terms(NamedTuple):
@@ -152,7 +153,7 @@ class Objective:
         total, ranks = self._least
         found = ranks > 0
         self._batches += found.long()
-        share = 1 / self._batches.clamp(1, THRESHOLD_BATCHES)
+        share = 1 / self._batches.clamp(1, max(1, min(THRESHOLD_BATCHES, self.steps // 10)))
         moved = torch.lerp(self.dictionary.threshold, total / ranks.clamp_min(1), share.float())
         self.dictionary.threshold.copy_(moved.where(found, self.dictionary.threshold))
 
@@ -162,7 +163,11 @@ class Objective:
 
 
 def learning_rate(recipe: Recipe, step: int, steps: int, batch: int) -> float:
-    """The learning rate of a step; `record` changes it once per 1e6 rows, over 256 of them."""
+    """The learning rate of a step.
+
+    `record` changes it once per 1e6 rows: the closed form of torch's `CosineAnnealingLR` with T_max 256, whose own recursion
+    differs from it in the last bits.  Past 256e6 rows it rises again as the cosine does, and is back at the top at 512e6.
+    """
     if recipe.schedule == "record":
         angle = (step * batch // RECORD_ROWS) / RECORD_PERIOD
     else:

@@ -1,15 +1,26 @@
 """Resampling: dead features start again at rows of the batch that are explained badly.
 
     resample   Bricken et al. 2023 (Anthropic).  Rows are drawn with probability proportional to the square of their squared
-               error, none twice: twins would never part (dead features beyond the rows wait for the next time).  Encoder
-               rows get 0.2 of the mean norm of the living ones; the optimizer's moments of all that changed become zero.
-    flux-sae   "SAEs for visual features in FLUX.1".  Rows are drawn by softmax(10 * mean squared error), with replacement;
-               encoder rows are 0.2 of the input as it is; moments are left.  That system finds dead features (density below
-               1e-4) and rows (10,000) by passes over its data; here features are dead by `dead_rows`, rows are the batch's.
+               error.  Encoder rows get 0.2 of the mean norm of the living ones; the optimizer's moments of all that
+               changed become zero.
+    flux-sae   "SAEs for visual features in FLUX.1".  Rows are drawn by softmax(10 * how far their mean squared error lies
+               above the batch's mean, in standard deviations); encoder rows are 0.2 of the input as it is; moments are left.
+               That system finds dead features (density below 1e-4) and rows (10,000) by passes over its data; here features
+               are dead by `dead_rows`, rows are the batch's.
 
 In both a row gives the decoder's column a direction, of unit norm, and the bias becomes zero.  Both know only SAEs: the
 direction is that of the input.  Here the encoder gets what it reads on that row (the input after scale and shift, or less
 `pre_bias`) and the decoder what it should write there (the target less its bias and skip path).
+
+Departures from both systems, because with many dead features their rules as they stand wreck a model:
+
+- flux-sae takes the softmax of 10 * error itself.  That depends on the unit of the activations: where errors differ by more
+  than 1, one row is drawn for every feature.  Here errors are standardised first.
+- No row is drawn twice, with either rule (flux-sae draws with replacement): twins get one gradient and never part.  Dead
+  features beyond the rows wait for the next time.
+- New features must not write louder, all together, than the model misses: 0.2 of an input of norm 50 answers that input
+  with 500, and hundreds of small features add up where rows have a direction in common.  Where the sum of squares of what
+  they write on the batch is above that of its errors, all new encoder rows are scaled down by one factor until it is not.
 """
 
 import hashlib
@@ -22,13 +33,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from train.dictionaries.activations import keep_top, keep_top_of_batch
 from train.dictionaries.dictionary import FIRST_THRESHOLD, Dictionary
 from train.recipe import Recipe
 
 SMALL = 0.2
-"""norm of a new encoder row: in mean norms of the living ones (resample), or in norms of what it reads (flux-sae)"""
+"""norm of a new encoder row, at most: in mean norms of the living ones (resample), or in norms of what it reads (flux-sae)"""
 SHARPNESS = 10.0
-"""flux-sae: how much likelier a row is drawn for each unit of mean squared error"""
+"""flux-sae: logarithm of how much likelier a row is drawn for each standard deviation of the mean squared error"""
+ROWS_AT_ONCE = 512
+"""of the batch, when it is measured what the new features write"""
 
 
 class Share(NamedTuple):
@@ -47,6 +61,8 @@ class Candidates(NamedTuple):
     writes: Float[Tensor, "row d_model"]
     weights: Float[Tensor, " row"]
     """how likely it is to be drawn; they need not sum to 1"""
+    missed: Float[Tensor, ""]
+    """squared error, summed over the rows"""
 
 
 @torch.no_grad()
@@ -63,7 +79,7 @@ def resample(
     rank, world = (share.rank, share.world) if share else (0, 1)
     found = _candidates(dictionary, recipe, x, y, sigma)
     mine = torch.arange(len(dead), device=dead.device)[rank::world]
-    rows = _draw(found.weights, len(mine), recipe, step, rank)
+    rows = _draw(found.weights, len(mine), recipe.seed, step, rank)
     directions = torch.zeros(len(dead), 2 * x.shape[1] + 1, device=x.device)  # the last column: whether there is one
     directions[mine[: len(rows)]] = torch.cat(
         [found.reads[rows], found.writes[rows], torch.ones(len(rows), 1, device=x.device)], dim=1
@@ -75,7 +91,14 @@ def resample(
     if recipe.dead != "flux-sae":
         reads = functional.normalize(reads, dim=1) * _living_norm(dictionary.encoder.weight, dead)
         _forget(dictionary, optimizer, dead[served])
-    _write(dictionary, dead[served], SMALL * reads, functional.normalize(writes, dim=1))
+    reads, writes = SMALL * reads, functional.normalize(writes, dim=1)
+    sums = torch.stack([_written(dictionary, found.reads, reads, writes), found.missed])
+    if share is not None:
+        share.all_reduce(sums)
+    written, missed = sums
+    if written > missed:
+        reads = reads * (missed / written).sqrt().float()
+    _write(dictionary, dead[served], reads, writes)
     return dead[served]
 
 
@@ -87,21 +110,31 @@ def _candidates(dictionary: Dictionary, recipe: Recipe, x: Tensor, y: Tensor, si
         error = (y - dictionary(x, sigma)).square().double()
     if linear is not None:
         writes = writes - linear
-    anthropic = error.sum(dim=1).square()
-    flux_sae = torch.softmax(SHARPNESS * error.mean(dim=1), dim=0)
-    return Candidates(reads, writes, flux_sae if recipe.dead == "flux-sae" else anthropic)
+    by_row = error.sum(dim=1)
+    spread = by_row.std(correction=0).clamp_min(torch.finfo(by_row.dtype).tiny)
+    flux_sae = torch.softmax(SHARPNESS * (by_row - by_row.mean()) / spread, dim=0)
+    return Candidates(reads, writes, flux_sae if recipe.dead == "flux-sae" else by_row.square(), by_row.sum())
 
 
-def _draw(weights: Tensor, count: int, recipe: Recipe, step: int, rank: int) -> Tensor:
-    """Numbers of rows: `count` of them, or fewer where none is drawn twice and no more are to be had."""
-    again = recipe.dead == "flux-sae"
-    possible = int((weights > 0).sum())
-    count = count if again and possible else min(count, possible)
+def _draw(weights: Tensor, count: int, seed: int, step: int, rank: int) -> Tensor:
+    """Numbers of rows, none twice: `count` of them, or fewer where no more are to be had; none where a weight is not finite."""
+    count = min(count, int((weights > 0).sum())) if weights.isfinite().all() else 0
     if count == 0:
         return torch.zeros(0, dtype=torch.int64, device=weights.device)
-    digest = hashlib.sha256(f"granary-resampling-1:{recipe.seed}:{step}:{rank}".encode()).digest()
+    digest = hashlib.sha256(f"granary-resampling-1:{seed}:{step}:{rank}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.multinomial((weights / weights.max()).cpu(), count, again, generator=generator).to(weights.device)
+    return torch.multinomial((weights / weights.max()).cpu(), count, generator=generator).to(weights.device)
+
+
+def _written(dictionary: Dictionary, prepared: Tensor, reads: Tensor, writes: Tensor) -> Tensor:
+    """The sum of squares of what features with these encoder rows and decoder columns (new, d_model) write on the rows."""
+    config, total = dictionary.config, torch.zeros((), dtype=torch.float64, device=reads.device)
+    for some in torch.split(prepared, ROWS_AT_ONCE):
+        z = functional.relu(some @ reads.T)
+        if config.k is not None and config.k < len(reads):  # no more of them can be active
+            z = (keep_top if config.activation == "topk" else keep_top_of_batch)(z, config.k)
+        total += (z @ writes).double().square().sum()
+    return total
 
 
 def _living_norm(weight: Tensor, dead: Tensor) -> Tensor:

@@ -4,9 +4,10 @@
     pooled FVU    = sum over steps of the residuals / sum over steps of the deviations
 
 Rows are counted in cells: one denoising step, and for text real tokens apart from padding.  Text is judged whole, and each
-kind of token against its own means.  Every row gives a few figures in float64; a block's are added to its cells by one
-product with a 0/1 matrix of (cell, row), and so are active features, whose counts are exact.  Blocks are the same whatever
-is measured beside, so a dictionary has the same figures, bit for bit, alone and among others.
+kind of token against its own means (where training has none of that kind, against those of all tokens, and the metrics say
+so).  Every row gives a few figures in float64; a block's are added to its cells by one product with a 0/1 matrix of (cell,
+row), and so are active features, whose counts are exact.  Blocks are the same whatever is measured beside, so a dictionary
+has the same figures, bit for bit, alone and among others.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -76,6 +77,8 @@ class Deviations:
         every: Group = "all"
         whole = (every,) * len(cells.kinds)
         against = [whole] if cells.kinds == whole else [whole, cells.kinds]
+        self.missing: dict[tuple[int, Group], None] = {}
+        """cells' steps and tokens of which training has no row, in their order: they are judged against the step's mean"""
         self.means = torch.stack(
             [
                 torch.stack([self._mean(means, step, kind) for step in cells.steps for kind in kinds])
@@ -84,10 +87,10 @@ class Deviations:
         ).to(device)
         self.sums = torch.zeros(len(cells), len(against), dtype=torch.float64, device=device)
 
-    @staticmethod
-    def _mean(means: TrainingMeans, step: int, group: Group) -> Float[Tensor, " d_model"]:
+    def _mean(self, means: TrainingMeans, step: int, group: Group) -> Float[Tensor, " d_model"]:
         mean = means.of(step, group)
-        if mean is None:  # the training split has no such row; judged against the mean of the whole stream
+        if mean is None:
+            self.missing[step, group] = None
             mean = means.of(step)
         if mean is None:
             raise MismatchError(
@@ -151,6 +154,9 @@ def evaluate(
     the target points in the pack that was trained on.  The dictionaries are moved to `device`.  A dead feature is active
     on none of the `rows` rows.  Memory: a shard, the weights, a count a cell and feature, and for one block of rows at a
     time three matrices of `ENTRIES_AT_ONCE` entries, however many dictionaries there are.
+
+    Where training has no row of one kind of token at a step, the held-out ones are judged against the mean of all tokens of
+    that step, and `means_missing` lists such cells, as `["padding 2"]`; otherwise there is no such key.
     """
     (site,) = {dictionary.site for dictionary in dictionaries}
     device, cells = torch.device(device), Cells(val_pack, site)
@@ -175,7 +181,17 @@ def evaluate(
         "targets": val_pack.targets,
         "density_log10_edges": list(DENSITY_LOG10_EDGES),
     }
-    return [{**about, **_metrics(cells, rows.cpu(), targets[t.dictionary.target_point], t)} for t in tallies]
+    return [
+        {**about, **_missing(cells, rows, against), **_metrics(cells, rows.cpu(), against, t)}
+        for t in tallies
+        for against in [targets[t.dictionary.target_point]]
+    ]
+
+
+def _missing(cells: Cells, rows: Tensor, against: Deviations) -> dict[str, list[str]]:
+    """`means_missing`, of the cells that have rows; empty where nothing is missing."""
+    there = [(step, kind) for step, kind in against.missing if rows[cells.members(kind, step)].sum() > 0]
+    return {"means_missing": [f"{kind} {step}" for step, kind in there]} if there else {}
 
 
 def blocks(

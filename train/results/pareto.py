@@ -2,7 +2,8 @@
 
 A dictionary is on the front when no other of the same site and kind has both no more active features a row and no more
 unexplained variance on the held-out rows, and less of one of them.  A transcoder and an SAE are never compared: the SAE
-reads what it is to explain.  For text, real tokens and padding each have a front of their own.
+reads what it is to explain.  Nor are dictionaries that were measured on different rows: another validation pack, or targets
+recomputed here and stored there.  For text, real tokens and padding each have a front of their own.
 """
 
 import math
@@ -107,14 +108,35 @@ def figures_of(dictionary: Dictionary, group: Group) -> Mapping[str, Any]:
 
 
 def on_front(dictionaries: Sequence[Dictionary], group: Group) -> list[bool]:
-    """For each dictionary whether it is on the front of its site and kind, by its figures on the rows of `group`."""
+    """For each dictionary whether it is on the front of its site, kind and held-out rows, by its figures on those of `group`."""
     places = [(figures_of(each, group).get("l0"), figures_of(each, group).get("fvu")) for each in dictionaries]
-    kinds = [(each.site, each.config.kind) for each in dictionaries]
+    kinds = [(each.site, each.config.kind, measured_on(each)) for each in dictionaries]
     found = []
     for place, kind in zip(places, kinds, strict=True):
         rivals = [other for other, its in zip(places, kinds, strict=True) if its == kind and None not in other]
         found.append(None not in place and not any(_better(other, place) for other in rivals))
     return found
+
+
+def measured_on(dictionary: Dictionary) -> tuple[str | None, str | None]:
+    """On which rows its figures are: the id of the validation pack, and whether targets were `stored` or `recomputed`."""
+    metrics = dictionary.metrics or {}
+    return metrics.get("pack"), metrics.get("targets")
+
+
+def rows_named(dictionary: Dictionary) -> str | None:
+    """`1a2b3c4d recomputed`: on which rows its figures are, in short; None where it was not measured."""
+    pack, targets = measured_on(dictionary)
+    return None if pack is None else f"{pack.removeprefix('sha256-')[:8]} {targets or ''}".rstrip()
+
+
+def unlike(dictionaries: Sequence[Dictionary]) -> list[Site]:
+    """The sites of which dictionaries of one kind were measured on different rows, so that there are several fronts."""
+    seen: dict[tuple[Site, str], set[tuple[str | None, str | None]]] = {}
+    for each in dictionaries:
+        if each.metrics:
+            seen.setdefault((each.site, each.config.kind), set()).add(measured_on(each))
+    return sorted({site for (site, _), rows in seen.items() if len(rows) > 1}, key=lambda s: (s.stream, s.layer))
 
 
 def _better(one: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
@@ -175,7 +197,8 @@ def _draw(axes: Any, panel: Panel, looks: Mapping[str, tuple[str, str]]) -> None
     axes.set_ylim(0, 1.2 * max(point.fvu for point in points) or 1.0)
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
     axes.set_xlabel("L0: active features a row")
-    axes.set_title(panel.title)
+    differ = unlike([point.dictionary for point in points])
+    axes.set_title(panel.title + (", held-out rows differ" if differ else ""))
     for name, (colour, marker) in looks.items():
         mine = [point for point in points if point.series == name]
         if means := sorted(_mean(same) for same in _by_label(mine)):
@@ -239,6 +262,6 @@ def _legend(figure: Any, looks: Mapping[str, tuple[str, str]], columns: int) -> 
         Line2D([], [], color=colour, marker=marker, markersize=6, linewidth=1.2, label=name)
         for name, (colour, marker) in looks.items()
     ]
-    handles.append(Line2D([], [], **RING, label="on the Pareto front of its site and kind"))
+    handles.append(Line2D([], [], **RING, label="on the Pareto front of its site, kind and rows"))
     handles.append(Line2D([], [], color=GREY, linewidth=1.2, label="line: mean of those with one label, such as seeds"))
     figure.legend(handles=handles, loc="lower left", bbox_to_anchor=(0.005, 0.0), ncols=columns)

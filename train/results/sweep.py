@@ -22,7 +22,7 @@ from store.shards import GROUPS, Group
 from train.dictionaries.checkpoint import CONFIG, LogLine, outline, read_log
 from train.dictionaries.dictionary import Dictionary
 from train.recipe import Recipe
-from train.results.pareto import figures_of, on_front, pareto, sparsity_of
+from train.results.pareto import figures_of, on_front, pareto, rows_named, sparsity_of, unlike
 from train.results.plots import curves, density, short_number
 
 SWEEP, PAGE, PARETO, PLOTS = "sweep.json", "sweep.md", "pareto.png", "plots"
@@ -63,7 +63,8 @@ def table(dictionaries: Sequence[Dictionary]) -> str:
 def text(trained: Sequence[Trained]) -> str:
     """One line a dictionary: what it was trained with, rows, FVU, L0, its share of the features, dead share; held-out rows only.
 
-    A text dictionary has two more lines, real tokens and padding.  `*` marks those on the Pareto front of their site and kind.
+    A text dictionary has two more lines, real tokens and padding.  `*` marks those on the Pareto front of their site, kind
+    and held-out rows; where the rows differ between dictionaries, a column `measured on` says which they are.
     """
     lines = cells(trained)
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
@@ -79,6 +80,7 @@ def cells(trained: Sequence[Trained]) -> list[list[str]]:
     """The table as text, its head first."""
     dictionaries = [each.dictionary for each in trained]
     varying = [name for name in SETTINGS if _varies(dictionaries, name)]
+    varying += ["measured_on"] if unlike(dictionaries) else []
     fronts = {group: on_front(dictionaries, group) for group in ("all", "real", "padding")}
     head = ["dictionary", "l1 or k", *(name.replace("_", " ") for name in varying), "rows", "features"]
     figures = ["FVU", "L0", "L0 %", "dead %", "cosine", "held-out rows", "front"]
@@ -114,6 +116,8 @@ def _figures(found: Mapping[str, Any], front: bool) -> list[str]:
 
 
 def _setting(dictionary: Dictionary, name: str) -> Any:
+    if name == "measured_on":
+        return rows_named(dictionary)
     value = (dictionary.config.training or {}).get(name)
     return tuple(value) if isinstance(value, list) else value
 
@@ -140,6 +144,8 @@ def _shown(value: Any) -> str:
 def save(out: Path) -> list[Trained]:
     """Write table and pictures of every finished dictionary below `out`, whichever run trained it; those dictionaries."""
     trained = sorted(finished(out), key=_place)
+    if not trained and not (out / SWEEP).exists():
+        return []
     files: dict[str, bytes] = {}
     picture = pareto([each.dictionary for each in trained])
     if picture is not None:
@@ -176,6 +182,8 @@ def _place(each: Trained) -> tuple[Any, ...]:
 
 def finished(out: Path) -> Iterator[Trained]:
     """The finished dictionaries in `out` and in the folders in it; a folder of others is left out with a note."""
+    if not out.is_dir():
+        return
     folders = [path for path in sorted(out.iterdir()) if path.is_dir() and not is_temporary(path)]
     inside = [path for folder in folders if not (folder / CONFIG).exists() for path in sorted(folder.iterdir())]
     for folder in sorted([*folders, *inside]):
@@ -218,7 +226,7 @@ def page(trained: Sequence[Trained], files: Mapping[str, bytes]) -> str:
     words += [
         "Figures are those on held-out rows. FVU: share of the variance that is not explained. L0: features active on a row, on the",
         "average; L0 %: of all features. Dead: active on none of the held-out rows. Front: no other dictionary of the same",
-        "site and kind has both a lower L0 and a lower FVU.", "",
+        "site and kind, measured on the same rows, has both a lower L0 and a lower FVU.", "",
         f"| {' | '.join([*head, 'pictures'])} |", f"|---|{'---:|' * (len(head) - 1)}---|",
     ]  # fmt: skip
     named = iter(trained)

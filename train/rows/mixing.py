@@ -51,7 +51,8 @@ class Mixing:
 def mixing(pack: Pack, site: Site, batch: int, seed: int, batches: int = 16) -> Mixing:
     """Counted in so many batches of a `Loader` with that batch and seed, which lie evenly in its first epoch.
 
-    Reads the column `image` of every shard, 4 bytes a row, and no activation.
+    Reads the column `image`, 4 bytes a row, and no activation, of the shards of those batches and of at most 16, from which
+    the number under a perfect shuffle is estimated where there are more.
     """
     loader = Loader(pack, site, pack.points[:1], batch, seed)
     chosen = np.unique(np.linspace(0, len(loader) - 1, batches).astype(np.int64))
@@ -61,20 +62,28 @@ def mixing(pack: Pack, site: Site, batch: int, seed: int, batches: int = 16) -> 
         if shard != column[0]:
             column = shard, np.array(loader.shards[shard].columns("image")["image"])
         pairs += _pairs(np.bincount(column[1][rows.numpy()]))
-    counts = images_of(pack, site)
-    total, of_one = int(counts.sum()), _pairs(counts)
-    expected = len(chosen) * batch * (batch - 1) / 2 * of_one / max(total * (total - 1) / 2, 1)
+    total = pack.rows(site)
+    expected = len(chosen) * batch * (batch - 1) / 2 * pairs_of_images(pack, site) / max(total * (total - 1) / 2, 1)
     return Mixing(len(chosen), batch, pairs, expected)
 
 
-def images_of(pack: Pack, site: Site) -> np.ndarray:
-    """Rows of each image of a site, by its number."""
-    counts = np.zeros(0, np.int64)
-    for shard in pack.shards(site):
-        found = np.bincount(shard.columns("image")["image"], minlength=len(counts))
+def pairs_of_images(pack: Pack, site: Site, most: int = 16) -> float:
+    """Pairs of rows of one image in a site, within shards and between them; estimated from `most` shards where there are more.
+
+    Every `of / taken`-th shard is looked at: pairs within one count `of / taken` times, pairs of two shards
+    `of (of - 1) / (taken (taken - 1))` times.
+    """
+    shards = pack.shards(site)
+    chosen = np.unique(np.linspace(0, len(shards) - 1, most).astype(np.int64))
+    counts, within = np.zeros(0, np.int64), 0
+    for number in chosen:
+        found = np.bincount(shards[number].columns("image")["image"], minlength=len(counts))
+        within += _pairs(found)
         found[: len(counts)] += counts
         counts = found
-    return counts
+    of, taken = len(shards), len(chosen)
+    between = (_pairs(counts) - within) * (of * (of - 1) / (taken * (taken - 1)) if taken > 1 else 1)
+    return within * of / taken + between
 
 
 def _pairs(counts: np.ndarray) -> int:

@@ -1,0 +1,196 @@
+"""What goes wrong in a run costs no more than it must: one model of many, one flag, one of two runs."""
+
+import fcntl
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from store.command import program
+from store.errors import NonFiniteError, StoreError, UsageError
+from store.shards import open_pack
+from tests.small_training import Packs, command_line, digests, leave_out_pictures, small_packs, small_run
+from train import TrainSettings, load_dictionary
+from train.__main__ import COMMANDS
+from train.claim import LOCK, claimed
+from train.dictionaries.checkpoint import RESUME
+from train.distributed import Ranks
+from train.learning.learner import Learner
+from train.models import Model, models_of
+from train.recipe import Recipe
+from train.results.evaluate import evaluate
+from train.rows.loader import Loader
+
+ALL_OF_RELU = {"activation": "relu", "k": None}
+
+
+@pytest.fixture
+def packs(tmp_path_factory: pytest.TempPathFactory) -> Packs:
+    return small_packs(tmp_path_factory)
+
+
+@pytest.fixture(autouse=True)
+def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_out_pictures(monkeypatch)
+
+
+def models(packs: Packs, **changes: Any) -> tuple[Model, ...]:
+    settings = {"pack": packs[0], "out": Path("out"), "sites": "img_0", **changes}
+    return models_of(TrainSettings(**settings), open_pack(packs[0]))
+
+
+def test_one_step_that_breaks_a_model_costs_no_other_its_end(packs: Packs, tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError, match=r"lr-1e\+30/.*diverged[\s\S]*1 of 2 models diverged; the others are done"):
+        small_run(packs, tmp_path / "out", **ALL_OF_RELU, lr="1e30,1e-4", schedule="constant", rows=256)
+    assert load_dictionary(tmp_path / "out" / "lr-0.0001" / "transcoder_img_0").metrics is not None
+    assert not (tmp_path / "out" / "lr-1e+30" / "transcoder_img_0" / "config.json").exists()
+
+
+def test_figures_that_are_no_numbers_cost_no_other_model_its_end(
+    packs: Packs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoilt(*args: Any) -> Any:
+        first, *others = evaluate(*args)
+        return [{**first, "fvu": float("nan")}, *others]
+
+    monkeypatch.setattr("train.trainer.evaluate", spoilt)
+    with pytest.raises(NonFiniteError, match="k-2/transcoder_img_0: figures on held-out rows are no numbers"):
+        small_run(packs, tmp_path, k="2,4", rows=256)
+    assert [path.parent.parent.name for path in tmp_path.rglob("config.json")] == ["k-4"]
+
+
+def test_a_run_whose_only_model_diverges_says_that_and_no_more(
+    packs: Packs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(NonFiniteError, match=r"1 of 1 models diverged$"):
+        small_run(packs, tmp_path / "out", lr=1e30, schedule="constant", rows=256)
+    said = capsys.readouterr()
+    assert "go on" not in said.out + said.err and not (tmp_path / "out").exists()
+
+
+def test_a_learner_that_was_given_up_holds_no_memory(
+    packs: Packs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Learner] = []
+    give_up = Learner.give_up
+
+    def noted(self: Learner) -> None:
+        give_up(self)
+        given.append(self)
+
+    monkeypatch.setattr(Learner, "give_up", noted)
+    with pytest.raises(NonFiniteError):
+        small_run(packs, tmp_path, lr=1e30, schedule="constant", rows=256)
+    (learner,) = given
+    assert not learner.optimizer.state and sum(value.numel() for value in learner.dictionary.parameters()) == 0
+
+
+def test_what_a_kill_left_in_a_finished_folder_is_gone_after_the_next_run(packs: Packs, tmp_path: Path) -> None:
+    small_run(packs, tmp_path / "out", rows=256)
+    before = digests(tmp_path / "out")
+    for name in (RESUME, f".{RESUME}.0badf00d.tmp"):
+        (tmp_path / "out" / "transcoder_img_0" / name).write_bytes(b"left")
+    small_run(packs, tmp_path / "out", rows=256, plan=True)
+    assert digests(tmp_path / "out") != before
+    small_run(packs, tmp_path / "out", rows=256)
+    assert digests(tmp_path / "out") == before
+
+
+def test_a_second_training_into_the_same_folder_is_refused(packs: Packs, tmp_path: Path) -> None:
+    runs = tmp_path / "out.runs"
+    with claimed(tmp_path / "out", runs), pytest.raises(StoreError, match=r"another training writes into .*out: wait"):
+        small_run(packs, tmp_path / "out", rows=256)
+    assert not (tmp_path / "out").exists()
+    with (runs / LOCK).open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it was freed
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"bandwidth": 0.1}, "--bandwidth 0.1 means nothing with --activation relu: add --activation jumprelu"),
+        ({"dead_rows": 5}, "--dead-rows 5 means nothing with --dead none"),
+        ({"resample_rows": 5, "dead": "auxk"}, "--resample-rows 5 means nothing with --dead auxk"),
+        ({"aux_k": 5, "dead": "resample"}, "--aux-k 5 means nothing with --dead resample"),
+        ({"aux_weight": 0.5}, "--aux-weight 0.5 means nothing"),
+        ({"l1_warmup_rows": 5, "activation": "topk", "k": 4}, "--l1-warmup-rows 5 means nothing with --l1 0"),
+        ({"recipe": "flux-sae", "k": 4, "dead": "none", "dead_rows": 5}, "--dead-rows 5 means nothing"),
+        ({"seed": 10**23}, "--seed 1.* must be at most 9223372036854775807"),
+        ({"expansion": 10**20}, "--expansion 1.* must be at most 65536"),
+        ({"dead": "auxk", "dead_rows": 10**23}, "--dead-rows 1.* must be at most"),
+        ({"rows": 10**23}, "--rows 1.* must be at most"),
+    ],
+)
+def test_what_decides_nothing_or_is_too_great_is_refused(packs: Packs, changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        models(packs, **changes)
+
+
+def test_what_decides_nothing_in_one_of_several_models_is_left_out_there(packs: Packs) -> None:
+    found = models(packs, activation="relu,jumprelu", bandwidth=0.1)
+    assert [model.recipe.bandwidth for model in found] == [Recipe().bandwidth, 0.1]
+    assert [model.name.split("/")[0] for model in found] == ["activation-relu", "activation-jumprelu_bandwidth-0.1"]
+    (model,) = models(packs, recipe="flux-sae", k=4, dead="none")
+    assert (model.recipe.dead_rows, model.recipe.resample_rows) == (Recipe().dead_rows, Recipe().resample_rows)
+    assert [m.recipe.l1_warmup_rows for m in models(packs, l1="0,1e-3", l1_warmup_rows=9)] == [0, 9]
+    assert models(packs, l1_warmup_rows=9)[0].recipe.l1_warmup_rows == 9  # the default of the stream is no 0
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "reason"),
+    [
+        ("- {l1: []}", {}, r"models.yaml, model 1: --l1 \[\] names nothing"),
+        ("- {}\n- {seed: [0, 0]}", {}, r"models.yaml, model 2: --seed \[0, 0\] names a value twice"),
+        ("- {}\n- {activation: topk, k: 4000}", {}, "models.yaml, model 2: k = 4000 must lie between"),
+        ("- {bandwidth: 0.1}", {}, "model 1: --bandwidth 0.1 means nothing"),
+        ("- {}\n- {skip: true}", {"bandwidth": 0.1}, "--bandwidth means nothing for any model of"),
+    ],
+)
+def test_a_list_of_models_is_refused_by_file_and_number(
+    packs: Packs, tmp_path: Path, content: str, flags: dict[str, Any], reason: str
+) -> None:
+    (tmp_path / "models.yaml").write_text(content)
+    with pytest.raises(UsageError, match=reason):
+        models(packs, models=tmp_path / "models.yaml", **flags)
+    with pytest.raises(UsageError, match=r"cannot be read \(Is a directory\)"):
+        models(packs, models=tmp_path)
+
+
+def test_none_is_a_word_of_the_command_line(packs: Packs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = command_line(packs, tmp_path / "out", time_embed_dim="none")
+    assert program("train", COMMANDS, [*flags, "--plan"], default="train") == 0
+    said = capsys.readouterr().out
+    assert "1,096 parameters" in said and "mixing" not in said
+    assert program("train", COMMANDS, [*flags, "--time-embed-dim", "wide"], default="train") == 2
+    assert "--time-embed-dim 'wide' is not a whole number" in capsys.readouterr().err
+    assert program("train", COMMANDS, [*flags, "--parallel", "rows"], default="train") == 2
+    assert "--parallel rows is for several processes" in capsys.readouterr().err
+
+
+def test_ranks_without_an_address_or_with_one_device_are_refused(
+    packs: Packs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UsageError, match="the environment has no MASTER_ADDR, MASTER_PORT"):
+        small_run(packs, tmp_path)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    assert Ranks.of_environment().launched
+    with pytest.raises(UsageError, match="--device cuda:1 with 2 ranks"):
+        small_run(packs, tmp_path, device="cuda:1")
+
+
+def test_a_group_reads_only_the_columns_of_its_models(
+    packs: Packs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[tuple[str, ...]] = []
+    batches = Loader.batches
+
+    def noted(self: Loader, first: int, last: int) -> Any:
+        read.append(self.columns)
+        return batches(self, first, last)
+
+    monkeypatch.setattr(Loader, "batches", noted)
+    small_run(packs, tmp_path, kind="transcoder,sae", together=1, rows=256)
+    assert read == [("mlp_in", "mlp_out"), ("mlp_out",)]
