@@ -95,7 +95,8 @@ class TrainSettings:
     nested: Annotated[Numbers, _words("FLOAT[,FLOAT...]")] = None
     """shares of the features, such as 0.125,0.5, whose first so many must also explain the target alone (Matryoshka)"""
     bandwidth: float | None = None
-    """with jumprelu: width of the rectangle through which thresholds get their gradient; default 0.1 (the paper has 1e-3, for inputs of unit norm)"""
+    """with jumprelu: width of the rectangle through which thresholds get their gradient; default 0.1 (the paper's 1e-3 is for
+    inputs of unit norm)"""
     loss: LossName | None = None
     """record: squared residual over the batch's variance, + l1 * mean sum |z| (difract); mse: per element, + l1 * mean |z|"""
     decoder_bias: Literal["zero", "mean"] | None = None
