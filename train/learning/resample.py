@@ -18,9 +18,10 @@ Departures from both systems, because with many dead features their rules as the
   than 1, one row is drawn for every feature.  Here errors are standardised first.
 - No row is drawn twice, with either rule (flux-sae draws with replacement): twins get one gradient and never part.  Dead
   features beyond the rows wait for the next time.
-- New features must not write louder, all together, than the model misses: 0.2 of an input of norm 50 answers that input
-  with 500, and hundreds of small features add up where rows have a direction in common.  Where the sum of squares of what
-  they write on the batch is above that of its errors, all new encoder rows are scaled down by one factor until it is not.
+- New features must not drown what the model has learned: 0.2 of an input of norm 50 answers that input with 500, and hundreds
+  of small features add up where rows have a direction in common.  Where the squared error on the batch would come to more
+  than 4 times what it was (as if they wrote no more, all together, than was missed), all new encoder rows are halved,
+  again and again, until it does not.
 """
 
 import hashlib
@@ -33,7 +34,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from train.dictionaries.activations import keep_top, keep_top_of_batch
 from train.dictionaries.dictionary import FIRST_THRESHOLD, Dictionary
 from train.recipe import Recipe
 
@@ -41,8 +41,8 @@ SMALL = 0.2
 """norm of a new encoder row, at most: in mean norms of the living ones (resample), or in norms of what it reads (flux-sae)"""
 SHARPNESS = 10.0
 """flux-sae: logarithm of how much likelier a row is drawn for each standard deviation of the mean squared error"""
-ROWS_AT_ONCE = 512
-"""of the batch, when it is measured what the new features write"""
+WORST, HALVINGS = 4.0, 40
+"""how many times the squared error on the batch may grow, and how often new encoder rows are halved until it does not"""
 
 
 class Share(NamedTuple):
@@ -92,13 +92,15 @@ def resample(
         reads = functional.normalize(reads, dim=1) * _living_norm(dictionary.encoder.weight, dead)
         _forget(dictionary, optimizer, dead[served])
     reads, writes = SMALL * reads, functional.normalize(writes, dim=1)
-    sums = torch.stack([_written(dictionary, found.reads, reads, writes), found.missed])
-    if share is not None:
-        share.all_reduce(sums)
-    written, missed = sums
-    if written > missed:
-        reads = reads * (missed / written).sqrt().float()
     _write(dictionary, dead[served], reads, writes)
+    for _ in range(HALVINGS if len(reads) else 0):
+        sums = torch.stack([found.missed, _errors(dictionary, x, y, sigma).sum()])
+        if share is not None:
+            share.all_reduce(sums)
+        if not sums[1] > WORST * sums[0]:
+            break
+        reads = reads / 2
+        dictionary.encoder.weight[dead[served]] = reads
     return dead[served]
 
 
@@ -107,10 +109,9 @@ def _candidates(dictionary: Dictionary, recipe: Recipe, x: Tensor, y: Tensor, si
         x, y = x.float(), y.float()
         reads, writes = dictionary.prepare(x, sigma), y - dictionary.output_bias
         linear = dictionary.linear(x, sigma)
-        error = (y - dictionary(x, sigma)).square().double()
     if linear is not None:
         writes = writes - linear
-    by_row = error.sum(dim=1)
+    by_row = _errors(dictionary, x, y, sigma)
     spread = by_row.std(correction=0).clamp_min(torch.finfo(by_row.dtype).tiny)
     flux_sae = torch.softmax(SHARPNESS * (by_row - by_row.mean()) / spread, dim=0)
     return Candidates(reads, writes, flux_sae if recipe.dead == "flux-sae" else by_row.square(), by_row.sum())
@@ -126,15 +127,11 @@ def _draw(weights: Tensor, count: int, seed: int, step: int, rank: int) -> Tenso
     return torch.multinomial((weights / weights.max()).cpu(), count, generator=generator).to(weights.device)
 
 
-def _written(dictionary: Dictionary, prepared: Tensor, reads: Tensor, writes: Tensor) -> Tensor:
-    """The sum of squares of what features with these encoder rows and decoder columns (new, d_model) write on the rows."""
-    config, total = dictionary.config, torch.zeros((), dtype=torch.float64, device=reads.device)
-    for some in torch.split(prepared, ROWS_AT_ONCE):
-        z = functional.relu(some @ reads.T)
-        if config.k is not None and config.k < len(reads):  # no more of them can be active
-            z = (keep_top if config.activation == "topk" else keep_top_of_batch)(z, config.k)
-        total += (z @ writes).double().square().sum()
-    return total
+def _errors(dictionary: Dictionary, x: Tensor, y: Tensor, sigma: Tensor) -> Float[Tensor, " row"]:
+    """The squared error of each row, float64."""
+    with torch.autocast(x.device.type, enabled=False):
+        y_hat: Tensor = dictionary(x.float(), sigma)
+        return (y.float() - y_hat).square().double().sum(dim=1)
 
 
 def _living_norm(weight: Tensor, dead: Tensor) -> Tensor:
