@@ -1,13 +1,14 @@
 """What goes wrong in a run costs no more than it must: one model of many, one flag, one of two runs."""
 
 import fcntl
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from store.command import program
-from store.errors import NonFiniteError, StoreError, UsageError
+from store.errors import DamagedError, NonFiniteError, StoreError, UsageError
 from store.shards import open_pack
 from tests.small_training import Packs, command_line, digests, leave_out_pictures, small_packs, small_run
 from train import TrainSettings, load_dictionary
@@ -108,7 +109,7 @@ def test_a_second_training_into_the_same_folder_is_refused(packs: Packs, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"bandwidth": 0.1}, "--bandwidth 0.1 means nothing with --activation relu: add --activation jumprelu"),
+        ({"bandwidth": 0.2}, "--bandwidth 0.2 means nothing with --activation relu: add --activation jumprelu"),
         ({"dead_rows": 5}, "--dead-rows 5 means nothing with --dead none"),
         ({"resample_rows": 5, "dead": "auxk"}, "--resample-rows 5 means nothing with --dead auxk"),
         ({"aux_k": 5, "dead": "resample"}, "--aux-k 5 means nothing with --dead resample"),
@@ -127,9 +128,9 @@ def test_what_decides_nothing_or_is_too_great_is_refused(packs: Packs, changes: 
 
 
 def test_what_decides_nothing_in_one_of_several_models_is_left_out_there(packs: Packs) -> None:
-    found = models(packs, activation="relu,jumprelu", bandwidth=0.1)
-    assert [model.recipe.bandwidth for model in found] == [Recipe().bandwidth, 0.1]
-    assert [model.name.split("/")[0] for model in found] == ["activation-relu", "activation-jumprelu_bandwidth-0.1"]
+    found = models(packs, activation="relu,jumprelu", bandwidth=0.2)
+    assert [model.recipe.bandwidth for model in found] == [Recipe().bandwidth, 0.2]
+    assert [model.name.split("/")[0] for model in found] == ["activation-relu", "activation-jumprelu_bandwidth-0.2"]
     (model,) = models(packs, recipe="flux-sae", k=4, dead="none")
     assert (model.recipe.dead_rows, model.recipe.resample_rows) == (Recipe().dead_rows, Recipe().resample_rows)
     assert [m.recipe.l1_warmup_rows for m in models(packs, l1="0,1e-3", l1_warmup_rows=9)] == [0, 9]
@@ -142,8 +143,8 @@ def test_what_decides_nothing_in_one_of_several_models_is_left_out_there(packs: 
         ("- {l1: []}", {}, r"models.yaml, model 1: --l1 \[\] names nothing"),
         ("- {}\n- {seed: [0, 0]}", {}, r"models.yaml, model 2: --seed \[0, 0\] names a value twice"),
         ("- {}\n- {activation: topk, k: 4000}", {}, "models.yaml, model 2: k = 4000 must lie between"),
-        ("- {bandwidth: 0.1}", {}, "model 1: --bandwidth 0.1 means nothing"),
-        ("- {}\n- {skip: true}", {"bandwidth": 0.1}, "--bandwidth means nothing for any model of"),
+        ("- {bandwidth: 0.2}", {}, "model 1: --bandwidth 0.2 means nothing"),
+        ("- {}\n- {skip: true}", {"bandwidth": 0.2}, "--bandwidth means nothing for any model of"),
     ],
 )
 def test_a_list_of_models_is_refused_by_file_and_number(
@@ -194,3 +195,32 @@ def test_a_group_reads_only_the_columns_of_its_models(
     monkeypatch.setattr(Loader, "batches", noted)
     small_run(packs, tmp_path, kind="transcoder,sae", together=1, rows=256)
     assert read == [("mlp_in", "mlp_out"), ("mlp_out",)]
+
+
+def test_out_is_no_store_no_pack_and_no_file(packs: Packs, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"mine")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "zarr.json").write_text("{}")
+    for out, reason in (
+        (packs[0], "lies in the pack"), (packs[0] / "inside", "lies in the pack"), (tmp_path / "store" / "a", "lies in the store"),
+        (tmp_path / "file", "is a file"), (tmp_path / "file" / "below", "is a file"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=reason):
+            small_run(packs, out)
+
+
+def test_a_damaged_held_out_row_is_found_before_a_step(
+    packs: Packs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    val = Path(shutil.copytree(packs[1], tmp_path / "val"))
+    shard = val / "img_0" / "shard-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x7f")
+    monkeypatch.setattr(Learner, "learn", lambda *_: pytest.fail("a step was taken"))
+    with pytest.raises(DamagedError, match="shard-00000"):
+        small_run((packs[0], val), tmp_path / "out")
+
+
+def test_lambda_decides_how_many_features_a_jumprelu_has_active(packs: Packs, tmp_path: Path) -> None:
+    few, many = small_run(packs, tmp_path, activation="jumprelu", k=None, l1="0.1,0.0001", epochs=6)
+    assert few.metrics is not None and many.metrics is not None
+    assert few.metrics["l0"] < 0.8 * many.metrics["l0"]
