@@ -26,3 +26,38 @@ def small_store(tmp_path: Path) -> Callable[..., SmallStore]:
         return make_store(tmp_path / f"store-{len(list(tmp_path.iterdir()))}", **options)  # type: ignore[arg-type]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def pack_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of 40 images to make packs of; never written to."""
+    from tests.toy_stores import toy_store
+
+    return toy_store(tmp_path_factory.mktemp("pack") / "s", n_images=40)
+
+
+@pytest.fixture(scope="session")
+def large_pack_store(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """A store of a few MB a site, and the digests of its pack of several shards, made from memory."""
+    from tests.small_packs import digests, make
+    from tests.toy_stores import toy_store
+
+    folder = tmp_path_factory.mktemp("large")
+    path = toy_store(folder / "s", n_images=150, sites=("img_0", "txt_0"), img_tokens=256, d_model=16, chunk_images=32)
+    return path, digests(make(path, folder / "p", shard_mb=1).path)
+
+
+@pytest.fixture
+def packs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A train and a val pack to learn from in a second; made once a session, never written to."""
+    from tests.small_training import small_packs
+
+    return small_packs(tmp_path_factory)
+
+
+@pytest.fixture
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training makes its table and draws nothing."""
+    from tests.small_training import leave_out_pictures
+
+    leave_out_pictures(monkeypatch)

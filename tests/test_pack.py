@@ -1,18 +1,10 @@
 """A pack holds every row of a split once, shuffled, aligned across sites, and the same bytes each time."""
 
-import contextlib
-import errno
-import fcntl
-import hashlib
-import os
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,67 +12,20 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import store.pack
-import store.packing.folder
-import store.packing.sink
-import store.packing.tasks
 from store import Site, open_store
 from store.errors import (
-    DamagedError,
-    ForeignError,
-    MismatchError,
-    NonFiniteError,
-    StoreError,
-    UnfinishedError,
     UsageError,
 )
-from store.files import read_self_checked, self_checked, write_json
 from store.format import StreamTokens
 from store.pack import PackSettings, run
-from store.packing.budget import Budget, Share, _runs
-from store.packing.crew import ThreadCrew
-from store.packing.folder import PackFolder
+from store.packing.budget import Budget, _runs
 from store.packing.plan import PackPlan
 from store.packing.reading import Reading
 from store.reader import Store
-from store.shards import Pack, open_pack
+from store.shards import Pack
 from store.sizes import human_size, parse_size
+from tests.small_packs import digests, in_runs, make, whole
 from tests.toy_stores import SIGMAS, toy_store
-
-
-@pytest.fixture(scope="module")
-def a_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy_store(tmp_path_factory.mktemp("store") / "s", n_images=40)
-
-
-def make(a_store: Path, out: Path, **changes: Any) -> Pack:
-    pack = run(PackSettings(**{"store": a_store, "out": out, "seed": 1, **changes}))
-    assert pack is not None
-    return pack
-
-
-@contextlib.contextmanager
-def in_runs(count: int) -> Iterator[None]:
-    """As if the memory held a site only in about so many runs; 0: as it is."""
-    share = Budget._share
-
-    def small(self: Budget, stream: Any) -> Share:
-        units, whole = self.units(stream), share(self, stream)
-        return replace(whole, whole=False, runs=_runs(units, max(int(units.sum()) // count, int(units.max()))))
-
-    with mock.patch.object(Budget, "_share", small) if count else contextlib.nullcontext():
-        yield
-
-
-def digests(folder: Path) -> dict[str, str]:
-    return {
-        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()
-    }
-
-
-def whole(pack: Pack, site: Site) -> dict[str, np.ndarray]:
-    shards = [shard.columns() for shard in pack.shards(site)]
-    return {name: np.concatenate([shard[name] for shard in shards]) for name in shards[0]}
 
 
 def expect_rows_of_store(pack: Pack, path: Path) -> None:
@@ -143,20 +88,20 @@ def test_every_row_of_the_split_stands_in_the_pack_exactly_once(
     expect_rows_of_store(pack, path)
 
 
-def test_sites_of_a_stream_share_one_row_order_and_it_is_shuffled(a_store: Path, tmp_path: Path) -> None:
-    pack = make(a_store, tmp_path / "p")
+def test_sites_of_a_stream_share_one_row_order_and_it_is_shuffled(pack_store: Path, tmp_path: Path) -> None:
+    pack = make(pack_store, tmp_path / "p")
     first, second = whole(pack, Site.parse("img_0")), whole(pack, Site.parse("img_1"))
     for name in ("image", "step", "token", "sigma"):
         assert np.array_equal(first[name], second[name])
     assert not np.array_equal(first["mlp_in"], second["mlp_in"])
     assert (np.diff(first["image"]) < 0).mean() > 0.3
     assert not np.array_equal(
-        whole(make(a_store, tmp_path / "q", seed=2), Site.parse("img_0"))["image"], first["image"]
+        whole(make(pack_store, tmp_path / "q", seed=2), Site.parse("img_0"))["image"], first["image"]
     )
 
 
-def test_means_are_those_of_the_split_and_of_real_and_padding_tokens_apart(a_store: Path, tmp_path: Path) -> None:
-    pack = make(a_store, tmp_path / "p")
+def test_means_are_those_of_the_split_and_of_real_and_padding_tokens_apart(pack_store: Path, tmp_path: Path) -> None:
+    pack = make(pack_store, tmp_path / "p")
     for site in pack.sites:
         columns = whole(pack, site)
         for step in pack.steps:
@@ -172,18 +117,10 @@ def test_means_are_those_of_the_split_and_of_real_and_padding_tokens_apart(a_sto
     assert pack.mean(Site.parse("img_0"), 0, "mlp_in", "real") is None
 
 
-@pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """A store of a few MB a site, and what its pack of several shards is, made from memory."""
-    folder = tmp_path_factory.mktemp("large")
-    path = toy_store(folder / "s", n_images=150, sites=("img_0", "txt_0"), img_tokens=256, d_model=16, chunk_images=32)
-    return path, digests(make(path, folder / "p", shard_mb=1).path)
-
-
 def test_bytes_depend_on_memory_no_more_than_the_memory_is_exceeded(
-    large: tuple[Path, dict[str, str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    large_pack_store: tuple[Path, dict[str, str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, expected = large
+    path, expected = large_pack_store
     tracemalloc.start()
     pack = make(path, tmp_path / "p", shard_mb=1, sites="txt_0,img_0", memory="6MB")
     peak = tracemalloc.get_traced_memory()[1]
@@ -199,9 +136,9 @@ def test_bytes_depend_on_memory_no_more_than_the_memory_is_exceeded(
 
 
 def test_each_byte_of_the_store_is_read_once(
-    large: tuple[Path, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    large_pack_store: tuple[Path, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, expected = large
+    path, expected = large_pack_store
     read, found = Store._chunk, []
 
     def counted(self: Store, spec: Any, part: int, out: Any) -> np.ndarray:
@@ -237,117 +174,6 @@ def test_the_peak_of_a_process_is_what_python_takes_and_the_memory_that_was_give
     assert peaks[1] - peaks[0] < parse_size(memory), peaks
 
 
-def killed_after(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on a pack dies when it has read or written so many pieces; what it half wrote stays."""
-    advance, left = ThreadCrew._advance, calls
-
-    def dies(self: ThreadCrew, count: int) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise KeyboardInterrupt
-        advance(self, count)
-
-    monkeypatch.setattr(ThreadCrew, "_advance", dies)
-
-
-@pytest.mark.parametrize(("memory", "kills"), [("9MB", (5, 60, 30)), ("20MB", (5, 30, 23))])
-def test_a_killed_pack_goes_on_and_ends_in_the_same_bytes(
-    large: tuple[Path, dict[str, str]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    memory: str,
-    kills: tuple[int, ...],
-) -> None:
-    path, expected = large
-    out = tmp_path / "killed"
-    for survived in kills:
-        with monkeypatch.context() as patch:
-            killed_after(survived, patch)
-            with pytest.raises(KeyboardInterrupt):
-                make(path, out, shard_mb=1, memory=memory)
-        with pytest.raises(UnfinishedError, match="not finished"):
-            open_pack(out)
-        (out / "img_0").mkdir(exist_ok=True)
-        (out / "img_0" / ".shard-00001.safetensors.0badf00d.tmp").write_bytes(b"half a shard")
-    with pytest.raises(UsageError, match="seed: there 1, asked for 2"):
-        make(path, out, shard_mb=1, seed=2)
-    for shard in sorted((out / "img_0").glob("shard*"))[:1]:
-        shard.write_bytes(b"torn")
-    make(path, out, shard_mb=1, memory=memory)
-    assert digests(out) == expected
-
-
-def test_what_a_killed_pack_finished_is_not_done_again(
-    large: tuple[Path, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, expected = large
-    out, scratch = tmp_path / "killed", tmp_path / "scratch"
-    with monkeypatch.context() as patch:
-        killed_after(50, patch)
-        with pytest.raises(KeyboardInterrupt):
-            make(path, out, shard_mb=1, memory="6MB", scratch=scratch)
-    kept = {file: file.stat().st_mtime_ns for file in (*out.rglob("shard*s"), *scratch.rglob("*.run"))}
-    assert any(file.suffix == ".run" for file in kept)
-    touched = {}
-    drop = store.packing.folder.PackFolder.drop_scratch
-
-    def looked_at(self: Any, site: Site) -> None:
-        touched.update({file: file.stat().st_mtime_ns for file in kept if file.exists()})
-        drop(self, site)
-
-    monkeypatch.setattr(store.packing.folder.PackFolder, "drop_scratch", looked_at)
-    make(path, out, shard_mb=1, memory="6MB", scratch=scratch)
-    assert touched == kept and digests(out) == expected
-    assert not list(scratch.iterdir())
-
-
-def test_a_damaged_scratch_file_is_found_and_made_anew(
-    large: tuple[Path, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, expected = large
-    shard = store.packing.tasks.Hands._shard
-
-    def after_damage(self: Any, task: Any) -> Any:
-        for file in list(self.folder.scratch.rglob("*.run"))[:1]:
-            with file.open("r+b") as content:
-                content.seek(-9, os.SEEK_END)
-                content.write(b"x")
-        return shard(self, task)
-
-    monkeypatch.setattr(store.packing.tasks.Hands, "_shard", after_damage)
-    with pytest.raises(DamagedError, match=r"-\d+\.run, a scratch file.*run the same command again"):
-        make(path, tmp_path / "p", shard_mb=1, memory="5MB")
-    monkeypatch.setattr(store.packing.tasks.Hands, "_shard", shard)
-    assert digests(make(path, tmp_path / "p", shard_mb=1, memory="5MB").path) == expected
-
-
-def test_what_is_not_ours_in_out_is_refused_or_stays(a_store: Path, tmp_path: Path) -> None:
-    for name in ("unfinished/thesis.txt", "unfinished/.thesis.txt.0badf00d.tmp", "unfinished/done/mine", ".mine.tmp"):
-        out = tmp_path / name.replace("/", "-") / "p"
-        (out / name).parent.mkdir(parents=True)
-        (out / name).write_text("mine")
-        with pytest.raises(UsageError, match="is not a pack"):
-            make(a_store, out)
-        assert (out / name).read_text() == "mine"
-    out = tmp_path / "p"
-    (out / "unfinished").mkdir(parents=True)
-    ours = (out / "unfinished" / ".plan.json.0badf00d.tmp", out / "unfinished" / "lock")
-    for file in ours:
-        file.touch()
-    with mock.patch.object(store.pack, "_make", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
-        make(a_store, out)
-    plan = PackFolder(PackPlan(open_store(a_store), PackSettings(store=a_store, out=out, seed=1)), out, None)
-    plan.begin({})
-    assert not ours[0].exists()
-    (out / ".mine.tmp").touch()
-    (out / ".x.tmp").mkdir()
-    (out / "unfinished" / "mine").touch()
-    make(a_store, out)
-    assert (out / ".mine.tmp").exists() and (out / ".x.tmp").is_dir()
-    assert [file.name for file in (out / "unfinished").iterdir()] == ["mine"]
-
-
 def test_units_without_rows_take_neither_memory_nor_scratch(tmp_path: Path) -> None:
     path = toy_store(tmp_path / "s", n_images=24, sites=("img_0",), img_tokens=4, d_model=64, chunk_images=1)
     plan = PackPlan(open_store(path), PackSettings(store=path, out=tmp_path / "p", split="val"))
@@ -361,100 +187,10 @@ def test_units_without_rows_take_neither_memory_nor_scratch(tmp_path: Path) -> N
     assert _runs(np.array([5, 1, 1, 1, 9, 2]), 6) == ((0, 2), (2, 4), (4, 5), (5, 6))
 
 
-def test_scratch_files_elsewhere_go_when_scratch_is_another(
-    large: tuple[Path, dict[str, str]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    path, expected = large
-    with monkeypatch.context() as patch:
-        killed_after(20, patch)
-        with pytest.raises(KeyboardInterrupt):
-            make(path, tmp_path / "p", shard_mb=1, memory="9MB", scratch=tmp_path / "a")
-    assert [file.name for file in (tmp_path / "a").glob("granary-pack-*/*.json")] == ["mark.json"]
-    make(path, tmp_path / "p", shard_mb=1, memory="9MB", scratch=tmp_path / "b")
-    assert f"left at {tmp_path / 'a'}/granary-pack-" in capsys.readouterr().out
-    assert digests(tmp_path / "p") == expected
-    assert not list((tmp_path / "a").iterdir()) and not list((tmp_path / "b").iterdir())
-
-
-def test_a_file_where_a_folder_is_wanted_is_said_before_anything_is_written(a_store: Path, tmp_path: Path) -> None:
-    (file := tmp_path / "file").touch()
-    for changes, reason in (
-        ({"out": file / "p"}, r"--out .*file is a file"),
-        ({"out": tmp_path / "p", "scratch": file}, r"--scratch .*file is a file"),
-    ):
-        with pytest.raises(UsageError, match=reason):
-            make(a_store, **changes)
-    assert not (tmp_path / "p").exists()
-
-
-def test_two_processes_do_not_make_one_pack(a_store: Path, tmp_path: Path) -> None:
-    out = tmp_path / "p"
-    (out / "unfinished").mkdir(parents=True)
-    lock = os.open(out / "unfinished" / "lock", os.O_RDWR | os.O_CREAT)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    with pytest.raises(StoreError, match="is being made by another process"):
-        make(a_store, out)
-    os.close(lock)
-    assert make(a_store, out).files
-
-
-def test_a_disk_that_fills_up_is_said_and_nothing_is_lost(
-    large: tuple[Path, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, expected = large
-    write, left = os.write, 20
-
-    def full(file: int, data: Any) -> int:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(file, data)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(store.packing.sink.os, "write", full)
-        with pytest.raises(
-            StoreError, match=r"disk of the scratch files, .*unfinished/scratch, is full\. What is finished is kept"
-        ):
-            make(path, tmp_path / "p", shard_mb=1, memory="9MB")
-    assert digests(make(path, tmp_path / "p", shard_mb=1, memory="9MB").path) == expected
-
-
-@pytest.mark.parametrize(("site", "point", "runs"), [("img_0", "mlp_out", 0), ("txt_0", "mlp_in", 3)])
-def test_a_row_that_is_not_finite_is_named_before_anything_of_its_site_is_published(
-    a_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, site: str, point: str, runs: int
-) -> None:
-    read = Store.read
-    table = open_store(a_store).prompts().to_pydict()
-    image = [image for image, split in enumerate(table["split"]) if split == "train"][20]
-
-    def spoiled(self: Store, where: Site, step: int, what: str, first: int, last: int, out: Any = None) -> np.ndarray:
-        values = read(self, where, step, what, first, last, out)  # type: ignore[arg-type]
-        if (str(where), step, what) == (site, 2, point) and first <= image < last:
-            values[image - first, 5, 1] = np.inf
-            values[image - first, 5, 2] = -np.inf
-        return values
-
-    monkeypatch.setattr(Store, "read", spoiled)
-    with (
-        pytest.raises(
-            NonFiniteError, match=f"{site} {point}, step 2, image {image}, token 5 is NaN or infinite; .*store rm"
-        ),
-        in_runs(runs),
-    ):
-        make(a_store, tmp_path / "p")
-    assert not list((tmp_path / "p" / site).glob("*"))
-    monkeypatch.setattr(Store, "read", read)
-    assert make(a_store, tmp_path / "p").files
-
-
 def test_a_plan_is_printed_and_nothing_written(
-    a_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pack_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(PackSettings(store=a_store, out=tmp_path / "p", plan=True)) is None
+    assert run(PackSettings(store=pack_store, out=tmp_path / "p", plan=True)) is None
     said = capsys.readouterr().out
     assert "2 img sites of" in said and "the store is read once" in said and "memory 2 GB" in said
     assert not (tmp_path / "p").exists()
@@ -476,136 +212,12 @@ def test_a_pack_of_one_row_is_a_pack_and_one_of_none_is_refused(
         make(path, tmp_path / "q", split="val", sites="txt_0")
 
 
-def test_tokens_that_are_not_as_many_as_they_should_be_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokens = {"img": StreamTokens("sample", 3, 6)}
-    path = toy_store(tmp_path / "s", sites=("img_0",), tokens=tokens)
-    monkeypatch.setattr(Store, "tokens", lambda self, stream, step, a, b: np.tile(np.int32([1, 2, -1]), (b - a, 1)))
-    with pytest.raises(DamagedError, match="are not as many as they should be"):
-        make(path, tmp_path / "p")
-
-
-def test_a_complete_pack_is_left_alone_and_another_is_refused(
-    a_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    make(a_store, tmp_path / "p")
-    assert capsys.readouterr().out.startswith("plan: ")
-    before = digests(tmp_path / "p")
-    make(a_store, tmp_path / "p")
-    assert "complete already" in capsys.readouterr().out and digests(tmp_path / "p") == before
-    for changes, reason in (
-        ({"seed": 5}, "seed: there 1, asked for 5"),
-        ({"split": "val"}, "split"),
-        ({"sites": "img_0"}, "sites"),
-    ):
-        with pytest.raises(UsageError, match=reason):
-            make(a_store, tmp_path / "p", **changes)
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "file").touch()
-    with pytest.raises(UsageError, match="is not a pack"):
-        make(a_store, tmp_path / "other")
-
-
-def test_wrong_settings_are_explained(a_store: Path, tmp_path: Path) -> None:
-    for changes, reason in (
-        ({"sites": "img_9"}, "no img_9; it has img_0, img_1, txt_0"),
-        ({"points": "mlp_mid"}, "'mlp_mid' is no point"),
-        ({"memory": "lots"}, "no size"),
-        ({"shard_mb": 0}, "at least 1"),
-        ({"workers": 0}, "at least 1"),
-        ({"workers": 2, "scheduler": "tcp://127.0.0.1:1"}, "give one of them"),
-        ({"scheduler": "localhost"}, "no address"),
-        ({"scratch": a_store / "scratch"}, "lies in the store"),
-    ):
-        with pytest.raises(UsageError, match=reason):
-            make(a_store, tmp_path / "p", **changes)
-    with pytest.raises(ForeignError, match="no store"):
-        make(tmp_path / "nowhere", tmp_path / "p")
-    assert not (tmp_path / "p").exists()
-
-
-def test_a_full_disk_is_refused_before_anything_is_written(
-    a_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(store.pack.shutil, "disk_usage", lambda _path: type("Usage", (), {"free": 100})())
-    with pytest.raises(StoreError, match=r"100 B are free.*another --out or --scratch"):
-        make(a_store, tmp_path / "p")
-    assert not (tmp_path / "p").exists()
-
-
-def test_scratch_files_are_counted_where_they_will_lie(
-    large: tuple[Path, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, _ = large
-    total = sum(file.stat().st_size for file in (path / "activations").rglob("c.*"))
-    room = type("Usage", (), {"free": int(1.3 * total)})
-    monkeypatch.setattr(store.pack.shutil, "disk_usage", lambda _path: room)
-    with pytest.raises(StoreError, match="are free on that disk"):
-        make(path, tmp_path / "p", shard_mb=1, memory="9MB")
-    assert make(path, tmp_path / "p", shard_mb=1, memory="60MB").files
-
-
-def test_a_pack_of_one_point_has_only_that_column(a_store: Path, tmp_path: Path) -> None:
-    pack = make(a_store, tmp_path / "p", points="mlp_out", sites="img_0")
+def test_a_pack_of_one_point_has_only_that_column(pack_store: Path, tmp_path: Path) -> None:
+    pack = make(pack_store, tmp_path / "p", points="mlp_out", sites="img_0")
     columns = pack.shards(Site.parse("img_0"))[0].columns()
     assert set(columns) == {"mlp_out", "sigma", "image", "step", "token"}
     with pytest.raises(UsageError, match="--points mlp_in"):
         pack.require(Site.parse("img_0"), "mlp_in")
-
-
-def test_damaged_and_foreign_shards_are_refused_before_they_are_mapped(a_store: Path, tmp_path: Path) -> None:
-    pack, other = make(a_store, tmp_path / "p"), make(a_store, tmp_path / "q", seed=2)
-    site = Site.parse("img_0")
-    shard = pack.shards(site)[0]
-    data = shard.path.read_bytes()
-    shard.path.write_bytes(other.shards(site)[0].path.read_bytes())
-    with pytest.raises(MismatchError, match="another pack"):
-        shard.columns()
-    shard.path.write_bytes(pack.shards(Site.parse("img_1"))[0].path.read_bytes())
-    with pytest.raises(MismatchError, match="another pack or place"):
-        shard.columns()
-    shard.path.write_bytes(data[:-10])
-    with pytest.raises(DamagedError, match="bytes where the manifest names"):
-        shard.columns()
-    shard.path.write_bytes(b"\xff" * 8 + data[8:])
-    with pytest.raises(DamagedError, match="header"):
-        shard.columns()
-    shard.path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    shard.columns()
-    with pytest.raises(DamagedError, match="checksum"):
-        pack.verify()
-    shard.path.unlink()
-    with pytest.raises(DamagedError, match="missing"):
-        shard.columns()
-
-
-def test_a_manifest_that_was_edited_or_is_of_another_version_is_refused(a_store: Path, tmp_path: Path) -> None:
-    pack = make(a_store, tmp_path / "p")
-    manifest = pack.path / "manifest.json"
-    content = read_self_checked(manifest)
-    write_json(manifest, self_checked({**content, "format_version": 9}))
-    with pytest.raises(ForeignError, match="version 9"):
-        open_pack(pack.path)
-    write_json(manifest, {**content, "key": "0"})
-    with pytest.raises(DamagedError, match="edited"):
-        open_pack(pack.path)
-    plan = {key: value for key, value in content["plan"].items() if key not in ("targets", "weights")}
-    write_json(manifest, self_checked({**content, "plan": plan}))  # as packs were before targets could be recomputed
-    before = open_pack(pack.path)
-    assert before.targets == "stored" and before.shards(Site.parse("img_0"))[0].columns("mlp_out")
-    del plan["order"]
-    write_json(
-        manifest, self_checked({**content, "plan": plan, "format_version": 1})
-    )  # their order was drawn as a whole
-    assert open_pack(pack.path).shards(Site.parse("img_0"))[0].columns("mlp_out")
-    with pytest.raises(UsageError, match="order: there None, asked for 'granary-pack-2'"):
-        make(a_store, pack.path)
-    manifest.unlink()
-    with pytest.raises(ForeignError, match="is no pack"):
-        open_pack(pack.path)
-    with pytest.raises(UsageError, match="there is no pack"):
-        open_pack(tmp_path / "none")
 
 
 def test_any_safetensors_reader_opens_a_shard(tmp_path: Path) -> None:

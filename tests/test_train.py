@@ -15,7 +15,7 @@ from store.errors import MismatchError, UsageError
 from store.pack import PackSettings
 from store.pack import run as make_pack
 from store.shards import open_pack
-from tests.small_training import Packs, command_line, digests, leave_out_pictures, small_packs, small_run
+from tests.small_training import Packs, command_line, digests, small_run
 from tests.toy_stores import toy_store
 from train import TrainSettings, load_dictionaries, load_dictionary, run
 from train.__main__ import COMMANDS
@@ -24,15 +24,7 @@ from train.recipe import Recipe
 from train.results.evaluate import evaluate
 from train.rows.means import TrainingMeans
 
-
-@pytest.fixture
-def packs(tmp_path_factory: pytest.TempPathFactory) -> Packs:
-    return small_packs(tmp_path_factory)
-
-
-@pytest.fixture(autouse=True)
-def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    leave_out_pictures(monkeypatch)
+pytestmark = pytest.mark.usefixtures("without_pictures")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from store.command import program
 from store.errors import DamagedError, NonFiniteError, StoreError, UsageError
 from store.shards import open_pack
-from tests.small_training import Packs, command_line, digests, leave_out_pictures, small_packs, small_run
+from tests.small_training import Packs, command_line, digests, small_run
 from train import TrainSettings, load_dictionary
 from train.__main__ import COMMANDS
 from train.claim import LOCK, claimed
@@ -25,14 +25,7 @@ from train.rows.loader import Loader
 ALL_OF_RELU = {"activation": "relu", "k": None}
 
 
-@pytest.fixture
-def packs(tmp_path_factory: pytest.TempPathFactory) -> Packs:
-    return small_packs(tmp_path_factory)
-
-
-@pytest.fixture(autouse=True)
-def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    leave_out_pictures(monkeypatch)
+pytestmark = pytest.mark.usefixtures("without_pictures")
 
 
 def models(packs: Packs, **changes: Any) -> tuple[Model, ...]:

@@ -9,21 +9,13 @@ import train.plan
 import train.trainer
 from store.errors import StoreError, UsageError
 from store.shards import open_pack
-from tests.small_training import Packs, digests, leave_out_pictures, small_packs, small_run
+from tests.small_training import Packs, digests, small_run
 from train import TrainSettings, load_dictionaries
 from train.models import Model, models_of
 from train.rows.loader import Loader
 from train.settings import SWEPT
 
-
-@pytest.fixture
-def packs(tmp_path_factory: pytest.TempPathFactory) -> Packs:
-    return small_packs(tmp_path_factory)
-
-
-@pytest.fixture(autouse=True)
-def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    leave_out_pictures(monkeypatch)
+pytestmark = pytest.mark.usefixtures("without_pictures")
 
 
 EVERYTHING = """

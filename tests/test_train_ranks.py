@@ -18,7 +18,7 @@ import train.distributed
 from store.errors import UsageError
 from store.shards import open_pack
 from store.sites import Site
-from tests.small_training import Packs, command_line, digests, leave_out_pictures, small_packs, small_run
+from tests.small_training import Packs, command_line, digests, small_run
 from tests.test_train_models import everything
 from tests.test_train_resume import step_of
 from train import load_dictionary
@@ -29,15 +29,7 @@ from train.learning.objective import Objective, learning_rate
 from train.recipe import Recipe
 from train.rows.loader import Loader
 
-
-@pytest.fixture
-def packs(tmp_path_factory: pytest.TempPathFactory) -> Packs:
-    return small_packs(tmp_path_factory)
-
-
-@pytest.fixture(autouse=True)
-def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    leave_out_pictures(monkeypatch)
+pytestmark = pytest.mark.usefixtures("without_pictures")
 
 
 def torchrun(flags: list[str], ranks: int = 2) -> subprocess.Popen[str]:

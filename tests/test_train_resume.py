@@ -30,7 +30,6 @@ from tests.small_training import (
     digests,
     killed_after,
     leave_out_pictures,
-    small_packs,
     small_run,
 )
 from tests.test_train_models import everything
@@ -44,14 +43,7 @@ from train.rows.loader import Batch
 SITE = Site.parse("img_0")
 
 
-@pytest.fixture
-def packs(tmp_path_factory: pytest.TempPathFactory) -> Packs:
-    return small_packs(tmp_path_factory)
-
-
-@pytest.fixture(autouse=True)
-def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    leave_out_pictures(monkeypatch)
+pytestmark = pytest.mark.usefixtures("without_pictures")
 
 
 def test_nine_models_killed_anywhere_end_in_the_bytes_of_a_run_that_was_not(

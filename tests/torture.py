@@ -17,7 +17,6 @@ import random
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from store.command import Command, program
-from store.errors import GranaryError, UsageError
+from store.errors import GranaryError
 from store.layout import ROOT, SEAL, STORE_COMMIT, part_commit, runs_folder
 from tests.torture_workers import (
     PATIENCE,
@@ -34,9 +33,9 @@ from tests.torture_workers import (
     Herd,
     Worker,
     files_below,
-    inherit_orphans,
     preload,
     refuse_difference,
+    scene,
     tree,
 )
 
@@ -110,30 +109,18 @@ class Tally:
 def run(settings: TortureSettings) -> Tally:
     """Do it; returns the tally.  `GranaryError` for a store that differs, a worker that fails or hangs, or too little time."""
     preload()
-    inherit_orphans()
-    folder = settings.folder or Path(tempfile.mkdtemp(prefix="granary-torture-"))
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        raise UsageError(f"--folder {folder} is not empty: choose a new one")
-    begun, torture = time.monotonic(), Torture(settings, folder)
-    try:
+    numbers = [int(number) for number in settings.workers.split(",")]
+    begun = time.monotonic()
+    with scene(settings.folder) as folder, Torture(settings, folder) as torture:
         torture.undisturbed()
-        numbers = [int(number) for number in settings.workers.split(",")]
         while not torture.enough(numbers):
-            if time.monotonic() - begun > 60 * settings.minutes:
-                raise GranaryError(
-                    f"{settings.minutes:g} minutes were not enough: {torture.tally.text(time.monotonic() - begun)}"
-                )
+            seconds = time.monotonic() - begun
+            if seconds > 60 * settings.minutes:
+                raise GranaryError(f"{settings.minutes:g} minutes were not enough: {torture.tally.text(seconds)}")
             torture.round(numbers[torture.tally.rounds % len(numbers)])
             done = sum(torture.tally.inside.values())
             print(f"  {time.monotonic() - begun:4.0f} s  {done} of {settings.kills} kills inside a part", flush=True)
-    except BaseException:
-        torture.end_all()
-        print(f"what it was working on is kept in {folder}", file=sys.stderr)
-        raise
     print(torture.tally.text(time.monotonic() - begun))
-    if settings.folder is None:
-        shutil.rmtree(folder)
     return torture.tally
 
 

@@ -16,7 +16,6 @@ import random
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -34,8 +33,8 @@ from tests.torture_workers import (
     alone,
     done,
     files_below,
-    inherit_orphans,
     refuse_difference,
+    scene,
     tree,
 )
 
@@ -129,31 +128,17 @@ class Tally:
 def run(settings: TortureSettings) -> Tally:
     """Do it; returns the tally.  `GranaryError` for an end that differs, a job that fails or hangs, or too little time."""
     preload()
-    inherit_orphans()
-    folder = settings.folder or Path(tempfile.mkdtemp(prefix="granary-torture-"))
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        raise UsageError(f"--folder {folder} is not empty: choose a new one")
-    begun, torture = time.monotonic(), Torture(settings, folder)
-    try:
+    begun = time.monotonic()
+    with scene(settings.folder) as folder, Torture(settings, folder) as torture:
         torture.undisturbed()
         while not torture.enough():
-            if time.monotonic() - begun > 60 * settings.minutes:
-                raise GranaryError(
-                    f"{settings.minutes:g} minutes were not enough: {torture.tally.text(time.monotonic() - begun)}"
-                )
+            seconds = time.monotonic() - begun
+            if seconds > 60 * settings.minutes:
+                raise GranaryError(f"{settings.minutes:g} minutes were not enough: {torture.tally.text(seconds)}")
             torture.round()
-            print(
-                f"  {time.monotonic() - begun:4.0f} s  {torture.tally.inside.total()} of {settings.kills} kills inside a job",
-                flush=True,
-            )
-    except BaseException:
-        torture.end_all()
-        print(f"what it was working on is kept in {folder}", file=sys.stderr)
-        raise
+            done = torture.tally.inside.total()
+            print(f"  {time.monotonic() - begun:4.0f} s  {done} of {settings.kills} kills inside a job", flush=True)
     print(torture.tally.text(time.monotonic() - begun))
-    if settings.folder is None:
-        shutil.rmtree(folder)
     return torture.tally
 
 

@@ -7,17 +7,19 @@ left behind.
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, Self
 
 from store.command import program
-from store.errors import GranaryError
+from store.errors import GranaryError, UsageError
 
 PATIENCE = 120.0
 """seconds after which a worker that neither ends nor gets anywhere is a failure"""
@@ -97,7 +99,10 @@ class Herd:
             if worker.code != 0:
                 self.fail(worker, f"was let alone and ended with {worker.code}")
 
-    def end_all(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Kill whoever is left."""
         for worker in self.alive:
             if not worker.ended():
@@ -108,6 +113,23 @@ class Herd:
         """`GranaryError` with the last words of a worker."""
         said = worker.said()[-3000:]
         raise GranaryError(f"process {worker.pid} ({' '.join(worker.words)}) {what}. Its last words:\n{said}")
+
+
+@contextlib.contextmanager
+def scene(folder: Path | None) -> Iterator[Path]:
+    """A new folder to torture in, `folder` or a temporary one; kept, and said so, when something is wrong."""
+    inherit_orphans()
+    place = folder or Path(tempfile.mkdtemp(prefix="granary-torture-"))
+    place.mkdir(parents=True, exist_ok=True)
+    if any(place.iterdir()):
+        raise UsageError(f"--folder {place} is not empty: choose a new one")
+    try:
+        yield place
+    except BaseException:
+        print(f"what it was working on is kept in {place}", file=sys.stderr)
+        raise
+    if folder is None:
+        shutil.rmtree(place)
 
 
 def inherit_orphans() -> None:
