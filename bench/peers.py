@@ -1,7 +1,8 @@
 """Our training against sae-lens, dictionary-learning and eai-sparsify: same machine, same rows, same sizes.
 
 1. Rows a second of each trainer's loader alone, its step alone, and both, for TopK and for ReLU with L1, float32 and bfloat16.
-2. What each has learned after one minute, judged by our evaluator on held-out rows: FVU, L0, dead features.
+2. What each has learned after one minute, judged by our evaluator on held-out rows: FVU, L0, dead features.  The learning rate is
+   the best of three that each tries for a quarter of a minute before.
 
 The rows are planted (`bench.planted`).  Peers have them in RAM as float32; ours reads its pack.  Every trainer runs alone in a
 process of its own, with the same number of threads.  Fewest operations: 12 * d_model * n_features a row for the dense step.
@@ -39,8 +40,10 @@ K, SECONDS = 32, 3.0
 MINUTE, MINUTE_BATCH = 60.0, 1024
 L1 = {"ours": 3e-4, "sae-lens": 0.05, "dictionary-learning": 0.05, "eai-sparsify": 0.0}
 """any that keeps most features on or off as usual: speed does not depend on it"""
-LR = {"ours": 1e-3, "sae-lens": 1e-3, "dictionary-learning": 1e-3, "eai-sparsify": 5e-3}
-"""of the minute: one rate for all that use Adam, and one near its own rule (7e-3) for signum; none of them was tuned"""
+RATES = {"eai-sparsify": (2e-3, 5e-3, 1e-2)}
+ADAM = (3e-4, 1e-3, 3e-3)
+"""learning rates that a trainer may choose from for its minute, by a trial of `TRIAL` seconds; signum's lie about its own rule, 7e-3"""
+TRIAL = 15.0
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Learned:
     trainer: str
     precision: str
     answer: Answer
+    lr: float | None = None
     fvu: float | None = None
     l0: float | None = None
     dead: float | None = None
@@ -94,23 +98,30 @@ class Comparison:
         return found
 
     def learned(self) -> list[Learned]:
-        """Every trainer after a minute of TopK, in the fastest precision that it has on this machine."""
+        """Every trainer after a minute of TopK, in the fastest precision that it has here and at the best of its rates."""
         found = []
         for trainer in PEERS:
-            for bfloat16 in (True, False):
-                weights = self.folder / f"{trainer}.safetensors"
-                task = self.task(
-                    bfloat16=bfloat16, batch=MINUTE_BATCH, seconds=MINUTE, weights=str(weights), lr=LR[trainer]
-                )
-                given = ask(trainer, task)
-                if given.why_not is None or not bfloat16:
-                    break
-            line = Learned(trainer, precision(bfloat16), given)
-            if given.why_not is None:
-                line = replace(line, **judged(weights, self.pack, self.val))
+            trials = [self.best_precision(trainer, lr) for lr in RATES.get(trainer, ADAM)]
+            able = [trial for trial in trials if trial.fvu is not None]
+            line = min(able, key=lambda trial: trial.fvu or 0.0) if able else trials[0]
+            if able:
+                print("  trials: " + ", ".join(f"{trial.lr:g} {trial.fvu:.4f}" for trial in able), flush=True)
+                line = self.taught(trainer, line.precision == "bfloat16", line.lr or 0.0, MINUTE)
             found.append(line)
             print(learned_line(line), flush=True)
         return found
+
+    def best_precision(self, trainer: str, lr: float) -> Learned:
+        """A trial in bfloat16, or in float32 where the trainer has no other."""
+        line = self.taught(trainer, True, lr, TRIAL)
+        return line if line.answer.why_not is None else self.taught(trainer, False, lr, TRIAL)
+
+    def taught(self, trainer: str, bfloat16: bool, lr: float, seconds: float) -> Learned:
+        """What a trainer's dictionary is worth after so many seconds."""
+        weights = self.folder / f"{trainer}.safetensors"
+        task = self.task(bfloat16=bfloat16, batch=MINUTE_BATCH, seconds=seconds, weights=str(weights), lr=lr)
+        line = Learned(trainer, precision(bfloat16), ask(trainer, task), lr)
+        return line if line.answer.why_not is not None else replace(line, **judged(weights, self.pack, self.val))
 
 
 def judged(weights: Path, pack: Pack, val: Pack) -> dict[str, float]:
@@ -159,14 +170,16 @@ SPEED_HEAD = f"{'step':<16} {'trainer':<20} {'loader':>12} {'step':>12} {'both':
 
 def learned_line(found: Learned) -> str:
     """One line of the second table."""
-    head = f"{found.trainer:<20} {found.precision:<10}"
+    head = f"{found.trainer:<20} {found.precision:<10} {found.lr or 0:>6g}"
     if found.answer.why_not is not None:
         return f"{head} not measured: {found.answer.why_not}"
     rows = found.answer.steps * MINUTE_BATCH
     return f"{head} {found.answer.steps:>8,} {rows:>12,} {found.fvu:>10.4f} {found.l0:>8.1f} {100 * (found.dead or 0):>8.1f}"
 
 
-LEARNED_HEAD = f"{'trainer':<20} {'precision':<10} {'steps':>8} {'rows':>12} {'FVU':>10} {'L0':>8} {'dead %':>8}"
+LEARNED_HEAD = (
+    f"{'trainer':<20} {'precision':<10} {'rate':>6} {'steps':>8} {'rows':>12} {'FVU':>10} {'L0':>8} {'dead %':>8}"
+)
 
 
 def ratios(speeds: list[Speed]) -> list[str]:
