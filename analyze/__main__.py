@@ -2,8 +2,16 @@
 
 import sys
 
-from analyze import everything, features, report, scores, sheets, truth
-from analyze.settings import AllSettings, FeaturesSettings, ReportSettings, ScoresSettings, SheetSettings, TruthSettings
+from analyze import everything
+from analyze.pictures import sheets
+from analyze.pictures.settings import SheetSettings
+from analyze.report import building as report
+from analyze.report.settings import ReportSettings
+from analyze.scoring import features, scores
+from analyze.scoring.settings import FeaturesSettings, ScoresSettings
+from analyze.settings import AllSettings
+from analyze.truth import judging as truth
+from analyze.truth.settings import TruthSettings
 from store.command import Command, program
 
 COMMANDS = {

@@ -2,10 +2,15 @@
 
 from dataclasses import fields
 
-from analyze import report, scores, truth
 from analyze.inputs import open_analysis
-from analyze.settings import AllSettings, Inputs, ReportSettings, ScoresSettings, TruthSettings
-from analyze.sheets import refuse_without_pictures
+from analyze.pictures.sheets import refuse_without_pictures
+from analyze.report import building as report
+from analyze.report.settings import ReportSettings
+from analyze.scoring import scores
+from analyze.scoring.settings import ScoresSettings
+from analyze.settings import AllSettings, Inputs
+from analyze.truth import judging as truth
+from analyze.truth.settings import TruthSettings
 
 
 def run(settings: AllSettings) -> report.Report:

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from analyze.matrices import ScoreMatrix, step_folder
 from analyze.prompts import prompt_texts
 from analyze.rows import StoreRows
+from analyze.scoring.matrices import ScoreMatrix, step_folder
 from analyze.settings import Inputs
 from store import Store, open_store
 from store.errors import ForeignError, MismatchError, UsageError

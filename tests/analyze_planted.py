@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from PIL import Image, ImageDraw
 
-from analyze.attributes import ATTRIBUTES, VALUES, Attribute
+from analyze.truth.attributes import ATTRIBUTES, VALUES, Attribute
 from store import Site, Store, open_store
 from store.format import StoreMeta, StreamTokens
 from store.split import split_of

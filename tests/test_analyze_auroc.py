@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from scipy import sparse
 
-from analyze.auroc import auroc
-from analyze.choosing import choose_columns
-from analyze.probes import best_channel, ridge_probe
+from analyze.truth.auroc import auroc
+from analyze.truth.choosing import choose_columns
+from analyze.truth.probes import best_channel, ridge_probe
 from store.errors import NonFiniteError
 
 

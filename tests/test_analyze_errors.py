@@ -6,10 +6,17 @@ from typing import Any
 
 import pytest
 
-from analyze import report, scores, sheets, truth
 from analyze.__main__ import main
 from analyze.inputs import open_analysis
-from analyze.settings import Inputs, ReportSettings, ScoresSettings, SheetSettings, TruthSettings
+from analyze.pictures import sheets
+from analyze.pictures.settings import SheetSettings
+from analyze.report import building as report
+from analyze.report.settings import ReportSettings
+from analyze.scoring import scores
+from analyze.scoring.settings import ScoresSettings
+from analyze.settings import Inputs
+from analyze.truth import judging as truth
+from analyze.truth.settings import TruthSettings
 from store.errors import DamagedError, ForeignError, GranaryError, MismatchError, UsageError
 from store.files import write_json
 from tests.analyze_planted import MODEL, Plan, planted_dictionaries, planted_store, reading_dictionary

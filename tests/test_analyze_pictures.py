@@ -8,13 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from analyze import scores, sheets
-from analyze.heat import Heat
 from analyze.inputs import open_analysis
-from analyze.overlay import enlarged, heat_scale, overlay, token_grid
-from analyze.report import contact_strip
-from analyze.settings import Inputs, ScoresSettings, SheetSettings
-from analyze.words import highlighted, percent
+from analyze.pictures import sheets
+from analyze.pictures.heat import Heat
+from analyze.pictures.overlay import enlarged, heat_scale, overlay, token_grid
+from analyze.pictures.settings import SheetSettings
+from analyze.pictures.words import highlighted, percent
+from analyze.report.building import contact_strip
+from analyze.scoring import scores
+from analyze.scoring.settings import ScoresSettings
+from analyze.settings import Inputs
 from store.split import normalise
 from tests.analyze_planted import Plan, planted_dictionaries, planted_store
 

@@ -11,11 +11,12 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analyze import features, scores
-from analyze.features import prompt_groups, top_images, top_unique
 from analyze.inputs import Subject, open_analysis
-from analyze.matrices import ScoreMatrix, ScoreWriter
-from analyze.settings import FeaturesSettings, Inputs, ScoresSettings
+from analyze.scoring import features, scores
+from analyze.scoring.features import prompt_groups, top_images, top_unique
+from analyze.scoring.matrices import ScoreMatrix, ScoreWriter
+from analyze.scoring.settings import FeaturesSettings, ScoresSettings
+from analyze.settings import Inputs
 from store import Site, Store
 from store.errors import NonFiniteError
 from store.format import StreamTokens

@@ -83,8 +83,8 @@ def test_the_golden_activations_give_the_golden_scores(tmp_path: Path) -> None:
 
     import zarr
 
-    from analyze import scores
-    from analyze.settings import ScoresSettings
+    from analyze.scoring import scores
+    from analyze.scoring.settings import ScoresSettings
 
     golden = safetensors.numpy.load_file(GOLDEN / "first_images.safetensors")
     store = imported(tmp_path, GOLDEN / "first_images.safetensors", store_dtype="float32")
@@ -382,8 +382,8 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(
 
 
 def test_an_imported_store_packs_and_trains_a_transcoder_and_an_sae(tmp_path: Path) -> None:
-    from analyze import scores
-    from analyze.settings import ScoresSettings
+    from analyze.scoring import scores
+    from analyze.scoring.settings import ScoresSettings
     from store.pack import PackSettings
     from store.pack import run as pack
     from train import TrainSettings

@@ -8,9 +8,14 @@ from typing import Any
 import pytest
 import zarr
 
-from analyze import report, scores, truth
 from analyze.inputs import open_analysis
-from analyze.settings import Inputs, ReportSettings, ScoresSettings, TruthSettings
+from analyze.report import building as report
+from analyze.report.settings import ReportSettings
+from analyze.scoring import scores
+from analyze.scoring.settings import ScoresSettings
+from analyze.settings import Inputs
+from analyze.truth import judging as truth
+from analyze.truth.settings import TruthSettings
 from store import open_store
 from store.errors import MismatchError, UsageError
 from store.pack import PackSettings

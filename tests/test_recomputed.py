@@ -16,12 +16,13 @@ import torch
 import store.pack
 import train.rows.read_ahead
 import train.trainer
-from analyze import scores
 from analyze.__main__ import main
-from analyze.heat import heats
 from analyze.inputs import open_analysis
+from analyze.pictures.heat import heats
 from analyze.rows import StoreRows
-from analyze.settings import Inputs, ScoresSettings
+from analyze.scoring import scores
+from analyze.scoring.settings import ScoresSettings
+from analyze.settings import Inputs
 from harvest import HarvestSettings
 from harvest import run as harvest
 from store import Site, open_store

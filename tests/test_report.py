@@ -10,9 +10,13 @@ from typing import Any
 import pytest
 
 import tests.analyze_planted as planted
-from analyze import report, scores, truth
-from analyze.report import Report
-from analyze.settings import ReportSettings, ScoresSettings, TruthSettings
+from analyze.report import building as report
+from analyze.report.building import Report
+from analyze.report.settings import ReportSettings
+from analyze.scoring import scores
+from analyze.scoring.settings import ScoresSettings
+from analyze.truth import judging as truth
+from analyze.truth.settings import TruthSettings
 from tests.analyze_planted import Plan, planted_dictionaries, planted_store
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

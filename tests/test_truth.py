@@ -8,10 +8,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from analyze import scores, truth
-from analyze.attributes import ATTRIBUTES, Attribute, image_labels, read_scenes, token_labels
-from analyze.halves import halves_of
-from analyze.settings import ScoresSettings, TruthSettings
+from analyze.scoring import scores
+from analyze.scoring.settings import ScoresSettings
+from analyze.truth import judging as truth
+from analyze.truth.attributes import ATTRIBUTES, Attribute, image_labels, read_scenes, token_labels
+from analyze.truth.halves import halves_of
+from analyze.truth.settings import TruthSettings
 from store import open_store
 from store.errors import UsageError
 from store.format import StreamTokens

@@ -4,13 +4,13 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from analyze.attributes import VALUES, Attribute
-from analyze.curves import sparkline
-from analyze.findings import Spotlight, Truth
 from analyze.inputs import Analysis, Subject
+from analyze.pictures.curves import sparkline
+from analyze.pictures.words import percent
 from analyze.prompts import prompt_texts
-from analyze.truth_table import verdict_line
-from analyze.words import percent
+from analyze.report.findings import Spotlight, Truth
+from analyze.truth.attributes import VALUES, Attribute
+from analyze.truth.table import verdict_line
 
 GROUPS = {"colour": "Colour", "shape": "Shape", "position": "Position", "background": "Background"}
 MARKS = {

@@ -18,13 +18,13 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from analyze.attributes import ATTRIBUTES, Attribute, Scene, image_labels, read_scenes, token_labels
-from analyze.choosing import Choice, choose_features
-from analyze.halves import Halves, halves_of
 from analyze.inputs import Analysis, Subject, check_output, open_analysis
-from analyze.settings import TruthSettings
-from analyze.token_truth import bounds, dictionary_truth, empty_choice, gather
-from analyze.truth_table import Findings, found_rows, printed, summary
+from analyze.truth.attributes import ATTRIBUTES, Attribute, Scene, image_labels, read_scenes, token_labels
+from analyze.truth.choosing import Choice, choose_features
+from analyze.truth.halves import Halves, halves_of
+from analyze.truth.settings import TruthSettings
+from analyze.truth.table import Findings, found_rows, printed, summary
+from analyze.truth.tokens import bounds, dictionary_truth, empty_choice, gather
 from store.errors import UsageError
 from store.files import write_json
 from store.tables import write_table

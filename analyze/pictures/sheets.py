@@ -12,12 +12,12 @@ import pyarrow as pa
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from analyze.heat import Heat, heats
 from analyze.inputs import Analysis, Subject, check_output, open_analysis
-from analyze.overlay import heat_scale, overlay, token_grid
+from analyze.pictures.heat import Heat, heats
+from analyze.pictures.overlay import heat_scale, overlay, token_grid
+from analyze.pictures.settings import SheetSettings
+from analyze.pictures.words import Piece, highlighted, percent
 from analyze.prompts import prompt_texts
-from analyze.settings import SheetSettings
-from analyze.words import Piece, highlighted, percent
 from store import Store
 from store.errors import UsageError
 from store.files import write_bytes

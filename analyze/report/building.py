@@ -17,12 +17,19 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from analyze.attributes import Scene, read_scenes
-from analyze.findings import Spotlight, Truth, headlines, read_truth, spotlights
 from analyze.inputs import Analysis, Subject, check_output, open_analysis
-from analyze.report_data import facts, overview_rows, spotlight_view, tiles, truth_view
-from analyze.settings import ReportSettings
-from analyze.sheets import Example, check_top, feature_row, gather_examples, pictures_with_heat, refuse_without_pictures
+from analyze.pictures.sheets import (
+    Example,
+    check_top,
+    feature_row,
+    gather_examples,
+    pictures_with_heat,
+    refuse_without_pictures,
+)
+from analyze.report.findings import Spotlight, Truth, headlines, read_truth, spotlights
+from analyze.report.page import facts, overview_rows, spotlight_view, tiles, truth_view
+from analyze.report.settings import ReportSettings
+from analyze.truth.attributes import Scene, read_scenes
 from store.files import write_bytes
 
 PICTURE_SIDE = 144
@@ -199,7 +206,7 @@ def _alt(spot: Spotlight, examples: Sequence[Example]) -> str:
 
 
 def _rendered(page: dict[str, Any]) -> bytes:
-    loader = jinja2.PackageLoader("analyze", "templates")
+    loader = jinja2.PackageLoader("analyze.report", "templates")
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -207,4 +214,4 @@ def _rendered(page: dict[str, Any]) -> bytes:
 
 
 def _template_bytes(name: str) -> bytes:
-    return resources.files("analyze").joinpath("templates", name).read_bytes()
+    return resources.files("analyze.report").joinpath("templates", name).read_bytes()

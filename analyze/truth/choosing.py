@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import sparse
 
-from analyze.auroc import auroc
-from analyze.matrices import ScoreMatrix
+from analyze.scoring.matrices import ScoreMatrix
+from analyze.truth.auroc import auroc
 
 MIN_ROWS = 3
 """A label with fewer positive or negative rows than this in either half is not judged."""

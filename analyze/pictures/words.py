@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from analyze.attributes import Attribute
-from analyze.heat import Heat
+from analyze.pictures.heat import Heat
+from analyze.truth.attributes import Attribute
 
 WORD_START = "▁"
 END = "</s>"

@@ -22,11 +22,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from analyze.counted import are_lower_bounds, counted_rows, text_lengths
-from analyze.features import RowStatistics, feature_table
 from analyze.inputs import Analysis, Subject, claim_output, open_analysis, sigmas
-from analyze.matrices import ScoreWriter, step_folder
 from analyze.prompts import prompt_texts
-from analyze.settings import ScoresSettings
+from analyze.scoring.features import RowStatistics, feature_table
+from analyze.scoring.matrices import ScoreWriter, step_folder
+from analyze.scoring.settings import ScoresSettings
 from store.errors import NonFiniteError
 from store.sites import Site
 from train.rows.tensors import to_torch

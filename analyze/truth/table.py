@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from analyze.attributes import ATTRIBUTES, POPULATIONS, Scene, image_labels
-from analyze.choosing import Choice
-from analyze.halves import Halves
 from analyze.inputs import Subject
-from analyze.token_truth import TokenTruth
+from analyze.truth.attributes import ATTRIBUTES, POPULATIONS, Scene, image_labels
+from analyze.truth.choosing import Choice
+from analyze.truth.halves import Halves
+from analyze.truth.tokens import TokenTruth
 from store.sites import Site
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from analyze.auroc import auroc
-from analyze.choosing import Choice, choose_columns, judged
+from analyze.truth.auroc import auroc
+from analyze.truth.choosing import Choice, choose_columns, judged
 
 ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Ridge penalties in units of the variance of one standardised channel"""

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 
 from analyze.counted import counted_rows, text_lengths
 from analyze.inputs import Analysis, Subject, sigmas
-from analyze.scores import encoded
+from analyze.scoring.scores import encoded
 from train.rows.tensors import to_torch
 
 

@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from analyze.inputs import check_output, open_analysis
-from analyze.matrices import ScoreMatrix
-from analyze.settings import FeaturesSettings
+from analyze.scoring.matrices import ScoreMatrix
+from analyze.scoring.settings import FeaturesSettings
 from store.split import normalise
 
 

@@ -8,13 +8,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from scipy import sparse
 
-from analyze.attributes import ATTRIBUTES, POPULATIONS, Group, Population, Scene, TokenLabels, token_labels
-from analyze.choosing import MIN_ROWS, Choice, auroc_of, choose_columns, only
-from analyze.halves import Halves
 from analyze.inputs import Subject, sigmas
-from analyze.probes import best_channel, ridge_probe
 from analyze.rows import StoreRows
-from analyze.scores import encoded
+from analyze.scoring.scores import encoded
+from analyze.truth.attributes import ATTRIBUTES, POPULATIONS, Group, Population, Scene, TokenLabels, token_labels
+from analyze.truth.choosing import MIN_ROWS, Choice, auroc_of, choose_columns, only
+from analyze.truth.halves import Halves
+from analyze.truth.probes import best_channel, ridge_probe
 from store.sites import Point, Site
 from train.rows.tensors import to_torch
 

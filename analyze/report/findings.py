@@ -11,10 +11,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from analyze.attributes import Attribute
 from analyze.inputs import Analysis, Subject
+from analyze.pictures.words import fires_on, percent
 from analyze.prompts import prompt_texts
-from analyze.words import fires_on, percent
+from analyze.truth.attributes import Attribute
 from store.errors import MismatchError
 from store.files import read_json
 

@@ -1,0 +1,1 @@
+"""What features look like: heat over pictures, highlighted words, sheets."""

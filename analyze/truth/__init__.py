@@ -1,0 +1,1 @@
+"""Which feature stands for what, where the truth is known."""
