@@ -2,17 +2,24 @@
 
 They have no commits.  So a push writes, last, `granary-files.json`: what it is, and every file with length and SHA-256; a
 pull reads that list, where listing a folder may be impossible, and writes last whatever makes the folder look whole.
+
+The label file of a dictionary goes along and is on no list: people add to it at either end, and neither the dictionary nor
+its name changes.  At the target it is merged with the one that is there (`store.labels`), and never put in its place.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from store import layout
-from store.errors import DamagedError, ForeignError, MismatchError, UnfinishedError, UsageError
+from store import labels, layout
+from store.errors import DamagedError, ForeignError, MismatchError, UnfinishedError, UnreachableError, UsageError
 from store.files import READ_BLOCK, is_temporary, json_bytes, parse_self_checked, read_self_checked, self_checked
+from store.labels import Label
 from store.places import Place
 from store.shards import MANIFEST, open_pack
 from store.sharing.cargo import Batch, Cargo, File
@@ -26,6 +33,10 @@ RUN = "run.json"
 ANALYSIS, SCORES = "granary analysis", "granary score matrix"
 Entry = dict[str, Any]
 
+QUESTIONS = 8
+"""label files that are asked for at once"""
+WRITINGS = 5
+"""how often labels are written to a server where others write them at the same moment"""
 KINDS = "a store, a pack, a dictionary, a folder of dictionaries, a score matrix, a folder of them, or an analysis"
 
 
@@ -42,6 +53,9 @@ class Goods(Cargo):
         self.name = f"{kind} sha256-{self_checked(content)['sha256']}"
         self.n_batches, self._with_list = 1, with_list
         self._last = {name for name in self.files if _makes_whole(kind, name)}
+        folders = [name.removesuffix(CONFIG) for name in self._last if kind.startswith("dictionar")]
+        self.label_files = tuple(sorted(folder + labels.FILE for folder in folders))
+        """where labels may lie, one file a dictionary; none of them in `files`"""
 
     def sizes(self, batch: int) -> tuple[int, int]:
         return sum(entry["bytes"] for entry in self.files.values()), len(self.files)
@@ -52,6 +66,17 @@ class Goods(Cargo):
     def last(self) -> tuple[File, ...]:
         whole = tuple(self._file(name) for name in sorted(self._last))
         return (*whole, self.list) if self._with_list else whole
+
+    def read_labels(self, place: Place) -> dict[str, frozenset[Label]]:
+        """The labels that lie at a place, by file; `DamagedError`, `ForeignError` for a file that holds none of ours."""
+        with ThreadPoolExecutor(QUESTIONS) as pool:
+            found = zip(self.label_files, pool.map(partial(_read, place.read), self.label_files), strict=True)
+        return {name: labels.parse_labels(data, place.where(name)) for name, data in found if data is not None}
+
+    def merge_labels(self, target: Place) -> int:
+        """Add the labels of the source to those at the target; how many were new there."""
+        found = self.read_labels(self.source)
+        return sum(_add_labels(target, name, new) for name, new in found.items() if new)
 
     def _file(self, name: str) -> File:
         return File(name, self.files[name]["bytes"], self.files[name]["sha256"], name)
@@ -103,6 +128,30 @@ def kind_of(folder: Path) -> str | None:
         return "dictionaries"
     plural = {"score matrix": "score matrices", "score matrices": "score matrices"}
     return plural.get(next(iter(kinds)) or "") if len(kinds) == 1 else None
+
+
+def _add_labels(target: Place, name: str, new: frozenset[Label]) -> int:
+    """Add labels to a file at the target; how many were new.
+
+    On a server there is no lock: the file is written, then read again, and written once more where another push came
+    between.  What such a push still overwrites is at its own source, and is merged again by the next push.
+    """
+    if target.local is not None:
+        before = labels.read_labels(target.local / name)
+        labels.add_labels(target.local / name, new)
+        return len(new - before)
+    missing = None
+    for _ in range(WRITINGS):
+        data = _read(target.read, name)
+        there = frozenset() if data is None else labels.parse_labels(data, target.where(name))
+        missing = len(new - there) if missing is None else missing
+        if new <= there:
+            return missing
+        with contextlib.suppress(MismatchError):  # another push made the file meanwhile: merge with it
+            target.write(name, labels.labels_bytes(there | new), create_only=data is None)
+    raise UnreachableError(
+        f"{target.where(name)} is overwritten again and again by others: run the same command again when they are done"
+    )
 
 
 def _makes_whole(kind: str, name: str) -> bool:
@@ -219,7 +268,8 @@ def refuse_other_goods(goods: Goods, target: Place) -> None:
     if target.local is not None and target.local.exists():
         if not target.local.is_dir():
             raise UsageError(f"{target} is a file: choose another folder")
-        odd = [path for path in _walk(target.local) if str(path.relative_to(target.local)) not in {*goods.files, LIST}]
+        known = {*goods.files, *goods.label_files, LIST}
+        odd = [path for path in _walk(target.local) if str(path.relative_to(target.local)) not in known]
         if odd:
             raise UsageError(f"{target} holds other files ({odd[0].relative_to(target.local)}): choose another folder")
 

@@ -88,6 +88,8 @@ def send(verb: str, source: Place, target: Place, settings: Sharing, with_list: 
         resuming = refuse_other_store(cargo, target)
     else:
         refuse_other_goods(cargo, target)
+        for place in (source, target):
+            cargo.read_labels(place)  # a label file that cannot be merged is refused before anything is copied
         resuming = True
     transfer = Transfer(cargo, target, settings.threads, resuming)
     size, files, left = transfer.plan()
@@ -98,6 +100,8 @@ def send(verb: str, source: Place, target: Place, settings: Sharing, with_list: 
     took = time.monotonic() - started
     with tqdm(total=size, unit="B", unit_scale=True, desc="verify", mininterval=0.5) as bar:
         transfer.verify(settings.verify, bar)
+    if isinstance(cargo, Goods):
+        transfer.tally.labels = cargo.merge_labels(target)
     transfer.finish()
     _conclude(verb, cargo.name, target, transfer.tally, took, settings.verify)
     return transfer.tally
@@ -189,6 +193,7 @@ def _conclude(verb: str, name: str, target: Place, tally: Tally, seconds: float,
     read = "read back and equal" if verify == "full" else "of the right length (not read back: --verify sizes)"
     again = f"; {len(tally.again)} had arrived damaged and were copied again" if tally.again else ""
     kept = f", {tally.kept} were there already" if tally.kept else ""
+    again += f"; new labels of features there: {tally.labels}" if tally.labels else ""
     print(
         f"{verb} done: {name} is at {target}: {tally.copied} files ({human_size(tally.copied_bytes)}) copied in "
         f"{seconds:.1f} s, {rate}/s{kept}; {tally.verified} files {read}{again}",

@@ -37,6 +37,8 @@ class Tally:
     verified: int = 0
     again: list[str] = field(default_factory=list)
     """files that had arrived damaged and were copied once more"""
+    labels: int = 0
+    """labels of features that the target did not have"""
 
 
 class Transfer:

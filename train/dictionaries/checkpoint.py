@@ -3,7 +3,7 @@
     transcoder_img_6/
       weights.safetensors   the parameters, float32, under their published names
       metrics.json          figures on held-out rows, or null
-      log.jsonl             loss, L0, learning rate while training; no times
+      log.jsonl             loss, L0, dead features, learning rate while training; no times
       config.json           everything else, length and SHA-256 of the others, and its own; written last
       resume.safetensors    only while training: parameters, AdamW moments, what the objective counts, position, log so far
 
@@ -35,6 +35,7 @@ from store.files import (
 from train.dictionaries.config import DictionaryConfig
 from train.dictionaries.dictionary import Dictionary, build
 from train.dictionaries.provenance import model_name
+from train.recipe import Recipe
 
 CONFIG, WEIGHTS, METRICS, LOG, RESUME = (
     "config.json",
@@ -45,8 +46,11 @@ CONFIG, WEIGHTS, METRICS, LOG, RESUME = (
 )
 COVERED = (WEIGHTS, METRICS, LOG)
 METADATA_KEY = "granary"  # one key alone: the order of several differs from run to run
-RESUME_VERSION = 2
+RESUME_VERSION = 3
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_DEFAULTS = {**Recipe().to_json(), "rows": None, "epochs": 1, "order_seed": 0, "log_steps": None, "world": 1}
+"""what a training was whose record does not say so"""
+_MAKE_AGAIN = "Take it from a copy, or remove the folder {} and train (or import) the dictionary again"
 _START_AGAIN = "cannot be read ({}): remove it to train that model from the start"
 
 LogLine = dict[str, float | int]
@@ -99,6 +103,7 @@ def load_dictionary(folder: str | Path) -> Dictionary:
     metrics = json.loads((folder / METRICS).read_bytes())
     dictionary = build(config, metrics, empty=True)
     fill(dictionary, safetensors.torch.load_file(folder / WEIGHTS), str(folder / WEIGHTS))
+    dictionary.place = folder
     return frozen(dictionary)
 
 
@@ -113,11 +118,14 @@ def outline(folder: Path) -> Dictionary:
     """The dictionary in `folder` without its weights, on the meta device: its config, metrics and name, for tables."""
     config, files = _read(folder)
     _check(folder / METRICS, files[METRICS])
-    return build(config, json.loads((folder / METRICS).read_bytes()), empty=True)
+    dictionary = build(config, json.loads((folder / METRICS).read_bytes()), empty=True)
+    dictionary.place = folder
+    return dictionary
 
 
 def read_log(folder: Path) -> list[LogLine]:
-    """The lines of a finished dictionary's log."""
+    """The lines of a finished dictionary's log; `DamagedError` where they are not those that were written."""
+    _check(folder / LOG, _read(folder)[1][LOG])
     return [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
 
 
@@ -226,9 +234,17 @@ def progress_bytes(dictionary: Dictionary) -> int:
     return sum(3 * value.numel() * value.element_size() for value in dictionary.state_dict().values())
 
 
-def refuse_other(folder: Path, found: DictionaryConfig, asked: DictionaryConfig) -> None:
-    """`UsageError` naming every difference, unless both are the same training; `MismatchError` where the packs differ."""
+def refuse_other(folder: Path, found: DictionaryConfig, asked: DictionaryConfig, ended: bool = False) -> None:
+    """`UsageError` naming every difference, unless both are the same training; `MismatchError` where the packs differ.
+
+    A setting that a record does not name was added since, and is at its default there.  With `ended` it does not matter how
+    often the training wrote a line of its log, unless that is asked for.
+    """
     there, here = (config.trained(0, 0).to_json() for config in (found, asked))
+    if isinstance(there["training"], dict) and isinstance(here["training"], dict):
+        added = {key: value for key, value in _DEFAULTS.items() if key in here["training"]}
+        unasked = {"log_steps": None} if ended and here["training"].get("log_steps") is None else {}
+        there["training"] = {**added, **there["training"], **unasked}
     if there["parent"] != here["parent"]:
         raise MismatchError(
             f"{folder} was trained on {_parent_name(found)}; now asked for is {_parent_name(asked)}: train on the same "
@@ -274,7 +290,7 @@ def _read(folder: Path) -> tuple[DictionaryConfig, dict[str, Any]]:
         )
     if not path.exists():
         raise ForeignError(f"{folder} is no dictionary: it has no {CONFIG}")
-    content = read_self_checked(path)
+    content = read_self_checked(path, _MAKE_AGAIN.format(folder))
     files = content.pop("files", None)
     del content["sha256"]
     config = DictionaryConfig.from_json(content, str(path))

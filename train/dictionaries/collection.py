@@ -3,15 +3,16 @@
 The folder may lie on the Hugging Face hub: `hf://OWNER/NAME/folder`.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
+from store import labels
 from store.errors import UnfinishedError, UsageError
 from store.sites import Site
-from train.dictionaries.checkpoint import CONFIG, COVERED, RESUME, load_dictionary
+from train.dictionaries.checkpoint import CONFIG, COVERED, RESUME, load_dictionary, outline
 from train.dictionaries.dictionary import Dictionary
 from train.dictionaries.hub import fetch, on_hub
-from train.dictionaries.published import import_file, is_published_name
+from train.dictionaries.published import import_file, is_published_name, outline_file
 
 KINDS = ("transcoder", "sae")
 
@@ -23,6 +24,20 @@ def load_dictionaries(folder: str | Path, sites: Collection[Site] | None = None)
     gives that one.  `hf://OWNER/NAME[@REVISION]/folder` is fetched into the hub's cache: whole, or what is of `sites`.
     `UsageError` when there is none.
     """
+    return _found(folder, sites, load_dictionary, import_file)
+
+
+def outline_dictionaries(folder: str | Path, sites: Collection[Site] | None = None) -> list[Dictionary]:
+    """The same dictionaries without their weights, on the meta device: what each says of itself, and where it lies."""
+    return _found(folder, sites, outline, outline_file)
+
+
+def _found(
+    folder: str | Path,
+    sites: Collection[Site] | None,
+    ours: Callable[[Path], Dictionary],
+    published: Callable[[Path], Dictionary],
+) -> list[Dictionary]:
     place, stems = folder, None if sites is None else {f"{kind}_{site}" for kind in KINDS for site in sites}
     folder = fetch(place, _patterns(stems)) if on_hub(place) else Path(place)
     if not folder.is_dir():
@@ -30,15 +45,15 @@ def load_dictionaries(folder: str | Path, sites: Collection[Site] | None = None)
             f"there is no folder {folder}: --dictionaries names a folder of dictionaries, as train --out made it"
         )
     if (folder / CONFIG).exists():
-        return [load_dictionary(folder)]
+        return [ours(folder)]
     inside = [path for path in sorted(folder.iterdir()) if stems is None or path.name.removesuffix(".pt") in stems]
     unfinished = [path.name for path in inside if (path / RESUME).exists() and not (path / CONFIG).exists()]
     if unfinished:
         raise UnfinishedError(
             f"{folder}: {', '.join(unfinished)} did not finish training: run the same train command again"
         )
-    found = [load_dictionary(path) for path in inside if (path / CONFIG).exists()]
-    found += [import_file(path) for path in inside if path.is_file() and is_published_name(path.name)]
+    found = [ours(path) for path in inside if (path / CONFIG).exists()]
+    found += [published(path) for path in inside if path.is_file() and is_published_name(path.name)]
     if not found:
         models = sorted({str(path.parent.parent) for path in folder.glob(f"*/*/{CONFIG}")})
         if models:
@@ -61,5 +76,5 @@ def _patterns(stems: Collection[str] | None) -> list[str]:
     """What is fetched of a folder: all, or the files and folders of these names, and what makes the folder one itself."""
     if stems is None:
         return ["*"]
-    inside = [f"{stem}{end}" for stem in sorted(stems) for end in (".pt", "/*")]
-    return [*inside, *COVERED, CONFIG]
+    inside = [f"{stem}{end}" for stem in sorted(stems) for end in (".pt", labels.BESIDE, "/*")]
+    return [*inside, *COVERED, CONFIG, labels.FILE]

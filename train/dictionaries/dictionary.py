@@ -24,6 +24,7 @@ A feature is active on a row when z > 0, here and everywhere.
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,6 +64,8 @@ class Dictionary(nn.Module):
         self.config = config
         self.metrics = metrics
         """what `metrics.json` says: FVU, L0, cosine, dead share on held-out rows; None when never measured"""
+        self.place: Path | None = None
+        """where it was loaded from, its folder or its `.pt` file; None for one that was made here"""
         self.encoder = nn.Linear(config.d_model, config.n_features)
         self._build()
         if config.skip:

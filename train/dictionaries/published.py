@@ -21,6 +21,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from store import labels
 from store.errors import ForeignError, UsageError
 from store.files import is_temporary, write_bytes
 from store.sites import Site
@@ -43,6 +44,8 @@ class ExportSettings:
     """folder of the dictionary"""
     out: Path
     """the file to write, such as transcoder_img_6.pt"""
+    force: bool = False
+    """write over a file that is there"""
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,12 @@ def is_published_name(name: str) -> bool:
 
 
 def run_export(settings: ExportSettings) -> None:
-    """Write `settings.out`; nothing is written when the layout cannot say what the dictionary is."""
+    """Write `settings.out`; nothing is written when it is there already, or the layout cannot say what the dictionary is."""
+    if settings.out.exists() and not settings.force:
+        raise UsageError(f"{settings.out} exists: choose another --out, or say --force to write over it")
     dictionary = load_dictionary(settings.dictionary)
     write_bytes(settings.out, to_bytes(dictionary))
+    _take_labels(settings.dictionary, settings.out)
     print(f"{settings.out}: {dictionary.name} in the layout of {dictionary.config.family}")
 
 
@@ -80,11 +86,19 @@ def run_import(settings: ImportSettings) -> None:
     for leftover in folder.glob(".*.tmp"):  # of an import that was killed while it wrote
         leftover.unlink()
     save_dictionary(folder, dictionary, None, [])
+    _take_labels(settings.file, folder)
     config = dictionary.config
     print(
         f"{folder}: d_model {config.d_model}, {config.n_features} features, {config.activation}, "
         f"layout of {config.family}"
     )
+
+
+def _take_labels(source: Path, target: Path) -> None:
+    """Add the labels of the dictionary at one place to those of the same dictionary at another."""
+    found = labels.read_labels(labels.labels_file(source))
+    if found:
+        labels.add_labels(labels.labels_file(target), found)
 
 
 def to_bytes(dictionary: Dictionary) -> bytes:
@@ -141,6 +155,23 @@ def import_file(path: Path, site: str | None = None, kind: Kind | None = None) -
     `site` and `kind` are only needed where the name does not say them.  `ForeignError` for a file that is
     neither layout, or that holds more than tensors and plain values.
     """
+    config, state = _read(path, site, kind)
+    dictionary = build(config, empty=True)
+    fill(dictionary, state, str(path))
+    dictionary.place = path
+    return frozen(dictionary)
+
+
+def outline_file(path: Path) -> Dictionary:
+    """The dictionary in a published file without its weights, on the meta device; errors as for `import_file`."""
+    config, _ = _read(path, None, None)
+    dictionary = build(config, empty=True)
+    dictionary.place = path
+    return dictionary
+
+
+def _read(path: Path, site: str | None, kind: Kind | None) -> tuple[DictionaryConfig, Mapping[str, Tensor]]:
+    """What a published file says of its dictionary, and its parameters, mapped where the file can be."""
     content = _load(path)
     named = _NAME.fullmatch(path.name)
     if site is None and named is None:
@@ -155,25 +186,24 @@ def import_file(path: Path, site: str | None = None, kind: Kind | None = None) -
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ForeignError(f"{path} is no state dict of a dictionary: it holds {type(state).__name__}")
     if set(state) == _PRE_BIAS:
-        config = _pre_bias_config(path, place, said, state, about)
-    elif set(state) == _CONDITIONED and about is None:
+        return _pre_bias_config(path, place, said, state, about), state
+    if set(state) == _CONDITIONED and about is None:
         if said is None:
             raise UsageError(f"{path.name} does not say whether it is a transcoder or an SAE: add --kind transcoder")
-        config = _conditioned_config(path, place, said, state)
-    else:
-        odd = ", ".join(sorted(map(str, set(state) ^ _CONDITIONED)))
-        raise ForeignError(
-            f"{path} is neither DifFRACT's layout nor FLUX-SAE's; against DifFRACT's these keys are missing or "
-            f"unknown: {odd}"
-        )
-    dictionary = build(config, empty=True)
-    fill(dictionary, state, str(path))
-    return frozen(dictionary)
+        return _conditioned_config(path, place, said, state), state
+    odd = ", ".join(sorted(map(str, set(state) ^ _CONDITIONED)))
+    raise ForeignError(
+        f"{path} is neither DifFRACT's layout nor FLUX-SAE's; against DifFRACT's these keys are missing or "
+        f"unknown: {odd}"
+    )
 
 
 def _begun(folder: Path) -> bool:
     """Whether a folder holds nothing, or what an import writes before `config.json` makes it a dictionary."""
-    return folder.is_dir() and {path.name for path in folder.iterdir() if not is_temporary(path)} <= set(COVERED)
+    if not folder.is_dir():
+        return False
+    there = {path.name for path in folder.iterdir() if not is_temporary(path)}
+    return there <= {*COVERED, labels.FILE}
 
 
 def _same(folder: Path, dictionary: Dictionary) -> bool:

@@ -1,0 +1,163 @@
+"""Label files: what people called the features of a dictionary, kept so that any two copies can be merged.
+
+    {"format": "granary labels", "version": 1, "labels": [{"feature", "text", "author", "time"}, …]}
+
+1. Labels are only ever added: an empty text takes a label away, and the latest one of a feature is what is shown.
+2. So the union of two files is the merge, whichever is merged into which, in any order, any number of times.
+3. The file of `transcoder_img_6/` is `transcoder_img_6/labels.json`, that of `transcoder_img_6.pt` is
+   `transcoder_img_6.labels.json`.  It is no part of the dictionary: no list with checksums names it.
+4. Who writes holds a lock on the folder, reads the file again, and publishes the union whole.
+"""
+
+import fcntl
+import json
+import os
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from store.errors import DamagedError, ForeignError
+from store.files import json_bytes, write_bytes
+
+FILE = "labels.json"
+BESIDE = ".labels.json"
+"""what takes the place of `.pt` in the name of the label file beside a published file"""
+FORMAT, VERSION = "granary labels", 1
+TIME = "%Y-%m-%dT%H:%M:%SZ"
+LONGEST = 200
+"""characters of a text or an author: a name, not an essay"""
+NO_TEXT = {"Cc", "Cs", "Zl", "Zp"}
+"""Unicode's control signs, halves of signs, and ends of lines; what is not assigned yet may be an emoji of next year"""
+START_ANEW = "restore it from a copy, or move it away to begin with no labels"
+
+
+@dataclass(frozen=True, order=True)
+class Label:
+    """One thing that somebody said about a feature.  Labels sort as they lie in the file."""
+
+    feature: int
+    time: str
+    """UTC, to the second: `2026-01-31T12:00:00Z`"""
+    author: str
+    text: str
+    """what the feature is called; empty: that it is called nothing any more"""
+
+    def __post_init__(self) -> None:
+        """`ValueError` says what is wrong with it."""
+        if self.feature < 0:
+            raise ValueError(f"feature is {self.feature}, expected a number from 0 on")
+        for name, value in (("text", self.text), ("author", self.author)):
+            if value != value.strip() or any(unicodedata.category(sign) in NO_TEXT for sign in value):
+                raise ValueError(f"{name} is {value!r}, expected one line of text, no space around it")
+            if len(value) > LONGEST:
+                raise ValueError(f"{name} has {len(value)} characters, expected at most {LONGEST}")
+        if not self.author:
+            raise ValueError("author is empty, expected a name")
+        try:
+            written = datetime.strptime(self.time, TIME).strftime(TIME)  # Z is in the format: UTC
+        except ValueError:
+            written = None
+        if written != self.time:
+            raise ValueError(f"time is {self.time!r}, expected UTC to the second, such as 2026-01-31T12:00:00Z")
+
+
+KINDS = {"feature": int, "text": str, "author": str, "time": str}
+"""what a label in a file has"""
+
+
+def labels_file(place: Path) -> Path:
+    """Where the labels of a dictionary lie: in its folder, or beside a published file."""
+    return place.with_name(place.name.removesuffix(".pt") + BESIDE) if place.suffix == ".pt" else place / FILE
+
+
+def latest(labels: Iterable[Label]) -> dict[int, str]:
+    """Feature -> what it is called now, by the latest label of each; features without a name are left out."""
+    shown = {label.feature: label.text for label in sorted(labels)}
+    return {feature: text for feature, text in shown.items() if text}
+
+
+def labels_bytes(labels: Iterable[Label]) -> bytes:
+    """The content of a label file: equal labels are equal bytes."""
+    return json_bytes({"format": FORMAT, "version": VERSION, "labels": [asdict(label) for label in sorted(labels)]})
+
+
+def parse_labels(data: bytes, where: str) -> frozenset[Label]:
+    """The labels in a file; `DamagedError` for what is no JSON or no labels, `ForeignError` for another format or version."""
+    found = set()
+    for number, entry in enumerate(parse_entries(data, where), start=1):
+        if odd := set(entry) - set(KINDS):
+            raise DamagedError(
+                f"{where}, label {number} has {', '.join(sorted(odd))}, expected {', '.join(KINDS)} only: {START_ANEW}"
+            )
+        found.add(label_of(entry, number, where))
+    return frozenset(found)
+
+
+def parse_entries(data: bytes, where: str) -> list[dict[str, Any]]:
+    """The objects under `labels` of a file of our format, unread; errors as for `parse_labels`."""
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{where} is not JSON any more ({error}): {START_ANEW}") from None
+    if not isinstance(content, dict) or "format" not in content:
+        raise ForeignError(f"{where} is no label file of ours, whose format is {FORMAT!r}: {START_ANEW}")
+    if (content["format"], content.get("version")) != (FORMAT, VERSION):
+        raise ForeignError(
+            f"{where} holds {content['format']!r} version {content.get('version')}, this Granary reads {FORMAT!r} "
+            f"version {VERSION}: use the version that wrote it, or {START_ANEW}"
+        )
+    entries = content.get("labels")
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise DamagedError(f"{where} holds no list of labels: {START_ANEW}")
+    return entries
+
+
+def label_of(entry: Mapping[str, Any], number: int, where: str) -> Label:
+    """The label that an object says; `DamagedError` names the entry."""
+    for name, kind in KINDS.items():
+        if name not in entry:
+            raise DamagedError(f"{where}, label {number} has no {name}: {START_ANEW}")
+        if type(entry[name]) is not kind:
+            expected = "a whole number" if kind is int else "a text"
+            raise DamagedError(f"{where}, label {number}: {name} is {entry[name]!r}, expected {expected}: {START_ANEW}")
+    try:
+        return Label(**{name: entry[name] for name in KINDS})
+    except ValueError as error:
+        raise DamagedError(f"{where}, label {number}: {error}. {START_ANEW.capitalize()}") from None
+
+
+def read_labels(path: Path) -> frozenset[Label]:
+    """The labels in a file of this machine, none where there is no file; errors as for `parse_labels`."""
+    try:
+        return parse_labels(path.read_bytes(), str(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return frozenset()
+
+
+def add_labels(path: Path, labels: Iterable[Label]) -> frozenset[Label]:
+    """Add labels to a file and return all that it holds then; of any number of writers at once none loses anything."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _alone_in(path.parent):
+        there = read_labels(path)  # again: another may have written since the caller looked
+        found = there | frozenset(labels)
+        if found != there:
+            write_bytes(path, labels_bytes(found))
+    return found
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Inside, nobody else adds labels in this folder.  The kernel frees the lock however its holder ends; no file is left."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX)
+        except OSError as error:  # some network file systems lock no folders
+            print(f"note: {folder} cannot be locked ({error.strerror}): let one at a time write labels there")
+        yield
+    finally:
+        os.close(opened)
