@@ -11,7 +11,7 @@ from torch import Tensor
 from bench.peer import Task, Trainer, main
 from store.shards import open_pack
 from train.distributed import Ranks
-from train.learning.learner import Course, Learner
+from train.learning.learner import Course, Learner, usual_log_steps
 from train.models import models_of
 from train.rows.loader import Batch, Loader
 from train.rows.means import TrainingMeans
@@ -32,7 +32,7 @@ class Ours:
         (model,) = models_of(settings, pack)
         mean = TrainingMeans(pack, model.site, "mlp_out").of(pack.steps[0])
         assert mean is not None
-        course = Course(10**6, task.batch, settings.log_steps, torch.device("cpu"), Ranks())
+        course = Course(10**6, task.batch, usual_log_steps(10**6), torch.device("cpu"), Ranks())
         self.learner = Learner(model, settings.out, course, mean.float())
         self.loader = Loader(pack, model.site, ("mlp_out",), task.batch, 0)
 

@@ -11,10 +11,14 @@ from store.sharing import pull, push
 
 COMMANDS = {
     "info": Command(
-        info.InfoSettings, info.run, "Say what a store holds: model, prompts, sizes, statistics of every site."
+        info.InfoSettings,
+        info.run,
+        "Say what a store or a pack holds: model, prompts, sizes, statistics or rows of every site.",
     ),
     "verify": Command(
-        verify.VerifySettings, verify.run, "Find every damaged, missing or foreign file, and what it costs."
+        verify.VerifySettings,
+        verify.run,
+        "Find every damaged, missing or foreign file of a store or a pack, and what it costs.",
     ),
     "repair": Command(
         repair.RepairSettings, repair.run, "Mend a damaged store: from a copy, or by un-committing what is lost."

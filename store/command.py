@@ -66,7 +66,9 @@ def _parsed(command: Command, prog: str, words: list[str]) -> Any:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(command.settings, prog=prog, description=command.help, args=words)
+            return tyro.cli(
+                command.settings, prog=prog, description=command.help, args=words, config=(tyro.conf.DisallowNone,)
+            )  # "None" is no word of ours: a flag that is left out has no value
     except SystemExit as stop:
         if isinstance(stop.__context__, GranaryError):
             raise stop.__context__ from None
@@ -123,7 +125,8 @@ def _nobody_listens() -> int:
 
 def _fail(error: GranaryError) -> int:
     sys.stdout.flush()
-    print(f"error: {error}", file=sys.stderr)
+    if not error.said:
+        print(f"error: {error}", file=sys.stderr)
     return error.exit_code
 
 

@@ -18,6 +18,8 @@ class GranaryError(Exception):
     """A failure that is explained to the user: what was found, what was expected, what to do."""
 
     exit_code = 1
+    said = False
+    """whether another process of the same run tells the user"""
 
 
 class UsageError(GranaryError, ValueError):

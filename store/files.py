@@ -15,6 +15,8 @@ from typing import Any
 from store.errors import DamagedError, ForeignError
 
 READ_BLOCK = 1 << 20
+RESTORE = "Restore it from a copy"
+"""what to do about a damaged file of which nothing more is known"""
 
 
 def fsync_file(path: Path) -> None:
@@ -81,9 +83,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise DamagedError(f"{path} is missing") from None
+        raise DamagedError(f"{path} is missing. {RESTORE}") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DamagedError(f"{path} is not JSON any more ({error}): restore it from a copy") from None
+        raise DamagedError(f"{path} is not JSON any more ({error}). {RESTORE}") from None
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -100,12 +102,15 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def parse_self_checked(data: bytes, where: str) -> dict[str, Any]:
-    """A JSON object written from `self_checked`; `DamagedError` when it was changed since, `ForeignError` when it is not ours."""
+def parse_self_checked(data: bytes, where: str, remedy: str = RESTORE) -> dict[str, Any]:
+    """A JSON object written from `self_checked`; `DamagedError` when it was changed since, `ForeignError` when it is not ours.
+
+    `remedy` is what `DamagedError` tells to do.
+    """
     try:
         content = json.loads(data)
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise DamagedError(f"{where} is not JSON any more ({error}): restore it from a copy") from None
+        raise DamagedError(f"{where} is not JSON any more ({error}). {remedy}") from None
     if not isinstance(content, dict) or "sha256" not in content:
         raise ForeignError(f"{where} holds no checksum of its own: it was not written by Granary")
     try:
@@ -113,7 +118,7 @@ def parse_self_checked(data: bytes, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError):  # a NaN, half a surrogate, or too deep: we write none of these
         whole = False
     if not whole:
-        raise DamagedError(f"{where} differs from the checksum that it carries: it was damaged or edited")
+        raise DamagedError(f"{where} differs from the checksum that it carries: it was damaged or edited. {remedy}")
     return content
 
 
@@ -123,10 +128,10 @@ def self_checked(content: dict[str, Any]) -> dict[str, Any]:
     return {**body, "sha256": sha256_bytes(json_bytes(body))}
 
 
-def read_self_checked(path: Path) -> dict[str, Any]:
+def read_self_checked(path: Path, remedy: str = RESTORE) -> dict[str, Any]:
     """The JSON object in a file written from `self_checked`; `DamagedError` when it is missing or was changed since."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise DamagedError(f"{path} is missing") from None
-    return parse_self_checked(data, str(path))
+        raise DamagedError(f"{path} is missing. {remedy}") from None
+    return parse_self_checked(data, str(path), remedy)

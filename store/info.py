@@ -1,4 +1,4 @@
-"""`python -m store info STORE`: what a store holds, as a table worth reading."""
+"""`python -m store info STORE`: what a store or a pack holds, as a table worth reading."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -7,7 +7,11 @@ from typing import Any
 import tyro
 
 from store import open_store
+from store.packing.describe import describe as describe_pack
+from store.packing.describe import model_line
+from store.places import place_of
 from store.reader import Store
+from store.shards import is_pack, open_pack
 from store.sites import Point, Site
 from store.statistics import Statistics
 
@@ -16,15 +20,19 @@ COLUMNS = 5
 
 @dataclass(frozen=True)
 class InfoSettings:
-    """Say what a store holds."""
+    """Say what a store or a pack holds."""
 
     store: tyro.conf.Positional[str]
-    """the store: a folder or a URL"""
+    """the store: a folder or a URL; or a pack"""
 
 
 def run(settings: InfoSettings) -> str:
-    """Print what a store holds; returns the text."""
-    text = describe(open_store(settings.store, unfinished=True))
+    """Print what a store or a pack holds; returns the text."""
+    local = place_of(settings.store).local
+    if local is not None and is_pack(local):
+        text = describe_pack(open_pack(local))
+    else:
+        text = describe(open_store(settings.store, unfinished=True))
     print(text)
     return text
 
@@ -42,7 +50,7 @@ def describe(store: Store) -> str:
     )
     facts = [
         ("store", f"{store.path} (format {meta.format_version}), {state}"),
-        ("model", _model(store)),
+        ("model", model_line(store.meta.model)),
         ("images", f"{images} of {meta.height}x{meta.width} pixels ({grid}), pictures: {meta.pictures}"),
         (
             "prompts",
@@ -96,13 +104,6 @@ def _part_of(parent: dict[str, Any]) -> str:
     return f"{span}store {parent.get('store')}{prompts}" + (
         f", itself {_part_of(further)}" if isinstance(further, dict) else ""
     )
-
-
-def _model(store: Store) -> str:
-    model = store.meta.model
-    hashes = model.get("weights_sha256")
-    digest = hashes.get("transformer") if isinstance(hashes, dict) else None
-    return f"{model.get('id')}" + (f", transformer sha256 {str(digest)[:12]}…" if digest else ", weights unknown")
 
 
 def _stored(store: Store) -> str:

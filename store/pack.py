@@ -31,7 +31,7 @@ from store.packing.shard import entry_of
 from store.packing.tasks import Hands, Task
 from store.shards import FORMAT, FORMAT_VERSION, MANIFEST, Pack, means_file, open_pack, shard_file, weights_name
 from store.sites import Site
-from store.sizes import human_size, parse_size
+from store.sizes import human_size, many, parse_size
 
 __all__ = ["PackSettings", "run"]
 
@@ -93,11 +93,12 @@ class Packing:
             read += len(sites) * plan.read_bytes(stream)
             moved += len(sites) * scratch
             how = "fits into memory" if share.whole else f"runs: {len(share.runs)}, scratch: {human_size(scratch)}"
-            shards = plan.shards(sites[0])
-            lines.append(f"{len(sites)} {stream} sites of {rows.rows:,} rows in {shards} shards each ({how})")
+            each = "each " if len(sites) > 1 else ""
+            shards = many(plan.shards(sites[0]), "shard")
+            lines.append(f"{many(len(sites), f'{stream} site')}, {each}{rows.rows:,} rows in {shards} ({how})")
         if plan.weights:
             of_mlps = human_size(sum(plan.weights_bytes.values()))
-            lines.append(f"targets recomputed: mlp_in and {len(plan.weights_bytes)} MLPs ({of_mlps})")
+            lines.append(f"targets recomputed: mlp_in and {many(len(plan.weights_bytes), 'MLP')} ({of_mlps})")
         print(f"plan: {human_size(plan.total_bytes)} for {settings.split}: " + "; ".join(lines))
         most = max(budget.scratch_bytes(stream) for stream in plan.streams)
         each = "each worker" if settings.scheduler else f"each of {settings.workers} workers"

@@ -259,9 +259,9 @@ class Store:
         """One row an image: the columns of FORMAT.md (prompt, seed, split, text_length, sigma, …) and the prompt file's own."""
         return self._prompts
 
-    def prompt_columns(self, *names: str) -> pa.Table:
-        """The named columns of `prompts()`; the texts of all images are never held at once."""
-        return self._joined_prompts(lambda table: table.select(names))
+    def prompt_columns(self, *names: str, if_there: bool = False) -> pa.Table:
+        """The named columns of `prompts()`, `if_there` those that there are; the texts of all images are never held at once."""
+        return self._joined_prompts(lambda t: t.select([n for n in names if not if_there or n in t.column_names]))
 
     @cached_property
     def _prompts(self) -> pa.Table:

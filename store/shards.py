@@ -26,6 +26,7 @@ import numpy as np
 from store.errors import DamagedError, ForeignError, MismatchError, UnfinishedError, UsageError
 from store.files import READ_BLOCK, read_self_checked
 from store.format import Targets
+from store.layout import ROOT
 from store.sites import Point, Site, Stream
 
 FORMAT = "granary-pack"
@@ -38,7 +39,7 @@ UNFINISHED = "unfinished"
 JOURNAL = "journal.json"
 """where an unfinished pack of version 1 kept its own"""
 METADATA_KEY = "granary"  # one key alone: the safetensors library writes several in random order
-REPACK = "Remove the pack and make it again with: python -m store pack"
+REPACK = "Take it from a copy, or remove the pack and make it again with: python -m store pack"
 
 Group = Literal["all", "real", "padding"]
 GROUPS: dict[Stream, tuple[Group, ...]] = {"img": ("all",), "joint": ("all",), "txt": get_args(Group)}
@@ -259,6 +260,13 @@ class Pack:
                 raise DamagedError(f"{path} differs from the checksum in {MANIFEST}. {REPACK}")
 
 
+def is_pack(path: str | Path) -> bool:
+    """Whether a pack lies at a path on this machine, be it unfinished or damaged, and not a store."""
+    folder = Path(path)
+    ours = any((folder / name).exists() for name in (MANIFEST, UNFINISHED, JOURNAL))
+    return ours and not (folder / ROOT).exists()
+
+
 def open_pack(path: str | Path) -> Pack:
     """The pack at `path`; its manifest is checked now, each shard when it is mapped.
 
@@ -274,14 +282,15 @@ def open_pack(path: str | Path) -> Pack:
             raise UnfinishedError(
                 f"{path} is not finished: run the same python -m store pack again, it goes on where it was"
             )
-        if (path / "zarr.json").exists():
+        if (path / ROOT).exists():
             raise UsageError(f"{path} is a store: make a pack of it with python -m store pack {path} --out PACK")
         raise ForeignError(f"{path} is no pack: it has no {MANIFEST}")
-    manifest = read_self_checked(path / MANIFEST)
+    manifest = read_self_checked(path / MANIFEST, REPACK)
     if manifest.get("format") != FORMAT or manifest.get("format_version") not in READABLE:
         found = f"format {manifest.get('format')!r} version {manifest.get('format_version')!r}"
         raise ForeignError(
-            f"{path} has {found}; this Granary reads {FORMAT} versions {READABLE[0]} and {READABLE[-1]}. {REPACK}"
+            f"{path} has {found}; this Granary reads {FORMAT} versions {READABLE[0]} and {READABLE[-1]}. "
+            "Make it again with: python -m store pack"
         )
     return Pack(path, manifest)
 

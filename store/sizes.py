@@ -1,4 +1,4 @@
-"""Sizes in words: `2GB` and `1.5 TiB` in, `1.34 GB` out."""
+"""Sizes and numbers in words: `2GB` and `1.5 TiB` in, `1.34 GB` and `3 shards` out."""
 
 import re
 
@@ -32,3 +32,8 @@ def human_size(size: float | int) -> str:
     """`1.34 GB`: three digits, powers of ten; 999.6 MB are 1 GB and not 1e+03 MB."""
     unit = max((u for u in SHOWN if float(f"{size:.3g}") >= UNITS[u]), key=UNITS.__getitem__, default="B")
     return f"{float(f'{size / UNITS[unit]:.3g}'):g} {unit}"
+
+
+def many(count: int, what: str) -> str:
+    """`1 shard`, `1,234 shards`"""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"

@@ -17,10 +17,7 @@ def found(place: Place, name: str) -> bytes | None:
 
 def checked(place: Place, name: str, data: bytes) -> dict[str, Any]:
     """A record with a checksum of its own, which must hold; `DamagedError` with the remedy otherwise."""
-    try:
-        return parse_self_checked(data, place.where(name))
-    except DamagedError as error:
-        raise DamagedError(f"{error}. {remedy(place)}") from None
+    return parse_self_checked(data, place.where(name), remedy(place))
 
 
 def check_form(place: Place, name: str, content: dict[str, Any]) -> None:

@@ -164,7 +164,8 @@ class StoreWriter:
 
     def _check_origin(self, commit: Path) -> None:
         if commit.exists():
-            found = read_self_checked(commit).get("origin")
+            mend = f"Mend it: python -m store repair {self.path} [--from COPY]"
+            found = read_self_checked(commit, mend).get("origin")
             if found != self.meta.origin:
                 raise MismatchError(
                     f"{commit} belongs to a run of origin {found}, and these settings give origin {self.meta.origin}: "
@@ -336,7 +337,7 @@ def sealed(path: Path, meta: StoreMeta) -> dict[str, Any]:
     commits = {}
     for name in (layout.STORE_COMMIT, *(layout.part_commit(part) for part in range(meta.n_parts))):
         data = (path / name).read_bytes()
-        found = parse_self_checked(data, str(path / name))
+        found = parse_self_checked(data, str(path / name), f"Mend it: python -m store repair {path} [--from COPY]")
         images = None if "part" not in found else list(meta.part_images(found["part"]))
         if found.get("origin") != meta.origin or (images and found.get("images") != [images[0], images[-1] + 1]):
             raise DamagedError(f"{path / name} belongs to another run: python -m store repair {path}")

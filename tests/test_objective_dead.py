@@ -41,8 +41,9 @@ def test_a_feature_is_dead_when_it_was_active_on_none_of_the_last_rows() -> None
         dead.advance(50)
     assert dead.quiet_rows.tolist() == [100, 0, 0] and dead.quiet_rows.dtype == torch.int64
     assert dead.features().tolist() == [0]
+    assert [float(dead.share(rows)) for rows in (50, 100, 101)] == pytest.approx([1 / 3, 1 / 3, 0])
     dead.revive(torch.tensor([0]))
-    assert dead.features().tolist() == []
+    assert dead.features().tolist() == [] and int(dead.resampled) == 1
 
 
 @pytest.mark.parametrize(

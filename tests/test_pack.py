@@ -192,7 +192,7 @@ def test_a_plan_is_printed_and_nothing_written(
 ) -> None:
     assert run(PackSettings(store=pack_store, out=tmp_path / "p", plan=True)) is None
     said = capsys.readouterr().out
-    assert "2 img sites of" in said and "the store is read once" in said and "memory 2 GB" in said
+    assert "2 img sites, each " in said and "the store is read once" in said and "memory 2 GB" in said
     assert not (tmp_path / "p").exists()
 
 

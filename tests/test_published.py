@@ -101,6 +101,17 @@ def dying(write: Any, survives: int) -> Any:
     return dies
 
 
+def test_an_export_does_not_write_over_a_file_unless_it_is_told_to(tmp_path: Path) -> None:
+    dictionary = random_dictionary()
+    save_dictionary(tmp_path / "d", dictionary, None, [])
+    (tmp_path / "d.pt").write_bytes(b"mine")
+    with pytest.raises(UsageError, match=r"d\.pt exists: choose another --out, or say --force"):
+        run_export(ExportSettings(tmp_path / "d", tmp_path / "d.pt"))
+    assert (tmp_path / "d.pt").read_bytes() == b"mine"
+    run_export(ExportSettings(tmp_path / "d", tmp_path / "d.pt", force=True))
+    assert (tmp_path / "d.pt").read_bytes() == to_bytes(dictionary)
+
+
 def test_an_import_does_not_write_over_something_else(tmp_path: Path) -> None:
     file = GOLDEN / "transcoders" / "transcoder_img_0.pt"
     save_dictionary(tmp_path / "transcoder_img_0", random_dictionary(site=Site.parse("img_0")), None, [])

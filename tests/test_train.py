@@ -22,6 +22,7 @@ from train.__main__ import COMMANDS
 from train.learning.objective import learning_rate
 from train.recipe import Recipe
 from train.results.evaluate import evaluate
+from train.rows.loader import Loader
 from train.rows.means import TrainingMeans
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
@@ -36,6 +37,10 @@ def test_loss_falls_and_the_dictionary_beats_the_mean_on_held_out_rows(packs: Pa
     (dictionary,) = small_run(packs, trained, epochs=8)
     log = [json.loads(line) for line in (trained / "transcoder_img_0" / "log.jsonl").read_text().splitlines()]
     assert log[-1]["loss"] < 0.5 * log[0]["loss"]
+    assert 50 <= len(log) <= 101 and [line["step"] for line in log[:2]] == [0, dictionary.config.steps // 50]
+    rows = dictionary.config.rows // 10  # no dead rule: over a tenth of the run, and of what was seen before
+    assert {line["dead_rows"] for line in log} == {*(line["rows"] for line in log if line["rows"] < rows), rows}
+    assert all(0 <= line["dead"] <= 1 and "resampled" not in line for line in log)
     assert dictionary.metrics is not None
     assert dictionary.metrics["fvu"] < 0.5 and dictionary.metrics["l0"] <= 8
     assert dictionary.metrics["split"] == "val"
@@ -57,6 +62,26 @@ def test_one_seed_gives_one_set_of_bytes_and_another_seed_or_order_others(packs:
     weights = [(tmp_path / name / "transcoder_img_0" / "weights.safetensors").read_bytes() for name in "abcd"]
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
     assert len(set(weights)) == 3
+
+
+def test_the_log_counts_dead_features_as_the_objective_does_and_those_that_were_resampled(
+    packs: Packs, tmp_path: Path
+) -> None:
+    said = {"activation": "topk", "k": 1, "expansion": 16, "dead": "resample", "dead_rows": 512, "resample_rows": 1024}
+    (dictionary,) = small_run(packs, tmp_path, rows=6000, lr=1e-6, log_steps=1, **said)
+    log = [json.loads(line) for line in (tmp_path / dictionary.name / "log.jsonl").read_text().splitlines()]
+    loader = Loader(open_pack(packs[0]), dictionary.site, ("mlp_in",), 256, 0)
+    dictionary.initialise(0)  # at such a rate it hardly learns: features that are active before the first resampling
+    active = torch.stack(
+        [(dictionary.encode(batch.at("mlp_in"), batch.sigma) > 0).any(dim=0) for batch in loader.batches(0, 3)]
+    )
+    assert [line["dead_rows"] for line in log[:3]] == [256, 512, 512]
+    shares = [~active[0], ~active[:2].any(dim=0), ~active[1:3].any(dim=0)]
+    assert [line["dead"] for line in log[:3]] == pytest.approx(
+        [float(each.float().mean()) for each in shares], abs=0.02
+    )
+    counts = [line["resampled"] for line in log]
+    assert counts[:3] == [0, 0, 0] and counts[3] > 0 and counts == sorted(counts) and counts[-2] > counts[3]
 
 
 def test_config_says_how_it_was_trained(packs: Packs, tmp_path: Path) -> None:

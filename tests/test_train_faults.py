@@ -9,8 +9,12 @@ import pytest
 
 from store.command import program
 from store.errors import DamagedError, NonFiniteError, StoreError, UsageError
+from store.files import read_self_checked, self_checked, write_json
+from store.pack import PackSettings
+from store.pack import run as make_pack
 from store.shards import open_pack
 from tests.small_training import Packs, command_line, digests, small_run
+from tests.toy_stores import toy_store
 from train import TrainSettings, load_dictionary
 from train.__main__ import COMMANDS
 from train.claim import LOCK, claimed
@@ -138,6 +142,12 @@ def test_what_decides_nothing_in_one_of_several_models_is_left_out_there(packs: 
         ("- {}\n- {activation: topk, k: 4000}", {}, "models.yaml, model 2: k = 4000 must lie between"),
         ("- {bandwidth: 0.2}", {}, "model 1: --bandwidth 0.2 means nothing"),
         ("- {}\n- {skip: true}", {"bandwidth": 0.2}, "--bandwidth means nothing for any model of"),
+        ("- {lr: 1e-3}\n- {lr: 1e-4}", {"lr": 0.1}, "--lr means nothing for any model of .*, or each says its own"),
+        (
+            "- {}\n- {seed: 3}",
+            {"seed": "0,1"},
+            "models.yaml, model 2: it names its seed, and --seed 0,1 lists others: leave",
+        ),
     ],
 )
 def test_a_list_of_models_is_refused_by_file_and_number(
@@ -148,6 +158,46 @@ def test_a_list_of_models_is_refused_by_file_and_number(
         models(packs, models=tmp_path / "models.yaml", **flags)
     with pytest.raises(UsageError, match=r"cannot be read \(Is a directory\)"):
         models(packs, models=tmp_path)
+
+
+def test_a_flag_is_for_the_models_that_leave_it_out(packs: Packs, tmp_path: Path) -> None:
+    (tmp_path / "models.yaml").write_text("- {lr: 1e-3}\n- {skip: true}")
+    assert [model.recipe.lr for model in models(packs, models=tmp_path / "models.yaml", lr=0.1)] == [1e-3, 0.1]
+
+
+def test_a_pack_for_saes_says_which_flag_is_missing(packs: Packs, tmp_path: Path) -> None:
+    store = toy_store(tmp_path / "store", 60, ("img_0",), (0, 2), 8, 4, chunk_images=64)
+    make_pack(PackSettings(store=store, out=tmp_path / "pack", points="mlp_out"))
+    with pytest.raises(
+        UsageError, match=r"has mlp_out alone, which SAEs read and write: add --kind sae, or pack again"
+    ):
+        small_run((tmp_path / "pack", packs[1]), tmp_path / "out", val=None, batch=64)
+    (sae,) = small_run((tmp_path / "pack", packs[1]), tmp_path / "out", val=None, batch=64, rows=64, kind="sae")
+    assert sae.name == "sae_img_0"
+
+
+def test_a_finished_folder_of_before_a_setting_was_added_is_the_same_training(
+    packs: Packs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_run(packs, tmp_path, rows=256)
+    path = tmp_path / "transcoder_img_0" / "config.json"
+    content = read_self_checked(path)
+    older = {key: value for key, value in content["training"].items() if key not in ("bandwidth", "world", "clip")}
+    write_json(path, self_checked({**content, "training": {**older, "log_steps": 50}}))
+    small_run(packs, tmp_path, rows=256)
+    assert "is complete already" in capsys.readouterr().out
+    for changes, odd in (
+        ({"log_steps": 7}, "--log-steps: there 50, asked for 7"),
+        ({"clip": 2.0}, "--clip: there None, asked for 2.0"),
+    ):
+        with pytest.raises(UsageError, match=odd):
+            small_run(packs, tmp_path, rows=256, **changes)
+
+
+def test_help_names_no_value_that_nobody_writes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert program("train", COMMANDS, ["--help"], default="train") == 0
+    said = capsys.readouterr().out
+    assert "{none,auxk,resample,flux-sae}" in said and "{none,bfloat16,auto}" in said and "{None" not in said
 
 
 def test_none_is_a_word_of_the_command_line(packs: Packs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

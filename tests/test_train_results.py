@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import train.results.plots
 import train.results.sweep
 from store.errors import DamagedError
 from store.files import read_self_checked, sha256_file
@@ -26,7 +28,7 @@ from train.dictionaries.config import DictionaryConfig
 from train.dictionaries.dictionary import Dictionary, build
 from train.results.evaluate import DENSITY_LOG10_EDGES, figures
 from train.results.logs import Logs
-from train.results.pareto import on_front, pareto
+from train.results.pareto import _panels, on_front, pareto
 from train.results.plots import curves, density, running_mean, short_number
 from train.results.sweep import save, table
 
@@ -64,7 +66,7 @@ def lines(count: int, first: int = 0) -> list[LogLine]:
     """A made-up log, a line every tenth step."""
     return [
         {"step": 10 * i, "rows": 10240 * i + 1024, "loss": 2 / (i + 1), "residual": 1 / (i + 1), "sparsity": 3.0, "auxiliary": 0.0,
-         "l0": 40.0 + i, "lr": 2e-4}
+         "l0": 40.0 + i, "lr": 2e-4, "dead": 0.5 / (i + 1), "dead_rows": 50_000, "resampled": 3 * i}
         for i in range(first, count)
     ]  # fmt: skip
 
@@ -97,7 +99,7 @@ def test_a_log_has_a_line_and_events_for_each_line_of_training_with_time_and_rat
     assert [{k: v for k, v in r.items() if k not in ("time", "rows_per_second")} for r in records] == lines(4)
     assert all(record["rows_per_second"] == 1234.6 and record["time"] > 1.7e9 for record in records)
     found = events(folder)
-    names = ("loss", "residual", "sparsity", "auxiliary", "l0", "lr", "rows_per_second")
+    names = ("loss", "residual", "sparsity", "auxiliary", "l0", "lr", "dead", "resampled", "rows_per_second")
     assert found.Tags()["scalars"] == [f"training/{name}" for name in names]
     assert [(each.step, each.value) for each in found.Scalars("training/loss")] == [
         (line["step"], pytest.approx(line["loss"])) for line in lines(4)
@@ -166,6 +168,31 @@ def test_pictures_are_the_same_bytes_whatever_matplotlib_is_set_to(monkeypatch: 
     assert all(min(Image.open(io.BytesIO(picture)).size) > 400 for picture in pictures)
 
 
+def test_curves_show_dead_features_and_those_that_were_resampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, list[float]] = {}
+    monkeypatch.setattr(
+        train.results.plots, "_curve",
+        lambda axes, points, *_: drawn.update({axes.get_title(loc="left"): points[:, 1].tolist()}),
+    )  # fmt: skip
+    curves(lines(3), "a title")
+    dead, resampled = "dead, %: active on none of the last 50 k rows", "features resampled so far"
+    assert drawn[dead] == pytest.approx([50, 25, 50 / 3]) and drawn[resampled] == [0, 3, 6] and len(drawn) == 6
+    drawn.clear()
+    curves([{key: value for key, value in line.items() if key != "resampled"} for line in lines(3)], "a title")
+    assert drawn[dead][0] == 50 and drawn["sparsity term, before its weight"] == [3, 3, 3] and resampled not in drawn
+
+
+def test_the_word_in_a_density_plot_stands_above_every_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures_drawn: list[Any] = []
+    monkeypatch.setattr(train.results.plots, "png", lambda figure: figures_drawn.append(figure) or b"")
+    density(measured(4.0, 0.25, "txt"), "a title")
+    for never, axes in zip(figures_drawn[0].axes[::2], figures_drawn[0].axes[1::2], strict=True):
+        (word,) = axes.texts
+        bottom = word.get_window_extent(figures_drawn[0].canvas.get_renderer()).y0
+        tops = [bar.get_window_extent().y1 for bar in (*never.patches, *axes.patches)]
+        assert len(tops) > 10 and max(tops) < bottom
+
+
 @pytest.mark.parametrize("some", [[], lines(1), [{**line, "l0": float("nan")} for line in lines(12)]])
 def test_curves_of_a_short_or_partial_log_are_drawn(some: Sequence[LogLine]) -> None:
     assert curves(list(some), "short").startswith(b"\x89PNG")
@@ -213,7 +240,8 @@ def test_dictionaries_measured_on_different_rows_are_not_compared_and_the_table_
         other = made(l0=4, fvu=0.3, seed=1)
         assert other.metrics is not None
         other.metrics = {**other.metrics, key: value}
-        assert on_front([good, other], "all") == [True, True]
+        assert on_front([good, other], "all") == [False, False]  # nobody to compare with
+        assert on_front([good, bad, other, deepcopy(other)], "all") == [True, False, True, True]
         assert "measured on" in table([good, other]) and value.removeprefix("sha256-")[:8] in table([good, other])
         assert pareto([good, other]) != with_titles
 
@@ -223,9 +251,9 @@ def test_dictionaries_measured_on_different_rows_are_not_compared_and_the_table_
 
 def test_the_table_says_what_varies_and_gives_text_its_groups() -> None:
     text = table([made("txt_0", l0=4, fvu=0.2, seed=0), made("txt_0", l0=5, fvu=0.3, seed=1), made(k=2, lr=1e-3)])
-    head, *rest = text.splitlines()
+    head, *rest = [line for line in text.splitlines() if "mean of" not in line]
     assert re.split(r"\s{2,}", head) == [
-        "dictionary", "l1 or k", "seed", "rows", "features", "FVU", "L0", "L0 %", "dead %", "cosine", "held-out rows", "front",
+        "dictionary", "sparsity", "seed", "rows", "features", "FVU", "L0", "L0 %", "dead %", "cosine", "held-out rows", "front",
     ]  # fmt: skip
     assert [line.split()[0] for line in rest] == ["transcoder_txt_0", "real", "padding"] * 2 + ["transcoder_img_0"]
     first, real, padding, second, *_, counted = rest
@@ -236,8 +264,8 @@ def test_the_table_says_what_varies_and_gives_text_its_groups() -> None:
 
 
 def test_the_table_of_dictionaries_that_were_not_measured_says_none() -> None:
-    text = table([made(l0=None), made(l0=4, seed=1)])
-    _, missing, whole = text.splitlines()
+    text = table([made(l0=None), made(l0=4, l1=1e-3), made(l0=5, l1=1e-4)])
+    _, missing, whole, _ = text.splitlines()
     assert missing.split()[-6:] == ["-", "-", "-", "-", "-", "none"] and whole.endswith("*")
     assert "front" not in table([made(l0=None)]) and table([made(l0=None)]).endswith("none")
     imported = build(DictionaryConfig("sae", Site.parse("img_0"), 4, 16))
@@ -245,6 +273,30 @@ def test_the_table_of_dictionaries_that_were_not_measured_says_none() -> None:
     partial = made()
     partial.metrics = {**(partial.metrics or {}), "fvu": None}
     assert table([partial]).splitlines()[1].split()[5] == "-" and pareto([partial]) is None
+
+
+def test_the_table_shows_an_l1_beside_k_and_stars_only_those_that_beat_somebody() -> None:
+    both = table([made(l0=4, k=8, l1=1e-3), made(l0=4, fvu=0.3, k=8)])
+    _, first, second = both.splitlines()
+    assert "k 8, l1 1e-3 " in first and "k 8 " in second and "l1" not in second
+    assert on_front([made(l0=4)], "all") == [False] and "front" not in table([made(l0=4)])
+    assert on_front([made(l0=2, fvu=1.5), made(l0=4, fvu=1.25, seed=1)], "all") == [False, False]
+    assert on_front([made(l0=2, fvu=1.5), made(l0=4, fvu=0.5, seed=1)], "all") == [False, True]
+
+
+def test_seeds_of_one_setting_have_a_line_with_mean_and_deviation() -> None:
+    some = [made("txt_0", l0=l0, fvu=fvu, seed=seed) for seed, (l0, fvu) in enumerate([(2, 0.2), (4, 0.3), (6, 0.4)])]
+    lines = table([*some, made("txt_0", l1=1e-3)]).splitlines()
+    mean, real, padding = lines[10:13]
+    assert re.split(r"\s{2,}", mean.strip())[:5] == ["mean of 3 seeds", "l1 3e-4", "3,072", "16", "0.3000 ± 0.1000"]
+    assert real.startswith("  mean of 3 seeds, real ") and "4.0 ± 2.0" in real and " 1,000" in real
+    assert padding.startswith("  mean of 3 seeds, padding ") and "0.1500 ± 0.0500" in padding
+    assert "mean of" not in table([some[0], made("txt_0", seed=1, lr=1e-3), made("img_0", seed=2)])
+
+
+def test_points_that_differ_in_more_than_seeds_have_a_label_that_says_so() -> None:
+    (panel,) = _panels([made(l0=4), made(l0=5, lr=1e-3, project=True), made(l0=6, lr=1e-3, project=True, seed=1)])
+    assert [point.label for point in panel.points] == ["λ 3e-4", *["λ 3e-4, lr 1e-3, project"] * 2]
 
 
 # the sweep
@@ -314,3 +366,23 @@ def test_a_sweep_forgets_what_is_gone_and_leaves_out_what_is_not_finished_or_not
     assert "note: left out of the table:" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == ["mine.png", "transcoder_img_10-curves.png"]
     assert not (tmp_path / "pareto.png").exists()  # nothing that is left was measured
+
+
+def test_what_is_damaged_beside_dictionaries_is_said_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("curves", "density"):
+        monkeypatch.setattr(train.results.sweep, name, lambda _content, title: title.encode())
+    put(tmp_path, "", made("img_0"))
+    save(tmp_path)
+    for name, remedy in (
+        ("sweep.json", "Remove it and run the same command again: it is written anew"),
+        ("transcoder_img_0/log.jsonl", "train or import the dictionary again"),
+        ("transcoder_img_0/config.json", f"remove the folder {tmp_path / 'transcoder_img_0'} and train"),
+    ):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[:-3])
+        with pytest.raises(DamagedError, match=remedy):
+            save(tmp_path)
+        (tmp_path / name).write_bytes(whole)
+    save(tmp_path)

@@ -164,7 +164,7 @@ def test_a_state_that_cannot_be_gone_on_from_is_refused_before_a_step(packs: Pac
         small_run(packs, begun, rows=4000)
     tensors = safetensors.torch.load(whole)
     path.write_bytes(safetensors.torch.save(tensors, {METADATA_KEY: json.dumps({"config": {}, "step": 3, "log": []})}))
-    with pytest.raises(ForeignError, match=r"another version of Granary .version None, expected 2"):
+    with pytest.raises(ForeignError, match=r"another version of Granary .version None, expected 3"):
         small_run(packs, begun, rows=4000)
     path.write_bytes(whole)
     small_run(packs, begun, rows=4000)

@@ -6,7 +6,7 @@
 
 A rank says every few seconds in the store of the rendezvous that it lives, and whoever waits there for a rank that has said
 nothing for a minute, or that has failed, stops with a message.  Collectives stop at once when a peer's connection closes, and
-after `COLLECTIVE_SECONDS` when it hangs.
+after `COLLECTIVE_SECONDS` when it hangs.  What goes wrong on several ranks is said once.
 """
 
 import contextlib
@@ -26,13 +26,15 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from store.errors import GranaryError, UsageError
+from store.errors import GranaryError, Interrupted, UsageError
+from store.files import sha256_bytes
 
 Parallel = Literal["models", "rows"]
 
 BEAT_SECONDS = 2.0
 PATIENCE_SECONDS = 60.0
 COLLECTIVE_SECONDS = 600.0
+SAYING_SECONDS = 10.0
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -83,11 +85,44 @@ class Ranks:
         """Ranks that share each model's batches."""
         return self.size if self.parallel == "rows" else 1
 
-    def share(self, count: int) -> range:
-        """Which of so many models this rank trains: neighbours, because they share a read."""
+    def share(self, count: int, rank: int | None = None) -> range:
+        """Which of so many models this rank, or another, trains: neighbours, because they share a read."""
         if self.parallel == "rows":
             return range(count)
-        return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+        place = self.rank if rank is None else rank
+        return range(place * count // self.size, (place + 1) * count // self.size)
+
+    @contextmanager
+    def speaking_once(self) -> Iterator[None]:
+        """Inside, what goes wrong on several ranks is told to the user by one of them: the first.
+
+        Ranks that meet the same error have the same words.  A rank that lost another, or is told to stop, is silent where
+        anything was said before.  Needs a store that outlives ranks, which torchrun has; without one each speaks for itself.
+        """
+        try:
+            yield
+        except GranaryError as error:
+            error.said = not self._is_first_to_say("" if isinstance(error, LostRankError | Interrupted) else str(error))
+            raise
+        except KeyboardInterrupt as stop:  # SIGTERM as well: torchrun ends the others when one has failed
+            if self._is_first_to_say(""):
+                raise
+            quiet = Interrupted("stopped because another rank was")
+            quiet.said = True
+            raise quiet from stop
+
+    def _is_first_to_say(self, words: str) -> bool:
+        """Whether nobody has said these words; "" stands for any words."""
+        if self.size == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            return True
+        try:
+            store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=SAYING_SECONDS)))
+            times: int = store.add("said", 1)
+            if words:
+                times = store.add(f"said/{sha256_bytes(words.encode())}", 1)
+            return times == 1
+        except RuntimeError:  # nobody answers: better twice than never
+            return True
 
     @contextmanager
     def joined(self, device: torch.device) -> Iterator[None]:
@@ -103,20 +138,11 @@ class Ranks:
         heart = threading.Thread(target=self._beats, args=(stop,), daemon=True)
         heart.start()
         try:
-            if self.parallel == "rows":
-                with self._watched("at the start"):
-                    dist.init_process_group(
-                        "nccl" if device.type == "cuda" else "gloo",
-                        store=PrefixStore("collectives", self._store),
-                        rank=self.rank,
-                        world_size=self.size,
-                        timeout=timedelta(seconds=COLLECTIVE_SECONDS),
-                        device_id=device if device.type == "cuda" else None,
-                    )
-                    if device.type == "cuda":
-                        self._flags = dist.new_group(backend="gloo")
-            yield
-            self.wait("the end")
+            with self.speaking_once():
+                if self.parallel == "rows":
+                    self._connect(device)
+                yield
+                self.wait("the end")
         except BaseException as error:
             with contextlib.suppress(RuntimeError):
                 self._set(f"failed/{self.rank}", str(error) or type(error).__name__)
@@ -170,6 +196,20 @@ class Ranks:
             with self._watched("while rank 0's weights were handed out"):
                 for tensor in tensors:
                     dist.broadcast(tensor, src=0)
+
+    def _connect(self, device: torch.device) -> None:
+        """Make the groups in which ranks average and ask."""
+        with self._watched("at the start"):
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                store=PrefixStore("collectives", self._store),
+                rank=self.rank,
+                world_size=self.size,
+                timeout=timedelta(seconds=COLLECTIVE_SECONDS),
+                device_id=device if device.type == "cuda" else None,
+            )
+            if device.type == "cuda":
+                self._flags = dist.new_group(backend="gloo")
 
     def _wait_for(self, other: int, where: str) -> None:
         heard, beat = time.monotonic(), b""

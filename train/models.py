@@ -78,18 +78,27 @@ def entries_of(settings: TrainSettings) -> tuple[list[str], list[dict[str, Any]]
         return [""] * len(entries), entries
     places: list[str] = []
     found: list[dict[str, Any]] = []
+    lists = [name for name in choices if name in by_hand and len(choices[name]) > 1]
+    decided: set[str] = set()
     for number, mapping in enumerate(_read(settings.models), start=1):
         place = f"{settings.models}, model {number}"
         with _said_where(place):
+            if twice := [name for name in lists if name in mapping]:
+                raise UsageError(
+                    f"it names its {twice[0]}, and {flag(twice[0])} {','.join(map(_text, choices[twice[0]]))} lists others: leave the "
+                    "flag out, and say in the file which model has which"
+                )
             given = {name: _values(name, value) for name, value in mapping.items()}
             entries = list(combinations({**choices, **given}, given))  # a flag's k is for those that need one
             for entry in entries:
                 recipe_of(entry, "img", torch.device("cpu"))
         found += entries
         places += [place] * len(entries)
-    for name in by_hand:
-        if all(name in idle(entry) for entry in found):
-            raise UsageError(f"{flag(name)} means nothing for any model of {settings.models}: leave it out")
+        decided |= {name for name in by_hand - mapping.keys() if not all(name in idle(entry) for entry in entries)}
+    if nowhere := sorted(by_hand - decided):
+        raise UsageError(
+            f"{flag(nowhere[0])} means nothing for any model of {settings.models}, or each says its own: leave it out"
+        )
     return places, found
 
 

@@ -1,7 +1,6 @@
 """What a training will take, printed before it begins; what cannot fit is refused then.
 
-Memory is estimated: weights, gradients and AdamW's moments are counted, activations of one model at a time are a handful of
-(batch, n_features) matrices.
+Memory is estimated (`train.memory`), and is the greater of what training takes and what measuring takes.
 """
 
 import contextlib
@@ -16,11 +15,11 @@ from tqdm import tqdm
 from store.errors import StoreError, UsageError
 from store.shards import Pack, shard_file
 from store.sites import Point, Site
-from store.sizes import human_size
-from train.dictionaries.checkpoint import RESUME, progress_bytes
-from train.dictionaries.dictionary import build
+from store.sizes import human_size, many
+from train.dictionaries.checkpoint import RESUME
 from train.distributed import Ranks
 from train.learning.learner import Group
+from train.memory import PYTHON, Need, counts_of
 from train.models import Model, points_of
 from train.rows.read_ahead import in_order
 from train.rows.recompute import ROWS_AT_ONCE, ROWS_ON_DEVICE, Recompute
@@ -28,52 +27,26 @@ from train.settings import TrainSettings
 
 AHEAD = 10**9
 """bytes of shards that a `Loader` holds, by its default"""
-MATRICES = 4
-"""(batch, n_features) matrices alive at once in a step: pre-activations, activations and a gradient of each"""
 SHOWN = 12
 FILES_BYTES = 1 << 20
 """of a dictionary, beside its weights: log, metrics and config, generously"""
 
 
-@dataclass(frozen=True)
-class Need:
-    """What one model takes, in bytes."""
-
-    parameters: int
-    """how many, not bytes"""
-    weights: int
-    lasting: int
-    """weights and moments, while its group is trained"""
-    passing: int
-    """gradients and activations, while it takes a step"""
-    checkpoint: int
-
-    @classmethod
-    def of(cls, model: Model, batch: int) -> "Need":
-        """Of a model with so many rows a step on one device."""
-        dictionary = build(model.config, empty=True)
-        parameters = sum(value.numel() for value in dictionary.parameters())
-        state = progress_bytes(dictionary)
-        width = 2 if model.recipe.autocast == "bfloat16" else 4
-        copies = 2 * parameters if width == 2 else 0  # the matrices in bfloat16
-        activations = batch * (MATRICES * width * model.config.n_features + 6 * 4 * model.config.d_model)
-        return cls(parameters, state // 3, state, 4 * parameters + copies + activations, state)
-
-
 def announce(
-    settings: TrainSettings, pack: Pack, models: Sequence[Model], groups: Sequence[Group], ranks: Ranks
-) -> None:
-    """Print the plan of what is still to be trained of all `models`, the `groups` of this rank; refuse what does not fit.
+    settings: TrainSettings, pack: Pack, val: Pack | None, models: Sequence[Model], everyones: Sequence[Sequence[Group]],
+    ranks: Ranks,
+) -> None:  # fmt: skip
+    """Print the plan of what is still to be trained of all `models`, the groups of every rank; refuse what does not fit.
 
     `UsageError` for memory, which fewer models together or a smaller batch help, `StoreError` for a disk that is too small.
     """
-    plans = [GroupPlan.of(settings, pack, group) for group in groups]
+    shares = [[GroupPlan.of(settings, pack, val, group) for group in groups] for groups in everyones]
     if ranks.first:
-        print("\n".join(_lines(settings, models, plans, ranks)), flush=True)
-    for plan in plans:
+        print("\n".join(_lines(settings, models, shares, ranks)), flush=True)
+    for plan in (plan for plans in shares for plan in plans):
         _refuse_memory(plan, ranks)
-    if plans:
-        _refuse_disk(settings, plans)
+    if any(shares):
+        _refuse_disk(settings, shares)
 
 
 @dataclass(frozen=True)
@@ -86,24 +59,31 @@ class GroupPlan:
     """in RAM: the shard that is read from and, where the loader reads ahead, the next one"""
     recomputing: int
     """the MLP that recomputes targets, and its hidden layer"""
+    held_out: int
+    """in RAM while measuring: the shard that is measured"""
+    counts: int
+    """of active features, while measuring"""
     read: int
     """of the site, as often as its rows are seen"""
     checkpoints: int
     """how many of each model"""
 
     @classmethod
-    def of(cls, settings: TrainSettings, pack: Pack, group: Group) -> "GroupPlan":
+    def of(cls, settings: TrainSettings, pack: Pack, val: Pack | None, group: Group) -> "GroupPlan":
         """The plan of one group."""
         course, every = group.course, settings.checkpoint_steps
-        shards = [pack.files[shard_file(group.site, shard.index)]["bytes"] for shard in pack.shards(group.site)]
+        shards = _shard_bytes(pack, group.site)
+        held_out = max(val.shard_rows(group.site.stream)) if val else 0
         ahead = len(shards) > 1 and 2 * max(shards) <= AHEAD
         recomputes = any(point not in pack.points for point in points_of(group.models))
         at_once = ROWS_AT_ONCE if course.device.type == "cpu" else ROWS_ON_DEVICE
         return cls(
             group,
-            {model.name: Need.of(model, settings.batch) for model in group.models},
+            {model.name: Need.of(model, settings.batch, held_out, course.device) for model in group.models},
             max(shards) * (2 if ahead else 1),
             4 * (8 * pack.d_model**2 + 2 * 4 * pack.d_model * at_once) if recomputes else 0,
+            max(_shard_bytes(val, group.site)) if val else 0,
+            counts_of(group.models, val) if val else 0,
             round(sum(shards) * course.steps * course.batch / pack.rows(group.site)),
             (course.steps - 1) // every + (course.steps > every),
         )
@@ -119,16 +99,25 @@ class GroupPlan:
         return max(need.passing for need in self.needs.values())
 
     @property
+    def measuring(self) -> int:
+        """On the device while measuring: weights of all models, and what one of them makes of a block; 0 without `--val`."""
+        if not self.held_out:
+            return 0
+        weights = sum(need.weights for need in self.needs.values())
+        return weights + self.counts + max(need.measuring for need in self.needs.values()) + self.recomputing
+
+    @property
     def memory(self) -> int:
-        """On the device; on the CPU with all that lies in RAM."""
-        device = self.lasting + self.passing + self.recomputing
-        return device + (self.ram if self.group.course.device.type == "cpu" else 0)
+        """On the device; on the CPU with the rows that lie in RAM."""
+        training, measuring = self.lasting + self.passing + self.recomputing, self.measuring
+        if self.group.course.device.type == "cpu":
+            training, measuring = training + self.buffers, measuring + self.held_out
+        return max(training, measuring)
 
     @property
     def ram(self) -> int:
-        """In RAM beside weights and moments: rows, and what is copied there while a state or a dictionary is saved."""
-        on_device = self.group.course.device.type == "cuda"
-        return self.buffers + max(need.checkpoint if on_device else need.weights for need in self.needs.values())
+        """In RAM beside a device of its own: rows, and the copy of a state while it is saved."""
+        return max(self.buffers + max(need.checkpoint for need in self.needs.values()), self.held_out)
 
     @property
     def states(self) -> int:
@@ -139,14 +128,12 @@ class GroupPlan:
         return sum(sizes) + max(sizes)
 
 
-def _lines(settings: TrainSettings, models: Sequence[Model], plans: Sequence[GroupPlan], ranks: Ranks) -> list[str]:
+def _lines(
+    settings: TrainSettings, models: Sequence[Model], shares: Sequence[Sequence[GroupPlan]], ranks: Ranks
+) -> list[str]:
+    plans = [plan for share in shares for plan in share]
     left = [(model, plan.needs[model.name]) for plan in plans for model in plan.group.models]
-    head = f"plan: {_many(len(models), 'model')} at {_many(len({model.site for model in models}), 'site')}"
-    if ranks.size > 1:
-        head += f"; {ranks.size} ranks, --parallel {ranks.parallel}, {len(left)} models on this one"
-    elif len(left) < len(models):
-        head += f", {len(models) - len(left)} of them complete already"
-    lines = [head]
+    lines = [_head(models, shares, len(left), ranks)]
     for model, need in left[:SHOWN]:
         recipe = model.recipe
         sparsity = f"k {recipe.k}" if recipe.k is not None else f"l1 {recipe.l1:g}"
@@ -161,20 +148,48 @@ def _lines(settings: TrainSettings, models: Sequence[Model], plans: Sequence[Gro
     largest = max(plans, key=lambda plan: plan.memory)
     course = largest.group.course
     steps = sorted({plan.group.course.steps for plan in plans})
-    there = _available(course.device, ranks)
-    free = "what is free is not known" if there is None else f"{human_size(there)} are free"
     return [
         *lines,
         f"  reading      {human_size(sum(plan.read for plan in plans))}, each row once for up to "
-        f"{_many(max(len(plan.group.models) for plan in plans), 'model')}",
+        f"{many(max(len(plan.group.models) for plan in plans), 'model')}",
         f"  steps        {' to '.join(f'{count:,}' for count in (steps if len(steps) == 1 else (steps[0], steps[-1])))} of "
         f"{course.batch:,} rows; {max(plan.checkpoints for plan in plans)} checkpoints of each model",
-        f"  memory       about {human_size(largest.memory)} of {course.device}: {human_size(largest.lasting)} weights and moments, "
-        f"{human_size(largest.passing)} gradients and activations, {human_size(largest.recomputing)} recomputing targets, "
-        f"{human_size(largest.ram)} in RAM for rows and saving; {free}",
-        f"  disk         {human_size(_disk(plans))} in {settings.out}, {human_size(_free(settings.out))} are free",
+        *_memory_lines(largest, ranks),
+        f"  disk         at most {human_size(_disk(shares))} in {settings.out} while it runs, {human_size(_free(settings.out))} "
+        "are free",
         *_long_warmups(plans),
     ]
+
+
+def _head(models: Sequence[Model], shares: Sequence[Sequence[GroupPlan]], left: int, ranks: Ranks) -> str:
+    head = f"plan: {many(len(models), 'model')} at {many(len({model.site for model in models}), 'site')}"
+    if ranks.size > 1:
+        most = max(sum(len(plan.group.models) for plan in share) for share in shares)
+        head += f"; {ranks.size} ranks, --parallel {ranks.parallel}"
+        head += f", at most {many(most, 'model')} on one" if ranks.parallel == "models" else ""
+    return head + (f", {len(models) - left} of them complete already" if left < len(models) else "")
+
+
+def _memory_lines(plan: GroupPlan, ranks: Ranks) -> list[str]:
+    """Of the group that takes most."""
+    device = plan.group.course.device
+    there = _available(device, ranks)
+    free = "what is free is not known" if there is None else f"{human_size(there)} are free"
+    each = " of each rank" if ranks.size > 1 else ""
+    on_cpu = device.type == "cpu"
+    parts = {
+        "weights and moments": plan.lasting, "gradients and activations": plan.passing,
+        "recomputing targets": plan.recomputing, "rows": plan.buffers * on_cpu,
+    }  # fmt: skip
+    training = ", ".join(f"{human_size(size)} {what}" for what, size in parts.items() if size)
+    lines = [
+        f"  memory       about {human_size(plan.memory)} of {device}{each}, beside about {PYTHON / 1e9:g} GB for Python; {free}",
+        f"    training   {training}",
+    ]
+    if plan.held_out:
+        measuring = human_size(plan.measuring + plan.held_out * on_cpu)
+        lines.append(f"    measuring  {measuring}, weights, a shard and what a block of its rows makes")
+    return lines if on_cpu else [*lines, f"    RAM        {human_size(plan.ram)} for rows and saving"]
 
 
 def _long_warmups(plans: Sequence[GroupPlan]) -> list[str]:
@@ -190,8 +205,8 @@ def _long_warmups(plans: Sequence[GroupPlan]) -> list[str]:
     return []
 
 
-def _many(count: int, what: str) -> str:
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
+def _shard_bytes(pack: Pack, site: Site) -> list[int]:
+    return [pack.files[shard_file(site, shard.index)]["bytes"] for shard in pack.shards(site)]
 
 
 def _refuse_memory(plan: GroupPlan, ranks: Ranks) -> None:
@@ -207,14 +222,14 @@ def _refuse_memory(plan: GroupPlan, ranks: Ranks) -> None:
             )
     if there is not None and plan.memory > there:
         raise UsageError(
-            f"{_many(len(group.models), 'model')} of {group.site} at once need about {human_size(plan.memory)} and "
+            f"{many(len(group.models), 'model')} of {group.site} at once need about {human_size(plan.memory)} and "
             f"{human_size(there)} are free on {group.course.device}: use {fewer}a smaller --batch or --expansion"
         )
 
 
-def _refuse_disk(settings: TrainSettings, plans: Sequence[GroupPlan]) -> None:
-    folders = [settings.out / name / RESUME for plan in plans for name in plan.needs]
-    found = _disk(plans) - sum(path.stat().st_size for path in folders if path.exists())
+def _refuse_disk(settings: TrainSettings, shares: Sequence[Sequence[GroupPlan]]) -> None:
+    folders = [settings.out / name / RESUME for plans in shares for plan in plans for name in plan.needs]
+    found = _disk(shares) - sum(path.stat().st_size for path in folders if path.exists())
     free = _free(settings.out)
     if found > free:
         raise StoreError(
@@ -223,10 +238,10 @@ def _refuse_disk(settings: TrainSettings, plans: Sequence[GroupPlan]) -> None:
         )
 
 
-def _disk(plans: Sequence[GroupPlan]) -> int:
-    """The most that lies there at once: all dictionaries, and a group's checkpoints."""
-    finished = sum(need.weights + FILES_BYTES for plan in plans for need in plan.needs.values())
-    return finished + max(plan.states for plan in plans)
+def _disk(shares: Sequence[Sequence[GroupPlan]]) -> int:
+    """The most that lies there at once: all dictionaries, and the checkpoints of one group of every rank."""
+    finished = sum(need.weights + FILES_BYTES for plans in shares for plan in plans for need in plan.needs.values())
+    return finished + sum(max((plan.states for plan in plans), default=0) for plans in shares)
 
 
 def _free(out: Path) -> int:

@@ -143,8 +143,8 @@ class TrainSettings:
     Default: models where there are at least as many as ranks"""
     threads: int | None = None
     """CPU threads; recorded, because sums depend on it; default: what torch finds"""
-    log_steps: int = 50
-    """steps between two lines of log.jsonl"""
+    log_steps: int | None = None
+    """steps between two lines of log.jsonl; default 50, fewer where the run has fewer than 2500 steps, so that there are 50 lines"""
     checkpoint_steps: int = 2000
     """steps between two states that a killed run goes on from; no weight depends on it"""
     plan: bool = False

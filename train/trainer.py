@@ -21,8 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from store.errors import Interrupted, MismatchError, NonFiniteError, UsageError
+from store.labels import FILE as LABELS
 from store.shards import Pack, open_pack
 from store.sites import Point, Site
+from store.sizes import many
 from train.claim import claimed, refuse_place
 from train.dictionaries.checkpoint import (
     CONFIG,
@@ -41,7 +43,8 @@ from train.dictionaries.checkpoint import (
 )
 from train.dictionaries.dictionary import Dictionary
 from train.distributed import Parallel, Ranks
-from train.learning.learner import Course, Group, Learner
+from train.learning.kernels import release_buffers
+from train.learning.learner import Course, Group, Learner, usual_log_steps
 from train.models import Model, device_of, models_of, points_of
 from train.plan import announce, check_rows
 from train.results import sweep
@@ -71,7 +74,8 @@ def train(settings: TrainSettings) -> tuple[Model, ...]:
     """The models of a run, after they were trained and saved below `settings.out`; with `--plan` nothing was done."""
     ranks = Ranks.of_environment()
     with thread_count(settings.threads):
-        training = Training(settings, ranks)
+        with ranks.speaking_once():
+            training = Training(settings, ranks)
         if not settings.plan:
             with contextlib.ExitStack() as stack:
                 stack.callback(training.complain)  # whatever the table comes to
@@ -99,14 +103,14 @@ class Training:
         self._means: dict[tuple[Site, Point], TrainingMeans] = {}
         for site in dict.fromkeys(model.site for model in self.models):
             self._check_site(site, [model for model in self.models if model.site == site])
-        mine = [self.models[i] for i in ranks.share(len(self.models)) if self.models[i].name not in self.finished]
-        self.groups = [self._group(models) for models in together(mine, settings.together)]
+        everyones = [self._groups_of(rank) for rank in range(ranks.size if ranks.parallel == "models" else 1)]
+        self.groups = everyones[ranks.rank] if ranks.parallel == "models" else everyones[0]
         self.diverged: list[str] = []
         if ranks.first:
             for model in self.models:
                 if model.name in self.finished:
                     print(f"{settings.out / model.folder} is complete already")
-        announce(settings, self.pack, self.models, self.groups, ranks)
+        announce(settings, self.pack, self.val, self.models, everyones, ranks)
         if self.val is None and ranks.first:
             print("no --val pack: the dictionaries are not measured, and their metrics.json says null")
 
@@ -197,6 +201,12 @@ class Training:
         self.loaders[site] = Loader(self.pack, site, points_of(models), **self.reading())
         self.loaders[site].check()
 
+    def _groups_of(self, rank: int) -> list[Group]:
+        """What a rank trains that is not finished."""
+        mine = [self.models[i] for i in self.ranks.share(len(self.models), rank)]
+        left = [model for model in mine if model.name not in self.finished]
+        return [self._group(models) for models in together(left, self.settings.together)]
+
     def _group(self, models: Sequence[Model]) -> Group:
         settings, sharers, site = self.settings, self.ranks.sharers, models[0].site
         rows = settings.batch * sharers
@@ -209,14 +219,14 @@ class Training:
             )
         return Group(
             site, tuple(models),
-            Course(steps, rows, settings.log_steps, self.device, self.ranks),
+            Course(steps, rows, settings.log_steps or usual_log_steps(steps), self.device, self.ranks),
         )  # fmt: skip
 
     def _finished(self, model: Model) -> bool:
         """Whether the same training ended already; `UsageError` when another one lies there, begun or ended."""
         folder = self.settings.out / model.folder
         if (folder / CONFIG).exists():
-            refuse_other(folder, read_config(folder), model.config)
+            refuse_other(folder, read_config(folder), model.config, ended=True)
             check_whole(folder)
             measured = (outline(folder).metrics or {}).get("pack")
             if self.val is not None and measured != self.val.id:
@@ -227,7 +237,7 @@ class Training:
                 )
             return True
         there = {path.name for path in folder.glob("*") if path.suffix != ".tmp"}
-        if not there <= {RESUME, *COVERED}:
+        if not there <= {RESUME, *COVERED, LABELS}:
             raise UsageError(f"{folder} exists and is no dictionary of ours: choose another --out, or remove it")
         if RESUME in there:
             with contextlib.suppress(
@@ -295,7 +305,8 @@ class GroupTraining:
                             rate = (rows - seen[learner]) / max(now - since[learner], 1e-9)
                             since[learner], seen[learner] = now, rows
                             logs[learner].line(line, rate)
-                        bar.set_postfix(loss=f"{line['loss']:.4f}", L0=f"{line['l0']:.1f}", refresh=False)
+                        said = {"loss": f"{line['loss']:.4f}", "L0": f"{line['l0']:.1f}", "dead": f"{line['dead']:.1%}"}
+                        bar.set_postfix(said, refresh=False)
                 if not learners:
                     return []
                 if due:
@@ -319,6 +330,7 @@ class GroupTraining:
             dictionaries.append(frozen(learner.dictionary))
             learner.release()
         self.loader.release()
+        release_buffers()
         val = self.training.val
         figures = [None] * len(learners) if val is None else evaluate(dictionaries, self.means, val, self.course.device)
         left = list(learners)
@@ -348,7 +360,7 @@ class GroupTraining:
             self.ranks.wait("the stop")  # until rank 0 has saved
         raise Interrupted(
             f"stopped by {name} at step {max(learner.step for learner in learners):,} of {self.course.steps:,}; the state of "
-            f"{len(kept)} models of {self.group.site} is saved: the same command goes on from there"
+            f"{many(len(kept), 'model')} of {self.group.site} is saved: the same command goes on from there"
         )
 
     def _bar(self, learners: Sequence[Learner]) -> tqdm:

@@ -1,4 +1,4 @@
-"""What can be wrong with a store: one finding a file, with its sentence and what it costs.
+"""What can be wrong with a store or a pack: one finding a file, with its sentence and what it costs, and the report of all.
 
 kind         what was found
 damaged      a file has another length or content than was committed
@@ -11,14 +11,16 @@ unsealed     every part is committed, and the seal is missing
 unreadable   the file system or the server refuses: nothing is known of the file
 """
 
+import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from store import layout
 from store.format import StoreMeta
 from store.sites import Site
+from store.sizes import human_size
 
 Kind = Literal["damaged", "missing", "other-run", "unlisted", "leftover", "unfinished", "unsealed", "unreadable"]
 What = Literal[
@@ -190,3 +192,52 @@ def spans(ranges: Iterable[tuple[int, int]], noun: str = "image") -> str:
 def printable(name: str) -> str:
     """A file name as text that any terminal takes: what is no Unicode, and line ends, are written out."""
     return name.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n").replace("\r", "\\r")
+
+
+SHOWN = 20
+"""findings of a kind that the text shows; `--json` has them all"""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found."""
+
+    store: str
+    """the place, of a store or a pack"""
+    id: str | None
+    """the content id, where what carries it is whole"""
+    findings: tuple[Finding, ...]
+    files: int
+    """how many were read"""
+    bytes: int
+    seconds: float
+    unread: int
+    """listed files that the sample left out"""
+    unlisted: str
+    """whether files that nothing lists were looked for, in words"""
+    remedy: str
+
+    @property
+    def ok(self) -> bool:
+        return not self.findings
+
+    def text(self) -> str:
+        """The findings a line each, what was read, and at the end what is lost and what to do."""
+        lines = []
+        for kind in COUNTED:
+            found = [each for each in self.findings if each.kind == kind]
+            lines += [f"{kind:>10}  {each.text()}" for each in found[:SHOWN]]
+            if len(found) > SHOWN:
+                lines.append(f"{kind:>10}  … and {len(found) - SHOWN:,} more (--json lists them all)")
+        rate = f", {human_size(self.bytes / self.seconds)}/s" if self.seconds else ""
+        left = f"; {self.unread:,} left out by the sample" if self.unread else ""
+        lines.append(
+            f"{self.files:,} files read, {human_size(self.bytes)} in {self.seconds:.1f} s{rate}{left}; {self.unlisted}"
+        )
+        if self.ok:
+            return "\n".join([*lines, f"{self.store} is whole, id {self.id}"])
+        return "\n".join([*lines, *summary(self.findings), f"Remedy: {self.remedy}"])
+
+    def as_json(self) -> str:
+        """The same for programs."""
+        return json.dumps({**asdict(self), "ok": self.ok}, indent=1)

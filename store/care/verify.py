@@ -1,16 +1,17 @@
 """`python -m store verify STORE`: every file that the commits list, read and compared with its length and SHA-256.
 
+A pack has no commits: `store.care.packs` reads it.
+
 1. The small files are read and judged, each by what vouches for it (`survey`).
 2. Every listed file is read, several at a time; of a sample the others are only looked up, on this machine.
 3. A store on this machine is walked for files that no commit lists.  Files of parts that are not committed yet are no such.
 """
 
-import json
 import os
 import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -19,25 +20,24 @@ from tqdm import tqdm
 
 from store import layout
 from store.care.checking import Entry, Verdict, check_file, in_parallel, refused
-from store.care.findings import COUNTED, Finding, counts, summary
+from store.care.findings import Finding, Report, counts
+from store.care.packs import verify_pack
 from store.care.survey import Survey, remaking, weights_names
 from store.errors import DamagedError, UnfinishedError, UsageError
 from store.files import is_temporary, sha256_bytes
 from store.format import part_name
 from store.places import Place, place_of
-from store.sizes import human_size
+from store.shards import is_pack
 
 LOCAL_THREADS, REMOTE_THREADS = 8, 16
-SHOWN = 20
-"""findings of a kind that the text shows; `--json` has them all"""
 
 
 @dataclass(frozen=True)
 class VerifySettings:
-    """Read every file of a store and compare it with its checksum."""
+    """Read every file of a store or a pack and compare it with its checksum."""
 
     store: Annotated[str, tyro.conf.Positional]
-    """the store: a folder, or a URL (s3://, hf://, https://)"""
+    """the store: a folder, or a URL (s3://, hf://, https://); or a pack"""
     sample: float | None = None
     """read only this share of the parts' files, such as 0.05, drawn by --seed; commits, metadata and weights always.
     Of what is left out, the lengths are compared where the store is on this machine"""
@@ -55,50 +55,6 @@ class VerifySettings:
             raise UsageError(f"--threads is {self.threads}: it must be at least 1")
 
 
-@dataclass(frozen=True)
-class Report:
-    """What `verify` found."""
-
-    store: str
-    id: str | None
-    """the content id, where the seal is whole"""
-    findings: tuple[Finding, ...]
-    files: int
-    """how many were read"""
-    bytes: int
-    seconds: float
-    unread: int
-    """listed files that the sample left out"""
-    unlisted: str
-    """whether files that no commit lists were looked for, in words"""
-    remedy: str
-
-    @property
-    def ok(self) -> bool:
-        return not self.findings
-
-    def text(self) -> str:
-        """The findings a line each, what was read, and at the end what is lost and what to do."""
-        lines = []
-        for kind in COUNTED:
-            found = [each for each in self.findings if each.kind == kind]
-            lines += [f"{kind:>10}  {each.text()}" for each in found[:SHOWN]]
-            if len(found) > SHOWN:
-                lines.append(f"{kind:>10}  … and {len(found) - SHOWN:,} more (--json lists them all)")
-        rate = f", {human_size(self.bytes / self.seconds)}/s" if self.seconds else ""
-        left = f"; {self.unread:,} left out by the sample" if self.unread else ""
-        lines.append(
-            f"{self.files:,} files read, {human_size(self.bytes)} in {self.seconds:.1f} s{rate}{left}; {self.unlisted}"
-        )
-        if self.ok:
-            return "\n".join([*lines, f"{self.store} is whole, id {self.id}"])
-        return "\n".join([*lines, *summary(self.findings), f"Remedy: {self.remedy}"])
-
-    def as_json(self) -> str:
-        """The same for programs."""
-        return json.dumps({**asdict(self), "ok": self.ok}, indent=1)
-
-
 def run(settings: VerifySettings) -> Report:
     """Print what `verify` finds; `DamagedError` or `UnfinishedError` unless all is well."""
     report = verify(settings.store, settings.sample, settings.seed, settings.threads)
@@ -110,9 +66,11 @@ def run(settings: VerifySettings) -> Report:
 
 
 def verify(store: str | Path | Place, sample: float | None = None, seed: int = 0, threads: int | None = None) -> Report:
-    """What is wrong with a store.  Errors: `ForeignError` for what is no store of ours."""
+    """What is wrong with a store or a pack.  Errors: `ForeignError` for what is none of ours."""
     place, begun = place_of(store), time.monotonic()
     choose = chooser(sample, seed)
+    if place.local is not None and is_pack(place.local):
+        return verify_pack(place.local, threads or threads_for(place), choose)
     seen = Survey(place, threads or threads_for(place), choose)
     check = Check(seen, choose)
     findings = (*seen.findings, *check.findings(), *strangers(seen))

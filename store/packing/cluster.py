@@ -146,9 +146,13 @@ def _within(seconds: float, call: Callable[[], Any]) -> Any:
 
 
 class ClusterCrew(Crew):
-    """The workers of a dask cluster."""
+    """The workers of a dask cluster.  Other work than a pack's has a `job` of its own, with `settings` and `sources`."""
 
-    def __init__(self, job: Job, progress: Progress, cost: Any) -> None:
+    work: Callable[..., Any] = staticmethod(work)
+    """what a worker is to run, with the job and a task: (what the task made, the worker's id, its greatest memory)"""
+    end: Callable[..., None] = staticmethod(end)
+
+    def __init__(self, job: Any, progress: Progress, cost: Any) -> None:
         self.job, self._progress, self._cost = job, progress, cost
         self._peaks: dict[str, int] = {}
         self._closing: list[Any] = []
@@ -168,7 +172,7 @@ class ClusterCrew(Crew):
     def __exit__(self, *_: object) -> None:
         if self.job.settings.scheduler is not None and self._closing:
             with suppress(Exception):  # a worker that is gone, or was never ours, holds nothing
-                deliver, packed = courier_code()["deliver"], pickle.dumps((end, (self.job,)))
+                deliver, packed = courier_code()["deliver"], pickle.dumps((self.end, (self.job,)))
                 _within(LOOK_SECONDS, lambda: self.client.run(deliver, packed, on_error="ignore"))
         while self._closing:
             self._closing.pop().close()
@@ -222,14 +226,22 @@ class ClusterCrew(Crew):
     def _remedy(self) -> str:
         return REMEDY.format(scheduler=self.job.settings.scheduler or "ADDRESS")
 
-    def _refuse_strangers(self) -> None:
-        """`MismatchError` naming a worker of another version, or one that does not see what we see."""
-        local = open_store(self.job.settings.store).place.local
+    def marks(self) -> list[Path]:
+        """Files that every worker must see, beside the store's seal."""
         marks = [self.job.settings.out / "unfinished" / "plan.json"]
-        marks += [] if local is None else [local / "seal.json"]
         if (settings := self.job.settings).scratch is not None:
             of_scratch = scratch_of(self.job.key, settings.out, settings.scratch) / SCRATCH_MARK
             marks += [of_scratch] if of_scratch.exists() else []
+        return marks
+
+    def named(self, task: Any) -> str:
+        """A task in words."""
+        return f"{task.kind} {task.number} of {task.site}"
+
+    def _refuse_strangers(self) -> None:
+        """`MismatchError` naming a worker of another version, or one that does not see what we see."""
+        local = open_store(self.job.settings.store).place.local
+        marks = [*self.marks(), *([] if local is None else [local / "seal.json"])]
         expected = {str(mark): sha256_file(mark) for mark in marks}
         with self._answering():
             answers = _within(PROBE_SECONDS, lambda: self.client.run(courier_code()["probe"], list(expected)))
@@ -251,17 +263,17 @@ class ClusterCrew(Crew):
                         "all workers share, under the same paths"
                     )
 
-    def do(self, tasks: Sequence[Task], lanes: int) -> Iterator[dict[str, Entry]]:
+    def do(self, tasks: Sequence[Any], lanes: int) -> Iterator[Any]:
         deliver = courier_code()["deliver"]
         waiting = list(reversed(tasks))
-        doing: dict[str, tuple[Any, Task]] = {}
+        doing: dict[str, tuple[Any, Any]] = {}
         ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
         while waiting or doing:
             workers = max(self._workers(), 1)
             while waiting and len(doing) < AHEAD * workers:
                 task = waiting.pop()
                 with self._answering():
-                    future = self.client.submit(deliver, pickle.dumps((work, (self.job, task))), pure=False)
+                    future = self.client.submit(deliver, pickle.dumps((self.work, (self.job, task))), pure=False)
                 doing[future.key] = future, task
                 future.add_done_callback(ended.put)
             key = self._next(ended).key
@@ -284,7 +296,7 @@ class ClusterCrew(Crew):
                     f"then run the same command again, it goes on where it was. {self._remedy()}"
                 )
 
-    def _result(self, future: Any, task: Task) -> dict[str, Entry]:
+    def _result(self, future: Any, task: Any) -> Any:
         import distributed
 
         with self._answering():
@@ -292,7 +304,7 @@ class ClusterCrew(Crew):
             packed: bytes = b"" if error is not None else future.result()
         if isinstance(error, distributed.KilledWorker):
             raise GranaryError(
-                f"the worker doing {task.kind} {task.number} of {task.site} died, and so did those that took its place "
+                f"the worker doing {self.named(task)} died, and so did those that took its place "
                 f"({error.last_worker.address}): out of memory? Give less --memory, or look into the worker's log; then run "
                 "the same command again, it goes on where it was"
             )
@@ -306,11 +318,10 @@ class ClusterCrew(Crew):
             ) from error
         if error is not None:
             raise error
-        files: dict[str, Entry]
-        files, worker, peak = pickle.loads(packed)
+        made, worker, peak = pickle.loads(packed)
         self._peaks[worker] = max(peak, self._peaks.get(worker, 0))
         self._progress(self._cost(task))
-        return files
+        return made
 
     def peaks(self) -> list[int]:
         return [peak_memory(), *self._peaks.values()]

@@ -5,13 +5,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any, Protocol
 
 from store.errors import Interrupted
-from store.packing.folder import Entry
-from store.packing.sink import Advance
-from store.packing.tasks import Hands, Task
 
 Progress = Callable[[int], object]
+
+
+class Hands(Protocol):
+    """Does one task after another, or several at once in as many threads."""
+
+    def do(self, task: Any) -> Any:
+        """What the task made."""
 
 
 class Crew(ABC):
@@ -25,8 +30,8 @@ class Crew(ABC):
         """Let nobody work on."""
 
     @abstractmethod
-    def do(self, tasks: Sequence[Task], lanes: int) -> Iterator[dict[str, Entry]]:
-        """The files that each task made, as they come; the first failure ends all."""
+    def do(self, tasks: Sequence[Any], lanes: int) -> Iterator[Any]:
+        """What each task made, as they come; the first failure ends all."""
 
     @abstractmethod
     def peaks(self) -> list[int]:
@@ -36,7 +41,7 @@ class Crew(ABC):
 class ThreadCrew(Crew):
     """The threads of this process."""
 
-    def __init__(self, hands: Callable[[Advance], Hands], progress: Progress) -> None:
+    def __init__(self, hands: Callable[[Progress], Hands], progress: Progress) -> None:
         self._progress, self._lock, self._stop = progress, threading.Lock(), threading.Event()
         self._hands = hands(self._advance)
 
@@ -49,7 +54,7 @@ class ThreadCrew(Crew):
         with self._lock:
             self._progress(count)
 
-    def do(self, tasks: Sequence[Task], lanes: int) -> Iterator[dict[str, Entry]]:
+    def do(self, tasks: Sequence[Any], lanes: int) -> Iterator[Any]:
         with ThreadPoolExecutor(lanes) as pool:
             try:
                 for done in as_completed([pool.submit(self._hands.do, task) for task in tasks]):

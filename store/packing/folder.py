@@ -62,7 +62,7 @@ class PackFolder:
         if (self.out / MANIFEST).exists():
             self._refuse_other(open_pack(self.out).manifest["plan"])
         elif (self.work / "plan.json").exists():
-            self._refuse_other(read_self_checked(self.work / "plan.json")["plan"])
+            self._refuse_other(self._begun()["plan"])
         elif (self.out / JOURNAL).exists():
             raise UsageError(
                 f"{self.out} holds an unfinished pack of an older Granary: remove it, or choose another --out"
@@ -71,6 +71,10 @@ class PackFolder:
             not self.out.is_dir() or any(not self._is_ours(file) for file in self.out.iterdir())
         ):
             raise UsageError(f"{self.out} exists and is not a pack: choose another --out, or remove it")
+
+    def _begun(self) -> dict[str, Any]:
+        """What an earlier run noted that it was making."""
+        return read_self_checked(self.work / "plan.json", f"Remove {self.out}, and make the pack from the start")
 
     def _is_ours(self, file: Path) -> bool:
         """Of an OUT without plan: what a process leaves that is killed before it has written one."""
@@ -142,7 +146,7 @@ class PackFolder:
         """Remove the scratch files of an earlier run elsewhere, or say where they lie."""
         if not (self.work / "plan.json").exists():
             return
-        there = read_self_checked(self.work / "plan.json").get("scratch")
+        there = self._begun().get("scratch")
         if not isinstance(there, str) or Path(there) == self.scratch.absolute() or not Path(there).is_dir():
             return
         old = Path(there)

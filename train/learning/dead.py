@@ -1,5 +1,7 @@
 """Dead features: how long each has been quiet, and what is done for those that are quiet too long.
 
+They are counted whatever the recipe does for them, so that a log can say how many there are.
+
 auxk      Gao et al. 2024: the aux_k dead features with the greatest pre-activations on a row explain what the
           living ones leave over of it
 resample  Bricken et al. 2023 (Anthropic): dead features start again at rows that are explained badly
@@ -19,12 +21,18 @@ from train.learning.loss import residual_term
 
 
 class Dead:
-    """How many rows each feature has been quiet for."""
+    """How many rows each feature has been quiet for, and how many were started again."""
 
     def __init__(self, n_features: int, dead_rows: int, device: torch.device) -> None:
         self.dead_rows = dead_rows
         self.quiet_rows = torch.zeros(n_features, dtype=torch.int64, device=device)
+        self.resampled = torch.zeros((), dtype=torch.int64, device=device)
+        """how often a feature was started again, so far"""
         self._fired = torch.zeros(n_features, dtype=torch.int64, device=device)
+
+    def share(self, rows: int) -> Float[Tensor, ""]:
+        """Which share of the features was active on none of the last `rows` rows."""
+        return (self.quiet_rows >= rows).float().mean()
 
     def features(self) -> Int[Tensor, " dead"]:
         """The dead features, rising: active on none of the last `dead_rows` rows."""
@@ -46,6 +54,7 @@ class Dead:
     def revive(self, features: Int[Tensor, " some"]) -> None:
         """Start to count again for features that were resampled."""
         self.quiet_rows[features] = 0
+        self.resampled += len(features)
 
 
 def auxiliary_term(

@@ -19,8 +19,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from train.dictionaries.activations import jump_relu, keep_top, keep_top_of_batch
+from train.dictionaries.config import DictionaryConfig
 from train.dictionaries.dictionary import Dictionary
-from train.learning.kernels import Sparse, decode_sparse, encode_batch_topk, encode_topk, relu_pass, sparse_pays
+from train.learning.kernels import (
+    Sparse,
+    decode_sparse,
+    dtype_of_products,
+    encode_batch_topk,
+    encode_topk,
+    relu_pass,
+    sparse_pays,
+)
 
 
 class Forward(NamedTuple):
@@ -32,39 +41,37 @@ class Forward(NamedTuple):
     """mean over rows of sum |z|, float32; with jumprelu the mean number of active features"""
     l0: Float[Tensor, ""] | None
     """mean number of active features a row, no gradient; None unless asked for"""
-    fired: Bool[Tensor, " n_features"] | None
-    """whether a feature is active on any row; None unless asked for"""
+    fired: Bool[Tensor, " n_features"]
+    """whether a feature is active on any row"""
     least: Float[Tensor, ""] | None
     """batchtopk: the least activation above zero that was kept, infinite where there is none"""
 
 
 def forward(
-    dictionary: Dictionary, prepared: Float[Tensor, "row d_model"], bandwidth: float, *, count: bool, fired: bool
+    dictionary: Dictionary, prepared: Float[Tensor, "row d_model"], bandwidth: float, *, count: bool
 ) -> Forward:
     """Reconstructions of the target from what the encoder's matrix is applied to, as in training."""
     config = dictionary.config
     encoder, decoder = dictionary.encoder, dictionary.decoder
     if not config.nested and config.activation == "relu":
         done = relu_pass(
-            prepared, encoder.weight, encoder.bias, decoder.weight, dictionary.output_bias, count=count, fired=fired
+            prepared, encoder.weight, encoder.bias, decoder.weight, dictionary.output_bias, count=count, fired=True
         )
+        assert done.fired is not None
         return Forward([done.y_hat], done.sparsity, done.l0, done.fired, None)
-    if not config.nested and pays(dictionary, prepared):
-        return _sparse(dictionary, prepared, count, fired)
-    return _dense(dictionary, prepared, bandwidth, count, fired)
+    if not config.nested and pays(config, len(prepared), prepared.device, dtype_of_products(prepared)):
+        return _sparse(dictionary, prepared, count)
+    return _dense(dictionary, prepared, bandwidth, count)
 
 
-def pays(dictionary: Dictionary, prepared: Float[Tensor, "row d_model"]) -> bool:
-    """Whether a batch of such rows is decoded from its active features alone, by the measured rule of `kernels`."""
-    config, device = dictionary.config, prepared.device
+def pays(config: DictionaryConfig, rows: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a batch of so many rows is decoded from its active features alone, by the measured rule of `kernels`."""
     if config.k is None:
         return False
-    autocast = torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if autocast else prepared.dtype
-    return sparse_pays(len(prepared), config.d_model, config.n_features, config.k, device, dtype)
+    return sparse_pays(rows, config.d_model, config.n_features, config.k, device, dtype)
 
 
-def _sparse(dictionary: Dictionary, prepared: Tensor, count: bool, fired: bool) -> Forward:
+def _sparse(dictionary: Dictionary, prepared: Tensor, count: bool) -> Forward:
     config, encoder = dictionary.config, dictionary.encoder
     assert config.k is not None
     encode = encode_topk if config.activation == "topk" else encode_batch_topk
@@ -73,14 +80,12 @@ def _sparse(dictionary: Dictionary, prepared: Tensor, count: bool, fired: bool) 
     sparsity = z.values.sum(dtype=torch.float32) / len(prepared)
     active = z.values.detach() > 0
     l0 = active.sum().float() / len(prepared) if count else None
-    who = None
-    if fired:
-        who = torch.zeros(config.n_features, dtype=torch.int64, device=prepared.device)
-        who = who.index_add_(0, z.features, active.long()) > 0
-    return Forward([y_hat], sparsity, l0, who, _least(z.values) if config.activation == "batchtopk" else None)
+    times = torch.zeros(config.n_features, dtype=torch.int64, device=prepared.device)
+    times.index_add_(0, z.features, active.long())
+    return Forward([y_hat], sparsity, l0, times > 0, _least(z.values) if config.activation == "batchtopk" else None)
 
 
-def _dense(dictionary: Dictionary, prepared: Tensor, bandwidth: float, count: bool, fired: bool) -> Forward:
+def _dense(dictionary: Dictionary, prepared: Tensor, bandwidth: float, count: bool) -> Forward:
     config = dictionary.config
     pre = dictionary.encoder(prepared)
     if config.activation == "jumprelu":
@@ -95,7 +100,7 @@ def _dense(dictionary: Dictionary, prepared: Tensor, bandwidth: float, count: bo
         decode_prefixes(z, dictionary.decoder.weight, dictionary.output_bias, config.nested),
         sparsity,
         active.sum().float() / len(z) if count else None,
-        active.any(dim=0) if fired else None,
+        active.any(dim=0),
         _least(z) if config.activation == "batchtopk" else None,
     )
 

@@ -80,10 +80,9 @@ class _Buffers:
 
     def take(self, rows: int, columns: int, like: Tensor, dtype: torch.dtype) -> Tensor:
         """A (rows, columns) matrix of undefined content."""
-        for index, spare in enumerate(self._spare):
-            if spare.shape == (rows, columns) and spare.dtype == dtype and spare.device == like.device:
-                return self._spare.pop(index)
-        return torch.empty(rows, columns, dtype=dtype, device=like.device)
+        wanted = (rows, columns), dtype, like.device
+        fit = [index for index, spare in enumerate(self._spare) if (spare.shape, spare.dtype, spare.device) == wanted]
+        return self._spare.pop(fit[0]) if fit else torch.empty(wanted[0], dtype=dtype, device=like.device)
 
     def give(self, buffer: Tensor) -> None:
         """Lend it to the next who takes one of its shape; CUDA has an allocator that does so already."""
@@ -92,6 +91,11 @@ class _Buffers:
 
 
 _buffers = _Buffers()
+
+
+def release_buffers() -> None:
+    """Give the memory back that the next step would use again: none follows for a while."""
+    _buffers._spare.clear()
 
 
 @_disable_dynamo
@@ -106,7 +110,7 @@ def relu_pass(
     long).  In float32 y_hat and the gradients of the matrices are plain operations' to rounding.  Backward uses z up.
     """
     tensors = (x, w_enc, b_enc, w_dec, b_dec)
-    dtype = _dtype_of_products(x)
+    dtype = dtype_of_products(x)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     with torch.autocast(x.device.type, enabled=False):
         return Pass(*_ReluPass.apply(*tensors, dtype, keep, count, fired))  # type: ignore[no-untyped-call]
@@ -178,11 +182,9 @@ def encode_batch_topk(x: Tensor, w_enc: Tensor, b_enc: Tensor, k: int) -> Sparse
 
 @_disable_dynamo
 def _encode(x: Tensor, w_enc: Tensor, b_enc: Tensor, k: int, of_batch: bool) -> Sparse:
-    dtype = _dtype_of_products(x)
+    dtype = dtype_of_products(x)
     with torch.autocast(x.device.type, enabled=False):
-        found = _Encode.apply(x, w_enc, b_enc, k, of_batch, dtype)  # type: ignore[no-untyped-call]
-    values, features, offsets = found
-    return Sparse(values, features, offsets, len(w_enc))
+        return Sparse._make((*_Encode.apply(x, w_enc, b_enc, k, of_batch, dtype), len(w_enc)))  # type: ignore[no-untyped-call]
 
 
 class _Encode(torch.autograd.Function):
@@ -268,7 +270,7 @@ def decode_sparse(z: Sparse, w_dec: Tensor) -> Tensor:
     Under autocast in its dtype, with float32 sums.  A `w_dec` (d_model, n_features) whose memory lies feature by
     feature, such as the transpose of a contiguous matrix, saves a copy.
     """
-    dtype = _dtype_of_products(z.values)
+    dtype = dtype_of_products(z.values)
     with torch.autocast(w_dec.device.type, enabled=False):
         return _Decode.apply(*z, w_dec, dtype)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -360,8 +362,7 @@ def unit_columns_(weight: Tensor) -> None:
 
 def dense_of(z: Sparse) -> Tensor:
     """(row, n_features) with zeros where `z` has no entry; differentiable in `z.values`."""
-    dense = z.values.new_zeros(len(z.offsets) - 1, z.n_features)
-    return dense.index_put((_rows(z), z.features), z.values)
+    return z.values.new_zeros(len(z.offsets) - 1, z.n_features).index_put((_rows(z), z.features), z.values)
 
 
 def _filled(z: Sparse) -> Tensor:
@@ -374,8 +375,7 @@ def _filled(z: Sparse) -> Tensor:
 def _rows(z: Sparse) -> Tensor:
     """(entry,) int64: the row of each entry."""
     counts = z.offsets.diff()
-    rows = torch.arange(len(counts), device=counts.device)
-    return torch.repeat_interleave(rows, counts, output_size=len(z.features))
+    return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts, output_size=len(z.features))
 
 
 def _is_dense(z: Sparse, like: Tensor) -> bool:
@@ -384,7 +384,7 @@ def _is_dense(z: Sparse, like: Tensor) -> bool:
     return not sparse_pays(rows, like.shape[1], z.n_features, k, like.device, like.dtype)
 
 
-def _dtype_of_products(x: Tensor) -> torch.dtype:
+def dtype_of_products(x: Tensor) -> torch.dtype:
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 

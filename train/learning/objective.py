@@ -51,11 +51,24 @@ class Objective:
         """`steps` and `batch` (rows a step, of all ranks together) are those of the whole run."""
         self.dictionary, self.recipe, self.steps, self.batch = dictionary, recipe, steps, batch
         self.device = dictionary.encoder.weight.device
-        self.dead = None if recipe.dead == "none" else Dead(dictionary.config.n_features, recipe.dead_rows, self.device)
+        self.dead = Dead(dictionary.config.n_features, recipe.dead_rows, self.device)
+        self.watched = min(recipe.dead_rows, max(batch, steps * batch // 10))
+        """rows over which the log calls a feature dead: those of the recipe, or a tenth of the run where that is less"""
         self._batches = torch.zeros((), dtype=torch.int64, device=self.device)
         self._least = torch.zeros(2, device=self.device)
         """of this step: the sum of the least kept activations, and of how many ranks' batches; until after_step"""
         self._share: Share | None = None
+
+    @property
+    def resamples(self) -> bool:
+        """Whether dead features are started again."""
+        return self.recipe.dead in ("resample", "flux-sae")
+
+    def dead_line(self, step: int) -> dict[str, float | int]:
+        """What the log says of dead features after a step: their share, over how many rows, and how many were resampled so far."""
+        rows = min(self.watched, (step + 1) * self.batch)
+        resampled = {"resampled": int(self.dead.resampled)} if self.resamples else {}
+        return {"dead": float(self.dead.share(rows)), "dead_rows": rows, **resampled}
 
     def terms(
         self, x: Float[Tensor, "row d_model"], y: Float[Tensor, "row d_model"], sigma: Float[Tensor, " row"], step: int,
@@ -67,7 +80,7 @@ class Objective:
         """
         dictionary, recipe = self.dictionary, self.recipe
         prepared = dictionary.prepare(x, sigma)
-        found = forward(dictionary, prepared, recipe.bandwidth, count=count, fired=self.dead is not None)
+        found = forward(dictionary, prepared, recipe.bandwidth, count=count)
         y_hats, linear = found.y_hats, dictionary.linear(x, sigma)
         if linear is not None:
             y_hats = [y_hat + linear for y_hat in y_hats]
@@ -79,12 +92,14 @@ class Objective:
         total = residual if l1 == 0 else residual + l1 * sparsity
         auxiliary = torch.zeros((), device=self.device)
         if recipe.dead == "auxk":
-            assert self.dead is not None
             missed = (y - y_hats[-1]).detach().float()
             aux_k = recipe.aux_k or max(1, dictionary.config.d_model // 2)
             auxiliary = auxiliary_term(dictionary, prepared, missed, self.dead.features(), aux_k)
             total = total + recipe.aux_weight * auxiliary
-        self._note(found.fired, found.least)
+        self.dead.note(found.fired)
+        if found.least is not None:
+            there = found.least.isfinite()
+            self._least = torch.stack([found.least.where(there, 0), there.float()])
         l0 = found.l0 if found.l0 is not None else torch.full((), math.nan, device=self.device)
         return Terms(total, residual, sparsity, auxiliary, l0)
 
@@ -94,8 +109,7 @@ class Objective:
         `all_reduce` sums a tensor over the ranks in place.  Every rank calls this at every step, and afterwards their
         `after_step` change their models alike.
         """
-        if self.dead is not None:
-            self.dead.merge(all_reduce)
+        self.dead.merge(all_reduce)
         if self.recipe.activation == "batchtopk":
             all_reduce(self._least)
         self._share = Share(all_reduce, rank, world)
@@ -119,19 +133,17 @@ class Objective:
         self.dictionary.normalise_decoder()
         if self.recipe.activation == "batchtopk":
             self._move_threshold()
-        if self.dead is None:
-            return
         self.dead.advance(self.batch)
-        if self.recipe.dead in ("resample", "flux-sae") and self._due(step):
+        if self.resamples and self._due(step):
             dead = self.dead.features()
             done = resample(self.dictionary, optimizer, self.recipe, dead, x, y, sigma, step, self._share)
             self.dead.revive(done)
 
     def state(self) -> dict[str, Tensor]:
         """All that a resumed run needs beside the parameters and the optimizer, bit for bit."""
-        found: dict[str, Tensor] = {}
-        if self.dead is not None:
-            found["quiet_rows"] = self.dead.quiet_rows
+        found: dict[str, Tensor] = {"quiet_rows": self.dead.quiet_rows}
+        if self.resamples:
+            found["resampled"] = self.dead.resampled
         if self.recipe.activation == "batchtopk":
             found |= {"threshold": self.dictionary.threshold, "threshold_batches": self._batches}
         return found
@@ -141,13 +153,6 @@ class Objective:
         with torch.no_grad():
             for name, tensor in self.state().items():
                 tensor.copy_(state[name])
-
-    def _note(self, fired: Tensor | None, least: Tensor | None) -> None:
-        if self.dead is not None and fired is not None:
-            self.dead.note(fired)
-        if least is not None:
-            there = least.isfinite()
-            self._least = torch.stack([least.where(there, 0), there.float()])
 
     def _move_threshold(self) -> None:
         total, ranks = self._least

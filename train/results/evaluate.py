@@ -279,7 +279,12 @@ def check_packs(train_pack: Pack, val_pack: Pack) -> None:
 
 
 def check_site(pack: Pack, site: Site, config: DictionaryConfig) -> None:
-    """Refuse a pack without rows of the site."""
+    """Refuse a pack without the points or rows of the site."""
+    if config.kind == "transcoder" and pack.points == ("mlp_out",):
+        raise UsageError(
+            f"{pack.path} has mlp_out alone, which SAEs read and write: add --kind sae, or pack again with --points "
+            "mlp_in,mlp_out for transcoders"
+        )
     pack.require(site, config.input_point, config.target_point)
     if pack.rows(site) == 0:
         raise UsageError(f"{pack.path} has no rows of {site}: pack more images")

@@ -20,7 +20,7 @@ from train.dictionaries.checkpoint import LOG, LogLine
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-SCALARS = ("loss", "residual", "sparsity", "auxiliary", "l0", "lr", "rows_per_second")
+SCALARS = ("loss", "residual", "sparsity", "auxiliary", "l0", "lr", "dead", "resampled", "rows_per_second")
 FIGURES = ("fvu", "cosine", "l0", "density", "dead")
 FLUSH_SECONDS = 10
 

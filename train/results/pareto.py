@@ -1,7 +1,8 @@
 """The trade of sparsity against faithfulness: which dictionaries are on the Pareto front, and the picture of it.
 
 A dictionary is on the front when no other of the same site and kind has both no more active features a row and no more
-unexplained variance on the held-out rows, and less of one of them.  A transcoder and an SAE are never compared: the SAE
+unexplained variance on the held-out rows, and less of one of them.  There is a front where there are two to compare at least,
+and nobody is on it who explains less than the mean does (FVU 1 and above).  A transcoder and an SAE are never compared: the SAE
 reads what it is to explain.  Nor are dictionaries that were measured on different rows: another validation pack, or targets
 recomputed here and stored there.  For text, real tokens and padding each have a front of their own.
 """
@@ -19,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from store.shards import GROUPS, Group
 from store.sites import Site
 from train.dictionaries.dictionary import Dictionary
+from train.results.differences import SEEDS, setting, shown, sparsity_of, varying
 from train.results.plots import (
     BLUE,
     GREEN,
@@ -33,7 +35,6 @@ from train.results.plots import (
     drawing,
     log_scale,
     png,
-    short_number,
 )
 
 COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
@@ -48,6 +49,8 @@ KINDS = {"transcoder": "transcoder", "sae": "SAE"}
 ACTIVATIONS = {"relu": "ReLU", "topk": "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU"}
 
 
+_IN_SERIES = ("family", "activation", "skip")
+"""settings that the legend names"""
 RING: dict[str, Any] = {
     "marker": "o", "color": "none", "markeredgecolor": "black", "markersize": 10.5, "markeredgewidth": 1.0, "linestyle": "none",
 }  # fmt: skip
@@ -60,6 +63,8 @@ class Point:
     dictionary: Dictionary
     l0: float
     fvu: float
+    telling: Sequence[str] = ()
+    """settings that tell dictionaries of its site apart, beside series, sparsity and seeds"""
 
     @property
     def series(self) -> str:
@@ -76,8 +81,14 @@ class Point:
 
     @property
     def label(self) -> str:
-        """What sets its sparsity: `k 64`, `λ 3e-4`; empty where nobody knows."""
-        return sparsity_of(self.dictionary).replace("l1", "λ")
+        """What sets its sparsity, and what else tells it apart: `k 64`, `λ 3e-4, lr 1e-3`; empty where nobody knows."""
+        others = [(name.replace("_", " "), setting(self.dictionary, name)) for name in self.telling]
+        words = [
+            name if value is True else f"{name} {shown(value)}"
+            for name, value in others
+            if value not in (None, False, ())
+        ]
+        return ", ".join(word for word in (sparsity_of(self.dictionary).replace("l1", "λ"), *words) if word)
 
 
 @dataclass(frozen=True)
@@ -93,14 +104,6 @@ class Panel:
         return str(self.site) + (f", {GROUP_TITLES[self.group]}" if self.group != "all" else "")
 
 
-def sparsity_of(dictionary: Dictionary) -> str:
-    """`k 64`, `l1 3e-4`: what sets how sparse a dictionary is; empty where nobody knows."""
-    if dictionary.config.k is not None:
-        return f"k {dictionary.config.k:,}"
-    l1 = (dictionary.config.training or {}).get("l1")
-    return "" if l1 is None else f"l1 {short_number(l1)}"
-
-
 def figures_of(dictionary: Dictionary, group: Group) -> Mapping[str, Any]:
     """Its figures on the rows of a group; empty where it was not measured on any."""
     metrics = dictionary.metrics or {}
@@ -114,7 +117,8 @@ def on_front(dictionaries: Sequence[Dictionary], group: Group) -> list[bool]:
     found = []
     for place, kind in zip(places, kinds, strict=True):
         rivals = [other for other, its in zip(places, kinds, strict=True) if its == kind and None not in other]
-        found.append(None not in place and not any(_better(other, place) for other in rivals))
+        judged = None not in place and len(rivals) > 1 and (place[1] or 0) < 1
+        found.append(judged and not any(_better(other, place) for other in rivals))
     return found
 
 
@@ -176,13 +180,14 @@ def _panels(dictionaries: Sequence[Dictionary]) -> list[Panel]:
     """Those that have any point: image sites first, by layer."""
     panels = []
     for site in sorted({each.site for each in dictionaries}, key=lambda site: (site.stream, site.layer)):
-        groups = GROUPS[site.stream]
+        groups, mine = GROUPS[site.stream], [each for each in dictionaries if each.site == site]
+        telling = [name for name in varying(mine) if name not in (*SEEDS, *_IN_SERIES)]
         for group in groups[1:] or groups:
             points = []
-            for dictionary in dictionaries:
-                found = figures_of(dictionary, group) if dictionary.site == site else {}
+            for dictionary in mine:
+                found = figures_of(dictionary, group)
                 if found.get("fvu") is not None and found["l0"] > 0:
-                    points.append(Point(dictionary, found["l0"], found["fvu"]))
+                    points.append(Point(dictionary, found["l0"], found["fvu"], telling))
             if points:
                 panels.append(Panel(site, group, points))
     return panels

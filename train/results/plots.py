@@ -30,12 +30,19 @@ STEPS = (1, 2, 2.5, 5, 10)
 """distances of ticks, in powers of ten"""
 SMOOTHED = 100
 """curves of more points than so many are drawn pale, under their running mean over a fiftieth of them"""
-PANELS = (
-    ("loss", "loss", BLUE),
-    ("residual", "residual term of the loss", VERMILION),
-    ("l0", "L0: active features a row", GREEN),
-    ("lr", "learning rate", PURPLE),
-)
+PANELS = {
+    "loss": ("loss", BLUE),
+    "residual": ("residual term of the loss", VERMILION),
+    "l0": ("L0: active features a row", GREEN),
+    "dead": ("dead, %", GREY),
+    "lr": ("learning rate", PURPLE),
+    "resampled": ("features resampled so far", ORANGE),
+    "sparsity": ("sparsity term, before its weight", ORANGE),
+}
+"""of a line of the log; where nothing is resampled the sparsity term stands in that place"""
+LINEAR = ("lr", "dead", "resampled")
+HEADROOM = 1.18
+"""height of a density plot in its highest bars: a word stands above them"""
 GROUP_TITLES = {"all": "all tokens", "real": "real tokens", "padding": "padding"}
 
 
@@ -58,15 +65,22 @@ def png(figure: Figure) -> bytes:
 
 
 def curves(lines: Sequence[LogLine], title: str) -> bytes:
-    """Loss, its residual term, L0 and learning rate over the rows seen; `lines` are those of `log.jsonl`."""
-    with drawing(9.0, 5.6) as figure:
+    """Loss, L0, dead features, learning rate and more over the rows seen; `lines` are those of `log.jsonl`."""
+    resampled = any("resampled" in line for line in lines)
+    keys = [key for key in PANELS if key != ("sparsity" if resampled else "resampled")]
+    with drawing(12.6, 5.6) as figure:
         figure.suptitle(title, **TITLE)
-        grid = figure.subplots(2, 2, sharex=True)
-        figure.subplots_adjust(left=0.075, right=0.98, top=0.87, bottom=0.1, wspace=0.19, hspace=0.26)
-        for axes, (key, name, colour) in zip(grid.flat, PANELS, strict=True):
+        grid = figure.subplots(2, 3, sharex=True)
+        figure.subplots_adjust(left=0.05, right=0.985, top=0.87, bottom=0.1, wspace=0.19, hspace=0.26)
+        for axes, key in zip(grid.flat, keys, strict=True):
             points = [(line["rows"], line[key]) for line in lines if math.isfinite(line.get(key, math.nan))]
+            name, colour = PANELS[key]
+            values = np.array(points, dtype=np.float64).reshape(-1, 2)
+            if key == "dead" and points:
+                values[:, 1] *= 100
+                name += f": active on none of the last {short_number(max(line['dead_rows'] for line in lines))} rows"
             axes.set_title(name)
-            _curve(axes, np.array(points, dtype=np.float64).reshape(-1, 2), colour, key != "lr")
+            _curve(axes, values, colour, key not in LINEAR)
             axes.margins(x=0.01)
         if len(lines) > SMOOTHED:
             note = "pale: every logged batch; dark: running mean"
@@ -111,7 +125,7 @@ def running_mean(values: np.ndarray, width: int) -> np.ndarray:
     return np.asarray(np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same"))
 
 
-def short_number(value: float, _: object = None) -> str:
+def short_number(value: float | int, _: object = None) -> str:
     """`0`, `250 k`, `1.5 M`, `3e-4`"""
     for unit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if abs(value) >= unit:
@@ -175,9 +189,14 @@ def _density_row(never: Any, axes: Any, found: Mapping[str, Any], edges: Sequenc
     ticks = list(range(low, 1))
     axes.set_xticks(ticks, [f"{100 * 10.0**tick:g} %" for tick in ticks])
     axes.tick_params(left=False)
+    axes.set_ylim(0, HEADROOM * max(histogram["never"], *histogram["counts"], 1))
     if found["density"] > 10**low:
         axes.axvline(math.log10(found["density"]), color="black", linewidth=1.2, linestyle=(0, (4, 2)))
         axes.text(
-            math.log10(found["density"]) - 0.06, 0.96, "mean", transform=axes.get_xaxis_transform(), ha="right", va="top",
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
-        )  # fmt: skip
+            math.log10(found["density"]) - 0.06,
+            0.985,
+            "mean",
+            transform=axes.get_xaxis_transform(),
+            ha="right",
+            va="top",
+        )

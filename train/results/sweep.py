@@ -10,8 +10,9 @@ Nothing in them depends on path, time or host, or on which runs made which dicti
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from tqdm import tqdm
@@ -21,17 +22,15 @@ from store.files import is_temporary, json_bytes, read_self_checked, self_checke
 from store.shards import GROUPS, Group
 from train.dictionaries.checkpoint import CONFIG, LogLine, outline, read_log
 from train.dictionaries.dictionary import Dictionary
-from train.recipe import Recipe
-from train.results.pareto import figures_of, on_front, pareto, rows_named, sparsity_of, unlike
-from train.results.plots import curves, density, short_number
+from train.results.differences import SEEDS, seeds_apart, setting, shown, sparsity_of, varying
+from train.results.pareto import figures_of, on_front, pareto, rows_named, unlike
+from train.results.plots import curves, density
 
 SWEEP, PAGE, PARETO, PLOTS = "sweep.json", "sweep.md", "pareto.png", "plots"
 FORMAT, FORMAT_VERSION = "granary-sweep", 1
 FIGURES = ("fvu", "l0", "density", "dead", "cosine", "rows")
-_SHOWN_ANYWAY = ("kind", "expansion", "k", "l1")
-"""settings that have a column of their own, or stand in the name"""
-SETTINGS = (*(f.name for f in fields(Recipe) if f.name not in _SHOWN_ANYWAY), "batch", "order_seed")
-"""settings that get a column where they differ between dictionaries of one site and kind"""
+FORMS = {"fvu": "{:.4f}", "l0": "{:.1f}", "density": "{:.2f}", "dead": "{:.1f}", "cosine": "{:.4f}", "rows": "{:,}"}
+"""how the table writes them; densities and dead shares in percent"""
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,8 @@ def text(trained: Sequence[Trained]) -> str:
     """One line a dictionary: what it was trained with, rows, FVU, L0, its share of the features, dead share; held-out rows only.
 
     A text dictionary has two more lines, real tokens and padding.  `*` marks those on the Pareto front of their site, kind
-    and held-out rows; where the rows differ between dictionaries, a column `measured on` says which they are.
+    and held-out rows; where the rows differ between dictionaries, a column `measured on` says which they are.  Below several
+    that only their seeds tell apart stand mean and standard deviation.
     """
     lines = cells(trained)
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
@@ -79,10 +79,10 @@ def text(trained: Sequence[Trained]) -> str:
 def cells(trained: Sequence[Trained]) -> list[list[str]]:
     """The table as text, its head first."""
     dictionaries = [each.dictionary for each in trained]
-    varying = [name for name in SETTINGS if _varies(dictionaries, name)]
-    varying += ["measured_on"] if unlike(dictionaries) else []
+    columns = [*varying(dictionaries), *(["measured_on"] if unlike(dictionaries) else [])]
+    seeds = {places[-1]: places for places in seeds_apart(dictionaries)}
     fronts = {group: on_front(dictionaries, group) for group in ("all", "real", "padding")}
-    head = ["dictionary", "l1 or k", *(name.replace("_", " ") for name in varying), "rows", "features"]
+    head = ["dictionary", "sparsity", *(name.replace("_", " ") for name in columns), "rows", "features"]
     figures = ["FVU", "L0", "L0 %", "dead %", "cosine", "held-out rows", "front"]
     lines = [[*head, *figures]]
     for place, each in enumerate(trained):
@@ -90,7 +90,7 @@ def cells(trained: Sequence[Trained]) -> list[list[str]]:
         about = [
             each.folder,
             sparsity_of(each.dictionary) or "-",
-            *(_shown(_setting(each.dictionary, n)) for n in varying),
+            *(shown(_setting(each.dictionary, name)) for name in columns),
         ]
         about += [f"{config.rows:,}", f"{config.n_features:,}"]
         for group in GROUPS[config.site.stream]:
@@ -99,6 +99,11 @@ def cells(trained: Sequence[Trained]) -> list[list[str]]:
                 lines.append([*about, *_figures(found, fronts[group][place])])
             elif found:
                 lines.append([f"  {group}", *[""] * (len(about) - 1), *_figures(found, fronts[group][place])])
+        if place in seeds:
+            plain = [
+                "" if name in SEEDS else cell for name, cell in zip(["", "", *columns, "", ""], about, strict=True)
+            ]
+            lines += _of_seeds([dictionaries[each] for each in seeds[place]], plain[1:])
     if not any("*" in line[-1] for line in lines):
         lines = [line[:-1] for line in lines]
     return lines
@@ -106,39 +111,38 @@ def cells(trained: Sequence[Trained]) -> list[list[str]]:
 
 def _figures(found: Mapping[str, Any], front: bool) -> list[str]:
     """The figures of a line; `-` for what was not measured."""
-    forms = {"fvu": "{:.4f}", "l0": "{:.1f}", "density": "{:.2f}", "dead": "{:.1f}", "cosine": "{:.4f}", "rows": "{:,}"}
-    shown = []
-    for name, form in forms.items():
-        value = found.get(name)
-        times = 100 if name in ("density", "dead") else 1
-        shown.append(("none" if name == "rows" else "-") if value is None else form.format(times * value))
-    return [*shown, "*" if front else ""]
+    return [*(_cell(name, found.get(name)) for name in FORMS), "*" if front else ""]
+
+
+def _cell(name: str, value: float | int | None) -> str:
+    times = 100 if name in ("density", "dead") else 1
+    return ("none" if name == "rows" else "-") if value is None else FORMS[name].format(times * value)
+
+
+def _of_seeds(dictionaries: Sequence[Dictionary], about: Sequence[str]) -> list[list[str]]:
+    """A line for each kind of tokens: mean and standard deviation of what dictionaries of several seeds came to."""
+    lines = []
+    for group in GROUPS[dictionaries[0].site.stream]:
+        found = [figures_of(each, group) for each in dictionaries]
+        name, words = f"  mean of {len(found)} seeds", about
+        if group != "all":
+            name, words = f"{name}, {group}", [""] * len(about)
+        if all(found):
+            cells = [_of_values(figure, [each.get(figure) for each in found]) for figure in FORMS]
+            lines.append([name, *words, *cells, ""])
+    return lines
+
+
+def _of_values(name: str, values: Sequence[float | int | None]) -> str:
+    """`0.2500 ± 0.0100`; for the rows, which are the same, their number."""
+    known = [value for value in values if value is not None]
+    if name == "rows" or len(known) < len(values):
+        return _cell(name, known[0] if len(known) == len(values) else None)
+    return f"{_cell(name, fmean(known))} ± {_cell(name, stdev(known))}"
 
 
 def _setting(dictionary: Dictionary, name: str) -> Any:
-    if name == "measured_on":
-        return rows_named(dictionary)
-    value = (dictionary.config.training or {}).get(name)
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _varies(dictionaries: Sequence[Dictionary], name: str) -> bool:
-    """Whether a setting differs between dictionaries of one site and kind."""
-    seen: dict[tuple[Any, str], Any] = {}
-    return any(
-        seen.setdefault((each.site, each.config.kind), _setting(each, name)) != _setting(each, name)
-        for each in dictionaries
-    )
-
-
-def _shown(value: Any) -> str:
-    if value is None or value == ():
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return f"{value:,}" if isinstance(value, int) else short_number(value) if isinstance(value, float) else str(value)
+    return rows_named(dictionary) if name == "measured_on" else setting(dictionary, name)
 
 
 def save(out: Path) -> list[Trained]:
@@ -190,7 +194,7 @@ def finished(out: Path) -> Iterator[Trained]:
         if not (folder / CONFIG).is_file():
             continue
         try:
-            content, dictionary = read_self_checked(folder / CONFIG), outline(folder)
+            dictionary, content = outline(folder), read_self_checked(folder / CONFIG)
         except ForeignError as error:
             print(f"note: left out of the table: {error}")
             continue
@@ -225,8 +229,8 @@ def page(trained: Sequence[Trained], files: Mapping[str, bytes]) -> str:
         words += [f"![L0 against FVU of every dictionary, a panel a site]({PARETO})", ""]
     words += [
         "Figures are those on held-out rows. FVU: share of the variance that is not explained. L0: features active on a row, on the",
-        "average; L0 %: of all features. Dead: active on none of the held-out rows. Front: no other dictionary of the same",
-        "site and kind, measured on the same rows, has both a lower L0 and a lower FVU.", "",
+        "average; L0 %: of all features. Dead: active on none of the held-out rows. Front: FVU is below 1, and no other dictionary",
+        "of the same site and kind, measured on the same rows, has both a lower L0 and a lower FVU. ±: standard deviation.", "",
         f"| {' | '.join([*head, 'pictures'])} |", f"|---|{'---:|' * (len(head) - 1)}---|",
     ]  # fmt: skip
     named = iter(trained)
@@ -248,7 +252,7 @@ def _written_before(out: Path) -> set[str]:
     """The files that the last `sweep.json` names: of dictionaries, perhaps, that are gone."""
     if not (out / SWEEP).exists():
         return set()
-    files = read_self_checked(out / SWEEP).get("files")
+    files = read_self_checked(out / SWEEP, "Remove it and run the same command again: it is written anew").get("files")
     return (
         {name for name in files if ".." not in name and not name.startswith("/")} if isinstance(files, dict) else set()
     )
