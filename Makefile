@@ -24,7 +24,7 @@ DEMO_HARVEST ?= --model tiny-flux --prompts builtin:shapes --batch-size 32
 DEMO_TRAINING ?= --activation topk --k 64 --expansion 8 --batch 1024 --epochs 2 --lr 3e-3 --lr-warmup-rows 20000 \
   --schedule cosine --decoder-bias mean --autocast auto
 
-.PHONY: help setup demo test test-all check format bench bench-store bench-train torture torture-training harvest tiny-flux clean
+.PHONY: help setup demo test test-all check format bench bench-store bench-train bench-analyze torture torture-training harvest tiny-flux clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -79,6 +79,9 @@ bench-store: .venv/installed .bench-peers/installed ## the store against raw fil
 
 bench-train: .venv/installed .bench-peers/train/installed ## packing, loading and training against a copy, a memory map, the reference's loop and three peers
 	$(PY) -m bench.train_all
+
+bench-analyze: .venv/installed ## scores, features and coherence against plain passes and loops; memory at ten times the images
+	$(PY) -m bench.analyze_all
 
 .bench-peers/train/installed: .venv/installed bench/peers.txt
 	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --target .bench-peers/train --requirement bench/peers.txt

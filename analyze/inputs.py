@@ -5,6 +5,7 @@ the output folder) is refused here, before anything is computed.
 """
 
 import hashlib
+import threading
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from analyze.prompts import prompt_texts
 from analyze.rows import StoreRows
@@ -22,13 +24,19 @@ from store.errors import ForeignError, MismatchError, UsageError
 from store.files import read_json, write_json
 from store.sites import Point, Site, choose_sites, parse_numbers, parse_sites
 from store.tables import write_table
-from train import Dictionary, load_dictionaries
+from train import Dictionary
+from train.dictionaries.checkpoint import load_dictionary
+from train.dictionaries.collection import outline_dictionaries
 from train.dictionaries.hub import on_hub
 from train.dictionaries.provenance import check_same_model, model_name
+from train.dictionaries.published import import_file
 from train.rows.recompute import points_given
 
 RUN_FORMAT = "granary analysis"
-RUN_VERSION = 1
+RUN_VERSION = 2
+IMAGE_COLUMNS = pa.schema(
+    [("image", pa.int64()), ("prompt", pa.string()), ("seed", pa.int64()), ("split", pa.string())]
+)
 
 
 @dataclass(frozen=True)
@@ -37,24 +45,58 @@ class Subject:
 
     name: str
     """Its folder below OUT: the site, with the kind before it where the site has several dictionaries."""
-    dictionary: Dictionary
+    outline: Dictionary
+    """What it says of itself, without its weights (or with them, for one that was never saved)."""
     identity: str
     """SHA-256 of its weights and of what makes it compute what it computes."""
 
     @property
+    def dictionary(self) -> Dictionary:
+        """The dictionary with its weights: read when it is asked for, and again when `RECENT` others were since."""
+        if self.place is None:
+            return self.outline
+        key = (self.place, self.identity)  # another may lie at the same place later in a long session
+        with _lock:
+            found = _recent.pop(key, None) or loaded(self.place)
+            _recent[key] = found
+            for old in list(_recent)[:-RECENT]:
+                del _recent[old]
+        return found
+
+    def fresh(self) -> Dictionary:
+        """The same, read again and kept nowhere."""
+        return self.outline if self.place is None else loaded(self.place)
+
+    @property
+    def place(self) -> Path | None:
+        """Where it lies, a folder or a `.pt` file: its labels are there; None for one that was never saved."""
+        return self.outline.place
+
+    @property
     def site(self) -> Site:
         """Where it reads."""
-        return self.dictionary.site
+        return self.outline.site
 
     @property
     def point(self) -> Point:
         """What it reads: `mlp_in` for a transcoder, `mlp_out` for an SAE."""
-        return self.dictionary.input_point
+        return self.outline.input_point
 
     @property
     def n_features(self) -> int:
         """Its width."""
-        return int(self.dictionary.config.n_features)
+        return int(self.outline.config.n_features)
+
+
+RECENT = 4
+"""dictionaries whose weights are kept"""
+_recent: dict[tuple[Path, str], Dictionary] = {}
+_lock = threading.Lock()
+
+
+def loaded(place: Path) -> Dictionary:
+    """The dictionary in a folder of ours or in a published file, with its weights."""
+    return load_dictionary(place) if place.is_dir() else import_file(place)
 
 
 @dataclass(frozen=True)
@@ -80,7 +122,7 @@ class Analysis:
         if found.get("dictionary") != subject.identity:
             raise MismatchError(
                 f"{matrix.folder} holds scores of another dictionary: {found.get('dictionary_name')} "
-                f"{str(found.get('dictionary'))[:16]}…, expected {subject.dictionary.name} {subject.identity[:16]}…: "
+                f"{str(found.get('dictionary'))[:16]}…, expected {subject.outline.name} {subject.identity[:16]}…: "
                 "choose another --out for these dictionaries"
             )
         here = {"store": self.store.id, "site": str(subject.site), "step": step}
@@ -113,20 +155,22 @@ class Analysis:
 
 def open_analysis(settings: Inputs) -> Analysis:
     """The store and dictionaries that `settings` name, checked against one another; every refusal is a `GranaryError`."""
+    if settings.out.exists() and not settings.out.is_dir():
+        raise UsageError(f"--out {settings.out} is a file: name a folder, which may be new")
     store = open_store(settings.store)
     steps = _steps(store, settings.steps)
     every = settings.sites.strip() == "all" or not on_hub(
         settings.dictionaries
     )  # a folder of others need not be fetched
     wanted = None if every else parse_sites(settings.sites)
-    found = load_dictionaries(settings.dictionaries, wanted)  # refuses a folder without any, or with one twice
+    found = outline_dictionaries(settings.dictionaries, wanted)  # refuses a folder without any, or with one twice
     at = {dictionary.site for dictionary in found}
     chosen = set(choose_sites(settings.sites, sorted(at), str(settings.dictionaries)))
     dictionaries = [dictionary for dictionary in found if dictionary.site in chosen]
     unchecked = tuple(dictionary.name for dictionary in dictionaries if not check_fits(dictionary, store))
     several = {site for site in at if sum(dictionary.site == site for dictionary in found) > 1}
     subjects = [
-        Subject(d.name if d.site in several else str(d.site), d, dictionary_identity(d))
+        Subject(d.name if d.site in several else str(d.site), d, _identity(d))
         for d in sorted(dictionaries, key=lambda d: (d.site.kind, d.site.stream, d.site.layer, d.name))
     ]
     return Analysis(store, tuple(subjects), steps, settings.out, unchecked)
@@ -169,6 +213,12 @@ def dictionary_identity(dictionary: Dictionary) -> str:
         digest.update(f"{name} {values.dtype} {values.shape}".encode())
         digest.update(values.tobytes())
     return digest.hexdigest()
+
+
+def _identity(outline: Dictionary) -> str:
+    """The identity of a dictionary whose weights are read, checked, and let go again: of many, one is held at a time."""
+    assert outline.place is not None
+    return dictionary_identity(loaded(outline.place))
 
 
 def _steps(store: Store, text: str) -> tuple[int, ...]:
@@ -224,13 +274,12 @@ def check_output(analysis: Analysis, wanted: dict[str, Any] | None = None) -> di
 
 def _images(store: Store) -> pa.Table:
     """What belongs to the rows of every score matrix: image, prompt, seed, split."""
-    table = store.prompts()
-    columns = {name: table[name] for name in ("image", "seed", "split")}
-    return pa.table({**columns, "prompt": pa.array(prompt_texts(store), pa.string())}).select(
-        ["image", "prompt", "seed", "split"]
-    )
+    table = store.prompt_columns("image", "prompt", "seed", "split", if_there=True)  # texts are not kept in memory
+    if "prompt" not in table.column_names:
+        table = table.append_column("prompt", pa.array(prompt_texts(store), pa.string()))
+    return table.select(["image", "prompt", "seed", "split"]).cast(IMAGE_COLUMNS).replace_schema_metadata(None)
 
 
 def sigmas(store: Store, step: int) -> np.ndarray:
     """Sigma of every image at one step, as the transformer received it: float32 (image,)."""
-    return np.asarray([row[step] for row in store.prompts()["sigma"].to_pylist()], np.float32)
+    return np.asarray(pc.list_element(store.prompts()["sigma"], step).to_numpy(), np.float32)

@@ -1,5 +1,6 @@
 """Rows of a store's activations, at any point: mlp_out is read, or computed from mlp_in where the store leaves it out."""
 
+import threading
 from collections.abc import Iterable
 from typing import TypeAlias
 
@@ -16,11 +17,12 @@ Chosen: TypeAlias = Bool[np.ndarray, "image token"] | tuple[Int[np.ndarray, " ro
 
 
 class StoreRows:
-    """Reads rows of one store; holds the MLP of the site that was last computed."""
+    """Reads rows of one store, several threads at once if need be; holds the MLP of the site that was last computed."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self._mlp: tuple[Site, SiteMLP] | None = None
+        self._lock = threading.Lock()
 
     @property
     def points(self) -> tuple[Point, ...]:
@@ -42,8 +44,9 @@ class StoreRows:
         return found
 
     def _of(self, site: Site) -> SiteMLP:
-        if self._mlp is None or self._mlp[0] != site:
-            self._mlp = None  # let go of the old one before the new one is read
-            content = self.store.weights_file(site)
-            self._mlp = site, mlp_of(content, site, self.store.meta.d_model, self.store.path)
-        return self._mlp[1]
+        with self._lock:
+            if self._mlp is None or self._mlp[0] != site:
+                self._mlp = None  # let go of the old one before the new one is read
+                content = self.store.weights_file(site)
+                self._mlp = site, mlp_of(content, site, self.store.meta.d_model, self.store.path)
+            return self._mlp[1]

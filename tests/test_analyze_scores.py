@@ -2,20 +2,20 @@
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analyze.inputs import Subject, open_analysis
-from analyze.scoring import features, scores
-from analyze.scoring.features import prompt_groups, top_images, top_unique
+from analyze.scoring import scores
 from analyze.scoring.matrices import ScoreMatrix, ScoreWriter
-from analyze.scoring.settings import FeaturesSettings, ScoresSettings
+from analyze.scoring.settings import ScoresSettings
+from analyze.scoring.top import TopImages, prompt_groups
 from analyze.settings import Inputs
 from store import Site, Store
 from store.errors import NonFiniteError
@@ -137,8 +137,9 @@ def test_a_run_that_dies_leaves_nothing_under_the_name(tmp_path: Path, monkeypat
         patch.setattr(ScoreWriter, "finish", die)
         with pytest.raises(KeyboardInterrupt):
             run_scores(tmp_path, Plan(n_images=5))
-    assert not list((tmp_path / "out").glob("*/*"))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"run.json", "images.parquet", "unfinished"}
     run_scores(tmp_path, Plan(n_images=5))
+    assert not (tmp_path / "out" / "unfinished").exists()
     assert (tmp_path / "out" / "img_0" / "step.0" / "features.parquet").exists()
 
 
@@ -174,35 +175,33 @@ prompts = st.sampled_from(["a", "A ", "b", "c --ar 16:9", "c"])
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(prompts, st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=12))
-def test_top_images_have_the_best_scores_and_one_image_a_prompt(rows: list[tuple[str, int, int]]) -> None:
-    words = [prompt for prompt, _, _ in rows]
+@given(st.lists(st.tuples(prompts, st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=12), st.data())
+def test_top_images_of_any_blocks_have_the_best_scores_and_one_image_a_prompt(
+    rows: list[tuple[str, int, int]], data: st.DataObject
+) -> None:
     values = np.asarray([row[1:] for row in rows], np.float32)
-    groups = prompt_groups(words)
-    for feature in range(2):
-        column = values[:, feature]
-        assert column[top_images(values, 4)[:, feature]].tolist() == sorted(column.tolist(), reverse=True)[:4]
-        chosen = top_unique(values, groups, 4)[:, feature]
-        best = {group: max(column[groups == group]) for group in groups}
-        assert len({groups[image] for image in chosen}) == len(chosen) == min(4, len(best))
-        assert column[chosen].tolist() == sorted(best.values(), reverse=True)[:4]
-        for image in chosen:  # the first image of the prompt that has the score
-            alike = np.flatnonzero((groups == groups[image]) & (column == column[image]))
-            assert image == alike[0]
-
-
-def test_features_lists_the_best_and_returns_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _, out = run_scores(tmp_path, Plan(n_images=20))
-    table = features.run(
-        FeaturesSettings(store=tmp_path / "store", dictionaries=tmp_path / "dictionaries", out=out, best=3, rank="max")
-    )
-    assert table.num_rows == 3 * 4
-    best = table.filter((np.asarray(table["dictionary"]) == "img_0") & (np.asarray(table["step"]) == 0))[
-        "max"
-    ].to_pylist()
-    everything = pq.read_table(out / "img_0" / "step.0" / "features.parquet")["max"].to_pylist()
-    assert best == sorted(everything, reverse=True)[:3]
-    assert "img_0 step 0" in capsys.readouterr().out
+    tokens = np.arange(2 * len(rows), dtype=np.int32).reshape(-1, 2)
+    groups = prompt_groups([prompt for prompt, _, _ in rows])
+    k, cuts = data.draw(st.integers(1, 5)), sorted(data.draw(st.sets(st.integers(1, len(rows)))) | {0, len(rows)})
+    for of, above in ((None, 0.0), (groups, 0.0), (groups, 1.0)):
+        whole, parts = TopImages(2, k, of, above), [TopImages(2, k, of, above) for _ in range(2)]
+        for number, (first, last) in enumerate(pairwise(cuts)):
+            whole.add(first, values[first:last], tokens[first:last])
+            parts[number % 2].add(first, values[first:last], tokens[first:last])
+        parts[0].merge(parts[1])
+        for feature in range(2):
+            order = sorted(range(len(rows)), key=lambda image: (-values[image, feature], image))
+            seen: dict[int, int] = {}
+            for image in order:
+                if values[image, feature] > above:
+                    seen.setdefault(image if of is None else int(of[image]), image)
+            expected = list(seen.values())[:k]
+            for found in (whole, parts[0]):
+                images, where, best = (each[:, feature].tolist() for each in found.result())
+                empty = [-1] * (k - len(expected))
+                assert images == expected + empty
+                assert where == tokens[expected, feature].tolist() + empty
+                assert best == values[expected, feature].tolist() + empty
 
 
 def test_the_small_store_of_the_other_tests_can_be_scored(small_store: Callable[..., object], tmp_path: Path) -> None:

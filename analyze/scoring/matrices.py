@@ -1,19 +1,17 @@
 """Score matrices on disk: `OUT/<name>/step.K/` is a Zarr group, with `features.parquet` beside its two arrays.
 
-    scores        float32 (image, feature)    S: the largest activation over the counted tokens of the image
-    argmax_token  int32   (image, feature)    the token that it was found at, a position in the stream; -1: no token counted
+    scores        float32 or float16 (image, feature)    S: the largest activation over the counted tokens of the image
+    argmax_token  int32 (image, feature)                 where it was found, a position in the stream; -1: no token counted
 
 Both are chunked by blocks of images and features, so that one feature over all images is a cheap read, and
-carry a crc32c per chunk.  A folder is written beside its place and renamed when whole: it is all there or not.
+carry a crc32c per chunk.  A folder is written elsewhere and renamed when whole: it is all there or not.
 """
 
-import secrets
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -22,14 +20,17 @@ import zarr
 from jaxtyping import Float, Int
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from store.errors import DamagedError, ForeignError, UsageError
-from store.files import fsync_file
+from store.errors import DamagedError, ForeignError, NonFiniteError, UsageError
+from store.files import fsync_file, temporary_of
+from store.tables import write_table
 
 IMAGE_BLOCK = 512
 FEATURE_BLOCK = 256
 FORMAT = "granary score matrix"
-VERSION = 1
+VERSION = 2
 FEATURES = "features.parquet"
+SCORES, TOKENS = "scores", "argmax_token"
+DType = Literal["float32", "float16"]
 
 
 def step_folder(out: Path, name: str, step: int) -> Path:
@@ -37,76 +38,93 @@ def step_folder(out: Path, name: str, step: int) -> Path:
     return out / name / f"step.{step}"
 
 
+@dataclass(frozen=True)
 class ScoreWriter:
-    """A score matrix being written, image block by image block; nothing shows under its name before `finish`."""
+    """A score matrix being written block by block, in any order, by any number of processes."""
 
-    def __init__(self, folder: Path, n_images: int, n_features: int, attributes: dict[str, Any]) -> None:
-        self.folder = folder
-        self.n_images = n_images
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a process that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
-        self._temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
-        group = zarr.open_group(self._temporary, mode="w", zarr_format=3)
-        group.attrs.update({"format": FORMAT, "version": VERSION, **attributes})
-        shape = (n_images, n_features)
-        self._scores = _create(group, "scores", shape, "float32", float("nan"))
-        self._tokens = _create(group, "argmax_token", shape, "int32", -1)
-        block = (min(IMAGE_BLOCK, n_images), n_features)
-        self._score_block = np.empty(block, np.float32)
-        self._token_block = np.empty(block, np.int32)
-        self._start = self._filled = 0
+    folder: Path
+    n_images: int
+    n_features: int
+    dtype: DType
+    attributes: dict[str, Any]
 
-    def append(self, scores: Float[np.ndarray, "image feature"], tokens: Int[np.ndarray, "image feature"]) -> None:
-        """Add the next images; a full block goes to disk."""
-        done = 0
-        while done < len(scores):
-            take = min(len(scores) - done, len(self._score_block) - self._filled)
-            self._score_block[self._filled : self._filled + take] = scores[done : done + take]
-            self._token_block[self._filled : self._filled + take] = tokens[done : done + take]
-            self._filled += take
-            done += take
-            if self._filled == len(self._score_block):
-                self._flush()
+    def begin(self) -> None:
+        """Make the folder, or go on with it; one of other attributes is thrown away with all that lies beside it."""
+        if self.folder.exists() and self._is_mine():
+            return
+        shutil.rmtree(self.folder.parent, ignore_errors=True)
+        temporary = temporary_of(self.folder, "new")
+        shutil.rmtree(temporary, ignore_errors=True)
+        group = zarr.create_group(temporary, zarr_format=3, attributes=self._every_attribute())
+        shape = (self.n_images, self.n_features)
+        _create(group, SCORES, shape, self.dtype, float("nan"))
+        _create(group, TOKENS, shape, "int32", -1)
+        temporary.replace(self.folder)
 
-    def matrix(self) -> "ScoreMatrix":
-        """What was written so far, to be read before it is published (for the feature table)."""
-        self._flush()
-        if self._start != self.n_images:
-            raise AssertionError(f"{self._start} images were written, {self.n_images} announced")
-        return ScoreMatrix.open(self._temporary)
+    def _every_attribute(self) -> dict[str, Any]:
+        return {"format": FORMAT, "version": VERSION, **self.attributes}
 
-    def finish(self, features: pa.Table) -> None:
-        """Write the feature table, put everything onto the disk, and make the folder appear."""
-        self._flush()
-        pq.write_table(features, self._temporary / FEATURES, compression="zstd")
-        for path in sorted(self._temporary.rglob("*")):
-            if path.is_file():
-                fsync_file(path)
-        self._temporary.replace(self.folder)
-        fsync_file(self.folder.parent)
+    def _is_mine(self) -> bool:
+        try:
+            group = zarr.open_group(self.folder, mode="r")
+            scores = group[SCORES]
+            return (
+                dict(group.attrs) == self._every_attribute()
+                and (str(scores.dtype), scores.shape) == (self.dtype, (self.n_images, self.n_features))  # type: ignore[union-attr]
+                and TOKENS in group
+            )
+        except (FileNotFoundError, KeyError, ValueError):
+            return False
 
-    def _flush(self) -> None:
-        if self._filled:
-            stop = self._start + self._filled
-            self._scores[self._start : stop] = self._score_block[: self._filled]
-            self._tokens[self._start : stop] = self._token_block[: self._filled]
-            self._start, self._filled = stop, 0
-
-    def __enter__(self) -> "ScoreWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    def write(
+        self,
+        images: slice,
+        features: slice,
+        scores: Float[np.ndarray, "image feature"],
+        tokens: Int[np.ndarray, "image feature"],
     ) -> None:
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        """Put a block of whole chunks onto the disk.  `NonFiniteError` for a score that float16 does not hold."""
+        with np.errstate(over="ignore"):
+            stored = scores.astype(self.dtype)
+        if np.isinf(stored).any():
+            raise NonFiniteError(
+                f"{self.attributes.get('dictionary_name')} reaches {scores.max():.6g} on this store, and float16 holds "
+                "65504 at most: use --dtype float32, with another --out"
+            )
+        for name, values in ((SCORES, stored), (TOKENS, tokens)):
+            array: Any = zarr.open_array(self.folder / name, mode="r+")
+            array[images, features] = values
+            for row in _chunks(images, array.chunks[0]):
+                for column in _chunks(features, array.chunks[1]):
+                    fsync_file(self.folder / name / "c" / str(row) / str(column))
+
+    def finish(self, folder: Path, features: pa.Table) -> None:
+        """Write the feature table, and make all appear as `folder`."""
+        write_table(self.folder / FEATURES, features)
+        for path in [*self.folder.rglob("*"), self.folder]:
+            if path.suffix in (".partial", ".tmp"):  # of a process that was killed
+                path.unlink()
+            elif path.is_dir() or path.suffix == ".json":
+                fsync_file(path)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        self.folder.replace(folder)
+        fsync_file(folder.parent)
+
+
+def _chunks(part: slice, size: int) -> range:
+    return range(part.start // size, -(-part.stop // size))
+
+
+def chunk_shape(n_images: int, n_features: int) -> tuple[int, int]:
+    """Images and features of a chunk."""
+    return min(IMAGE_BLOCK, n_images), min(FEATURE_BLOCK, n_features)
 
 
 def _create(group: zarr.Group, name: str, shape: tuple[int, int], dtype: str, fill: float | int) -> Any:
     return group.create_array(
         name,
         shape=shape,
-        chunks=(min(IMAGE_BLOCK, shape[0]), min(FEATURE_BLOCK, shape[1])),
+        chunks=chunk_shape(*shape),
         dtype=dtype,
         fill_value=fill,
         compressors=[ZstdCodec(level=3), Crc32cCodec()],
@@ -132,7 +150,7 @@ class ScoreMatrix:
         try:
             group = zarr.open_group(folder, mode="r")
             attributes = dict(group.attrs)
-            shape = group["scores"].shape  # type: ignore[union-attr]
+            shape = group[SCORES].shape  # type: ignore[union-attr]
         except (FileNotFoundError, KeyError, ValueError):
             raise ForeignError(
                 f"{folder} is not a score matrix of ours: choose another --out, or delete that folder"
@@ -143,12 +161,21 @@ class ScoreMatrix:
         return cls(folder, attributes, int(shape[0]), int(shape[1]))
 
     def scores(self, features: slice | int = slice(None)) -> Float[np.ndarray, "..."]:
-        """S of the given features over all images: (image, feature), or (image,) for one feature."""
-        return self._read("scores", features)
+        """S of the given features over all images, float32: (image, feature), or (image,) for one feature."""
+        return self._read(SCORES, (slice(None), features))
 
     def tokens(self, features: slice | int = slice(None)) -> Int[np.ndarray, "..."]:
         """The tokens of the maxima, in the shape of `scores`."""
-        return self._read("argmax_token", features)
+        return self._read(TOKENS, (slice(None), features))
+
+    def images(self, images: slice) -> tuple[Float[np.ndarray, "image feature"], Int[np.ndarray, "image feature"]]:
+        """Scores and tokens of all features over some images; `image_blocks` are cheap to read."""
+        return self._read(SCORES, (images, slice(None))), self._read(TOKENS, (images, slice(None)))
+
+    def image_blocks(self) -> Iterator[slice]:
+        """Slices of images that together cover the matrix, aligned to its chunks."""
+        for start in range(0, self.n_images, IMAGE_BLOCK):
+            yield slice(start, min(start + IMAGE_BLOCK, self.n_images))
 
     def blocks(self, size: int = 8 * FEATURE_BLOCK) -> Iterator[slice]:
         """Slices of features that together cover the matrix, aligned to its chunks."""
@@ -164,11 +191,12 @@ class ScoreMatrix:
                 f"{self.folder / FEATURES} cannot be read ({error}): delete {self.folder} and compute it again"
             ) from None
 
-    def _read(self, name: str, features: slice | int) -> np.ndarray:
+    def _read(self, name: str, chosen: tuple[slice, slice | int]) -> np.ndarray:
         try:
-            array = zarr.open_array(self.folder / name, mode="r")
-            return np.asarray(array[:, features])
+            array: Any = zarr.open_array(self.folder / name, mode="r")
+            values = np.asarray(array[chosen])
         except (ValueError, RuntimeError, FileNotFoundError) as error:
             raise DamagedError(
                 f"{self.folder / name} is damaged ({error}): delete {self.folder} and compute it again"
             ) from None
+        return values.astype(np.float32, copy=False) if name == SCORES else values

@@ -1,35 +1,43 @@
 """Score matrices: S[image, feature] = the largest activation over the counted tokens of an image, for every site and step.
 
-1. Images are read chunk by chunk, once for all dictionaries of a site; rows that do not count are dropped before encoding.
-2. Rows are encoded in blocks of 4 MiB of activations (which stay in the cache), or 256 rows; a running maximum and its token
-   are kept per image.
-3. In the same pass each feature's active rows are counted, and their sum and sum of squares taken.
-4. A block of images goes to disk when it is full; the feature table is made from the matrix, block of features by block.
+1. Images are read in blocks of 512, span by span, once for all dictionaries of a site, as far as `--memory` holds their panes
+   of 2048 features; rows that do not count are dropped before encoding.
+2. z of a pane and 256 rows stays in the cache while it is looked at: a running maximum and its token for each image, statistics
+   over rows, text pieces.
+3. A block that is done goes to disk: its chunks of the score matrix, then what was found on it (`work.py`).
+4. When all blocks of a dictionary and step are there, what was found is merged, in their order, into `features.parquet`.
 
-Memory is bounded by the image block (512 x features x 8 B) whatever the number of images.
+Memory is bounded whatever the number of images, features and dictionaries; the bytes depend on neither memory nor workers.
 """
 
+import errno
+import platform
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from analyze.counted import are_lower_bounds, counted_rows, text_lengths
-from analyze.inputs import Analysis, Subject, claim_output, open_analysis, sigmas
-from analyze.prompts import prompt_texts
-from analyze.scoring.features import RowStatistics, feature_table
-from analyze.scoring.matrices import ScoreWriter, step_folder
+from analyze.counted import are_lower_bounds
+from analyze.inputs import Analysis, Subject, check_output, claim_output, open_analysis
+from analyze.scoring.announcing import announce, refuse_small_disk
+from analyze.scoring.matrices import step_folder
+from analyze.scoring.plan import Group, ScorePlan
 from analyze.scoring.settings import ScoresSettings
-from store.errors import NonFiniteError
+from analyze.scoring.work import Hands, held, writer_of
+from store.errors import GranaryError, NonFiniteError, StoreError
+from store.files import write_json
+from store.layout import runs_folder
+from store.packing.crew import Crew, ThreadCrew
 from store.sites import Site
-from train.rows.tensors import to_torch
+from train.stopping import thread_count
 
 BLOCK_BYTES = 4 * 2**20
 BLOCK_ROWS = 256
@@ -37,7 +45,7 @@ BLOCK_ROWS = 256
 
 @dataclass(frozen=True)
 class ScoresSummary:
-    """What a run of `scores` did."""
+    """What a run of `scores` did, or, with `--plan`, would do."""
 
     computed: int
     """(dictionary, step) pairs computed now."""
@@ -50,40 +58,89 @@ class ScoresSummary:
 
 
 def run(settings: ScoresSettings) -> ScoresSummary:
-    """Compute the scores that are not there yet; the same settings on the same store give the same bytes."""
+    """Compute the scores that are not there yet; the same settings on the same store give the same bytes.
+
+    Errors: `UsageError` for what cannot be analyzed and for too little memory, `NonFiniteError` for an activation that is not
+    finite or too large for float16, `StoreError` for a disk too small and for an OUT that another process writes.
+    """
     started = time.monotonic()
     analysis = open_analysis(settings)
-    claim_output(analysis, {"padding": settings.padding, "top": settings.top})
+    if settings.plan and (analysis.out / "run.json").exists():
+        check_output(analysis, settings.choices)
+    elif not settings.plan:
+        claim_output(analysis, settings.choices)
     for note in analysis.notes():
         print(note)
     missing, found = _missing(analysis)
-    rounds = [
-        (site, step, [s for s in analysis.subjects if s.site == site and (s, step) in missing])
-        for site, step in _rounds(analysis)
-    ]
-    total = sum(analysis.store.n_images for _, _, subjects in rounds if subjects)
-    with tqdm(total=total, desc="scores", unit="image", mininterval=0.5) as progress:
-        for site, step, subjects in rounds:
-            if subjects:
-                progress.set_postfix_str(f"{site} step {step}", refresh=False)
-                score_site(analysis, subjects, step, settings, progress)
     lower = tuple(s for s in analysis.streams() if are_lower_bounds(analysis.store, s, settings.padding))  # type: ignore[arg-type]
-    summary = ScoresSummary(len(missing), found, analysis.store.n_images, lower, time.monotonic() - started)
-    print(_sentence(summary, analysis))
+    plan = ScorePlan(analysis, settings, missing)
+    if missing:
+        announce(plan)
+        refuse_small_disk(plan)
+    if missing and not settings.plan:
+        with _said_when_full(analysis.out), held(analysis.out):
+            missing, found = _missing(analysis)  # another process may have had the lock
+            _compute(ScorePlan(analysis, settings, missing))
+    computed = 0 if settings.plan else len(missing)
+    summary = ScoresSummary(computed, found, analysis.store.n_images, lower, time.monotonic() - started)
+    if not settings.plan:
+        print(_sentence(summary, analysis))
+        _record(plan, summary)
     return summary
 
 
-def _missing(analysis: Analysis) -> tuple[set[tuple[Subject, int]], int]:
+def _missing(analysis: Analysis) -> tuple[list[tuple[Subject, int]], int]:
     pairs = [(subject, step) for subject in analysis.subjects for step in analysis.steps]
-    there = {pair for pair in pairs if step_folder(analysis.out, pair[0].name, pair[1]).exists()}
+    there = [pair for pair in pairs if step_folder(analysis.out, pair[0].name, pair[1]).exists()]
     for subject, step in there:
         analysis.matrix(subject, step)  # refuses what belongs to another dictionary
-    return set(pairs) - there, len(there)
+    return [pair for pair in pairs if pair not in there], len(there)
 
 
-def _rounds(analysis: Analysis) -> list[tuple[Site, int]]:
-    sites = [site for site, _ in groupby(subject.site for subject in analysis.subjects)]
-    return [(site, step) for site in dict.fromkeys(sites) for step in analysis.steps]
+def _compute(plan: ScorePlan) -> None:
+    """Do all tasks, group after group; a (dictionary, step) appears when its last group is done."""
+    left = {
+        pair: sum(pair[0] in dict(group) for groups in plan.groups.values() for group in groups)
+        for pair in plan.missing
+    }
+    for subject, step in plan.missing:
+        writer_of(plan.analysis, plan.settings, subject, step, plan.device).begin()
+    rounds = [(site, group) for site, groups in plan.groups.items() for group in groups]
+    total = sum(len(plan.images(task.block)) for site, group in rounds for task in plan.tasks(site, group))
+    with tqdm(total=total, desc="scores", unit="image", mininterval=0.5) as progress, thread_count(1):
+        hands: list[Hands] = []
+
+        def made(advance: Any) -> Hands:
+            hands.append(Hands(plan, advance))
+            return hands[0]
+
+        with _crew(plan, made, progress) as crew:
+            merging = hands[0] if hands else made(lambda _count: None)
+            for site, group in rounds:
+                progress.set_postfix_str(str(site), refresh=False)
+                _round(plan, crew, merging, site, group, left)
+
+
+def _round(
+    plan: ScorePlan, crew: Crew, hands: Hands, site: Site, group: Group, left: dict[tuple[Subject, int], int]
+) -> None:
+    """Do the tasks of a group, then finish what has no other group to wait for."""
+    hands.let_go()
+    for _done in crew.do(list(plan.tasks(site, group)), plan.lanes):
+        pass
+    members = {subject for subject, _ in group}
+    for pair in [pair for pair in left if pair[0] in members]:
+        left[pair] -= 1
+        if not left[pair]:
+            hands.finish(*pair)
+
+
+def _crew(plan: ScorePlan, hands: Any, progress: "tqdm[Any]") -> Crew:
+    if plan.settings.scheduler is None:
+        return ThreadCrew(hands, progress.update)
+    from analyze.scoring.cluster import ScoreCluster  # dask is imported when it is needed
+
+    return ScoreCluster(plan, progress.update)
 
 
 def _sentence(summary: ScoresSummary, analysis: Analysis) -> str:
@@ -94,47 +151,25 @@ def _sentence(summary: ScoresSummary, analysis: Analysis) -> str:
     return text
 
 
-def score_site(
-    analysis: Analysis, subjects: list[Subject], step: int, settings: ScoresSettings, progress: "tqdm[None]"
-) -> None:
-    """Write the score matrices of all dictionaries of one site at one step, from one read of the store."""
-    store, site = analysis.store, subjects[0].site
-    sigma, lengths = sigmas(store, step), text_lengths(store)
-    statistics = [RowStatistics(subject.n_features) for subject in subjects]
-    with ExitStack() as stack:
-        writers = [stack.enter_context(_writer(analysis, subject, step, settings)) for subject in subjects]
-        for start in range(0, store.n_images, store.chunk_images):
-            stop = min(start + store.chunk_images, store.n_images)
-            positions = store.tokens(site.stream, step, start, stop)
-            counted = counted_rows(
-                positions, site.stream, lengths[start:stop], store.meta.max_sequence_length, settings.padding
-            )
-            rows = analysis.rows.read(site, step, {s.point for s in subjects}, start, stop, counted)
-            image = np.nonzero(counted)[0]
-            for subject, writer, statistic in zip(subjects, writers, statistics, strict=True):
-                blocks = encoded(subject, to_torch(rows[subject.point]), torch.from_numpy(sigma[start:stop][image]))
-                scores, tokens = maxima(blocks, image, positions[counted], stop - start, subject.n_features, statistic)
-                writer.append(scores, tokens)
-            progress.update(stop - start)
-        prompts = prompt_texts(store)
-        for writer, statistic in zip(writers, statistics, strict=True):
-            writer.finish(feature_table(writer.matrix(), statistic, prompts, settings.top))
+def _record(plan: ScorePlan, summary: ScoresSummary) -> None:
+    """Note beside OUT how it was computed."""
+    about = {
+        "command": sys.argv, "host": platform.node(), "ended": time.time(), "seconds": summary.seconds, "threads": plan.lanes,
+        "device": plan.device.type, "computed": summary.computed, "memory": plan.memory, "scheduler": plan.settings.scheduler,
+    }  # fmt: skip
+    write_json(runs_folder(plan.analysis.out) / "scores.json", about)
 
 
-def _writer(analysis: Analysis, subject: Subject, step: int, settings: ScoresSettings) -> ScoreWriter:
-    attributes = {
-        "store": analysis.store.id,
-        "dictionary": subject.identity,
-        "dictionary_name": subject.dictionary.name,
-        "site": str(subject.site),
-        "step": step,
-        "targets": analysis.store.meta.targets,
-        "padding_counted": settings.padding,
-        "lower_bounds": are_lower_bounds(analysis.store, subject.site.stream, settings.padding),
-    }
-    return ScoreWriter(
-        step_folder(analysis.out, subject.name, step), analysis.store.n_images, subject.n_features, attributes
-    )
+@contextmanager
+def _said_when_full(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, GranaryError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StoreError(
+            f"the disk of {out} is full. What is finished is kept: make room, then run the same command again"
+        ) from None
 
 
 def encoded(
@@ -155,32 +190,3 @@ def encoded(
                     "activations are damaged or overflowed; python -m store info shows the range of each site"
                 )
             yield block, z
-
-
-def maxima(
-    blocks: Iterator[tuple[slice, Float[Tensor, "block feature"]]],
-    image: Int[np.ndarray, " row"],
-    position: Int[np.ndarray, " row"],
-    n_images: int,
-    n_features: int,
-    statistics: RowStatistics,
-) -> tuple[Float[np.ndarray, "image feature"], Int[np.ndarray, "image feature"]]:
-    """The largest activation of each image and the first token that has it; `image` ascends and numbers the images from 0.
-
-    An image without a counted row has score 0 and token -1.  Every block is also added to `statistics`.
-    """
-    scores = torch.full((n_images, n_features), -torch.inf)
-    tokens = torch.full((n_images, n_features), -1, dtype=torch.int32)
-    where = torch.from_numpy(np.ascontiguousarray(position, np.int32))
-    for block, z in blocks:
-        statistics.add(z)
-        owners = image[block]
-        cuts = [0, *(np.flatnonzero(np.diff(owners)) + 1).tolist(), len(owners)]
-        for low, high in pairwise(cuts):
-            value, index = z[low:high].max(dim=0)
-            owner = int(owners[low])
-            better = value > scores[owner]
-            tokens[owner] = torch.where(better, where[block.start + low + index], tokens[owner])
-            scores[owner] = torch.where(better, value, scores[owner])
-    scores[torch.isinf(scores)] = 0
-    return scores.numpy(), tokens.numpy()

@@ -1,0 +1,239 @@
+"""Coherence: how much alike a feature's best pictures are, as the mean cosine between their image embeddings (FLUX-SAE).
+
+1. Each image has a unit vector: of a CLIP model, cached beside the results, or given (`embeddings`).
+2. A feature's images are its top M with unique prompts, which `scores` left in the feature table; only images it is active on.
+3. The mean over all pairs of n unit vectors is (|their sum|^2 - n) / (n (n - 1)), so one sum a feature is enough: the lists of all
+   features are a sparse (feature, image) matrix of ones, and its product with the embeddings, block of features by block, is
+   all sums.  In float64, because the sum of unlike pictures nearly cancels n.
+
+A feature with fewer than 2 such images has no coherence (null).  `OUT/<name>/coherence.parquet` has one row a step and feature.
+"""
+
+import json
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float, Int
+from scipy.sparse import csr_array
+from tqdm import tqdm
+
+from analyze.features.embeddings import Embeddings, image_embeddings
+from analyze.features.settings import CoherenceSettings
+from analyze.inputs import Analysis, Subject, check_output, open_analysis
+from analyze.prompts import prompt_texts
+from store.errors import DamagedError, ForeignError, MismatchError, UsageError
+from store.split import normalise
+from store.tables import write_table
+
+BLOCK_BYTES = 2 * 2**20
+"""of sums that a thread holds: they stay in its cache, and memory does not grow with the number of features"""
+FORMAT, VERSION = "granary coherence", 1
+RECORD = b"granary"
+
+
+@dataclass(frozen=True)
+class CoherenceSummary:
+    """What a run of `coherence` did."""
+
+    features: int
+    """Features of all dictionaries and steps that have a coherence."""
+    embeddings: str
+    """The id of the embeddings."""
+    cached: bool
+    """Whether the embeddings were there already."""
+    baseline: float
+    """The mean cosine between the store's pictures, one a prompt: what a feature of no meaning comes near."""
+    medians: dict[tuple[str, int], float]
+    """(dictionary, step) -> the median over its features; only where there are any."""
+    seconds: float = field(compare=False)
+
+
+def run(settings: CoherenceSettings) -> CoherenceSummary:
+    """Write `OUT/<name>/coherence.parquet` of every dictionary for the steps asked for; other steps of the same embeddings stay."""
+    started = time.monotonic()
+    analysis = open_analysis(settings)
+    check_top_m(int(check_output(analysis)["top"]), settings.top_m)
+    matrices = {(s.name, step): analysis.matrix(s, step) for s in analysis.subjects for step in analysis.steps}
+    embeddings = image_embeddings(analysis, settings)
+    baseline = mean_cosine_of_prompts(embeddings.values, prompt_texts(analysis.store))
+    medians: dict[tuple[str, int], float] = {}
+    features = 0
+    with tqdm(total=len(matrices), desc="coherence", unit="step", mininterval=0.5) as progress:
+        for subject in analysis.subjects:
+            tables = []
+            for step in analysis.steps:
+                lists = matrices[subject.name, step].features()["unique_image"]
+                tables.append(
+                    step_table(
+                        step,
+                        embeddings.values,
+                        *top_lists(lists, settings.top_m),
+                        matrices[subject.name, step].n_features,
+                    )
+                )
+                values = tables[-1]["coherence"].drop_null().to_numpy()
+                features += len(values)
+                if len(values):
+                    medians[subject.name, step] = float(np.median(values))
+                progress.update()
+            _write(analysis, subject, embeddings, settings.top_m, baseline, tables)
+    found = CoherenceSummary(features, embeddings.id, embeddings.cached, baseline, medians, time.monotonic() - started)
+    print(_sentences(found, embeddings, settings.top_m, analysis))
+    return found
+
+
+def check_top_m(kept: int, top_m: int) -> None:
+    """`UsageError` when more images are to be compared than the analysis kept with each feature."""
+    if top_m > kept:
+        raise UsageError(
+            f"--top-m is {top_m}, but this analysis keeps {kept} top images of each feature: compute scores with --top {top_m}"
+        )
+
+
+def top_lists(column: pa.ChunkedArray, most: int) -> tuple[Int[np.ndarray, " offset"], Int[np.ndarray, " place"]]:
+    """The first `most` of each list of a column, as offsets and values: list f is `values[offsets[f] : offsets[f + 1]]`."""
+    array = column.combine_chunks()
+    lists = pa.chunked_array([array]).combine_chunks() if isinstance(array, pa.ChunkedArray) else array
+    offsets = lists.offsets.to_numpy().astype(np.int64)
+    values = lists.values.to_numpy(zero_copy_only=False)
+    length = np.diff(offsets)
+    place = np.arange(offsets[0], offsets[-1]) - np.repeat(offsets[:-1], length)
+    short = np.concatenate(([0], np.cumsum(np.minimum(length, most))))
+    return short, values[offsets[0] : offsets[-1]][place < most].astype(np.int64)
+
+
+def mean_pairwise_cosine(
+    embeddings: Float[np.ndarray, "image dim"],
+    offsets: Int[np.ndarray, " offset"],
+    images: Int[np.ndarray, " place"],
+) -> Float[np.ndarray, " feature"]:
+    """The mean cosine over all pairs of each list's images (see `top_lists`); NaN for lists of fewer than 2.
+
+    `embeddings`: unit vectors in float64.  Costs one addition of a vector for each image of each list; a thread for each core, with
+    at most 2 MiB each.
+    """
+    features, (n_images, dim) = len(offsets) - 1, embeddings.shape
+    size = max(1, BLOCK_BYTES // (8 * dim))
+    squared = np.empty(features)
+
+    def square(start: int) -> None:
+        stop = min(start + size, features)
+        part = slice(offsets[start], offsets[stop])
+        pointers = offsets[start : stop + 1] - offsets[start]
+        ones = csr_array((np.ones(part.stop - part.start), images[part], pointers), shape=(stop - start, n_images))
+        sums = ones @ embeddings
+        squared[start:stop] = np.einsum("fd,fd->f", sums, sums)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(square, range(0, features, size)))
+    n = np.diff(offsets)
+    return np.where(n >= 2, (squared - n) / np.maximum(n * (n - 1), 1), np.nan)
+
+
+def mean_cosine_of_prompts(embeddings: Float[np.ndarray, "image dim"], prompts: list[str]) -> float:
+    """The mean cosine between the first images of all prompts; NaN for a single prompt."""
+    first: dict[str, int] = {}
+    for image, prompt in enumerate(prompts):
+        first.setdefault(normalise(prompt), image)
+    images = np.fromiter(first.values(), np.int64)
+    return float(mean_pairwise_cosine(embeddings, np.asarray([0, len(images)]), images)[0])
+
+
+def step_table(
+    step: int,
+    embeddings: Float[np.ndarray, "image dim"],
+    offsets: Int[np.ndarray, " offset"],
+    images: Int[np.ndarray, " place"],
+    n_features: int,
+) -> pa.Table:
+    """The coherence of every feature of one dictionary at one step: step, feature, coherence (null below 2 images), images."""
+    values = mean_pairwise_cosine(embeddings, offsets, images)
+    return pa.table(
+        {
+            "step": pa.array(np.full(n_features, step, np.int32)),
+            "feature": pa.array(np.arange(n_features, dtype=np.int32)),
+            "coherence": pa.array(values, mask=np.isnan(values)),
+            "images": pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(images, pa.int64())),
+        }
+    )
+
+
+def coherence_file(analysis: Analysis, subject: Subject) -> Path:
+    """Where the coherence of a dictionary lies."""
+    return analysis.out / subject.name / "coherence.parquet"
+
+
+def coherence_table(analysis: Analysis, subject: Subject) -> pa.Table | None:
+    """The coherence of a dictionary's features at all steps computed; None when it was never computed.
+
+    Columns as of `step_table`; `coherence_record` reads its metadata.  `MismatchError` when it is of another dictionary or store,
+    `DamagedError` and `ForeignError` when it is none.
+    """
+    path = coherence_file(analysis, subject)
+    if not path.exists():
+        return None
+    again = "run python -m analyze coherence again"
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DamagedError(f"{path} cannot be read ({error}): delete it and {again}") from None
+    record = coherence_record(table)
+    if (record.get("format"), record.get("version")) != (FORMAT, VERSION):
+        raise ForeignError(f"{path} holds no coherence in format {VERSION}: delete it and {again}")
+    if (record["store"], record["dictionary"]) != (analysis.store.id, subject.identity):
+        raise MismatchError(f"{path} is the coherence of another dictionary or store: delete it and {again}")
+    return table
+
+
+def coherence_record(table: pa.Table) -> dict[str, str | int | float | None]:
+    """What a coherence table says of itself: store, dictionary, embeddings, source, top_m, baseline."""
+    said = json.loads((table.schema.metadata or {}).get(RECORD, b"{}"))
+    return dict(said)
+
+
+def _write(
+    analysis: Analysis, subject: Subject, embeddings: Embeddings, top_m: int, baseline: float, tables: list[pa.Table]
+) -> None:
+    """Publish the table; what it held of other steps stays when it was made from the same embeddings in the same way."""
+    record = {
+        "format": FORMAT,
+        "version": VERSION,
+        "store": analysis.store.id,
+        "dictionary": subject.identity,
+        "embeddings": embeddings.id,
+        "source": embeddings.source,
+        "top_m": top_m,
+        "baseline": None if np.isnan(baseline) else baseline,
+    }
+    before = coherence_table(analysis, subject)
+    if before is not None and coherence_record(before) == record:
+        others = ~np.isin(before["step"].to_numpy(), analysis.steps)
+        tables = [*tables, before.filter(pa.array(others)).replace_schema_metadata(None)]
+    table = pa.concat_tables(tables).combine_chunks().sort_by([("step", "ascending"), ("feature", "ascending")])
+    write_table(
+        coherence_file(analysis, subject), table.replace_schema_metadata({RECORD: json.dumps(record, sort_keys=True)})
+    )
+
+
+def _sentences(found: CoherenceSummary, embeddings: Embeddings, top_m: int, analysis: Analysis) -> str:
+    origin = "were there already" if found.cached else embeddings.source
+    lines = [
+        f"coherence: {found.features} features by their top {top_m} images with unique prompts in {found.seconds:.1f} s -> {analysis.out}",
+        f"           embeddings of {len(embeddings.values)} images x {embeddings.values.shape[1]}: {origin}",
+        f"           any two prompts' images: {found.baseline:.3f}",
+    ]
+    for subject in analysis.subjects:
+        values = [
+            f"{found.medians[subject.name, step]:.3f}" if (subject.name, step) in found.medians else "-"
+            for step in analysis.steps
+        ]
+        lines.append(
+            f"           {subject.name}: median over its features {', '.join(values)} at steps {', '.join(map(str, analysis.steps))}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,170 @@
+"""What score matrices cost, against one plain torch pass over the same activations in RAM: `make bench-analyze`.
+
+The plain pass does what S needs and no more: product, activation, maximum over tokens, batch by batch of images, with torch's
+threads.  Ours is the whole command: it reads the store and proves every chunk, finds the tokens of the maxima, takes all
+statistics, histograms and top images, and writes everything.  Least work: 2 * d_model operations an image, token and feature.
+"""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+
+from analyze.scoring import scores
+from analyze.scoring.settings import ScoresSettings
+from bench.timing import Comparison, by_turns
+from store import open_store
+from store.format import StreamTokens
+from store.sites import Site
+from store.sizes import human_size
+from store.writer import StoreWriter
+from tests.small_store import small_meta, small_part
+from train import Dictionary, DictionaryConfig
+from train.dictionaries.activations import keep_top
+from train.dictionaries.checkpoint import frozen, save_dictionary
+from train.dictionaries.dictionary import build
+
+IMAGES, TOKENS, D_MODEL, FEATURES = 256, 256, 512, 8192
+BATCH = 4
+"""images of a batch of the plain pass: 32 MiB of z, the quickest of 1 to 32 here"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A dictionary to be measured."""
+
+    what: str
+    bias: float
+    """of every feature; rows and encoder rows are such that pre-activations have variance 1"""
+    k: int | None = None
+
+
+CASES = (Case("ReLU, 5 % active", -1.645), Case("ReLU, half active", 0.0), Case("TopK 64", 0.0, 64))
+
+
+def comparisons() -> Iterator[Comparison]:
+    """S with all statistics, of 256 images, 256 tokens, d_model 512, 8,192 features: one dictionary of each kind."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        store = random_store(folder / "store", IMAGES, TOKENS, D_MODEL)
+        x = torch.from_numpy(open_store(store).read(Site.parse("img_0"), 0, "mlp_in").astype(np.float32))
+        operations = 2 * x.numel() * FEATURES
+        for case in CASES:
+            dictionary = random_dictionary(case, D_MODEL, FEATURES)
+            save_dictionary(folder / case.what / dictionary.name, dictionary, None, [])
+            ours, plain = by_turns(
+                partial(score, store, folder / case.what), partial(plain_pass, x, dictionary), rounds=2
+            )
+            yield Comparison(
+                f"S, {case.what}", ours, "plain torch pass in RAM, S alone", plain,
+                f"{operations / 1e12:.2f} TFLOP: {operations / ours / 1e9:.0f} against {operations / plain / 1e9:.0f} GFLOP/s; "
+                f"{human_size(2 * x.numel())} read, {human_size(8 * IMAGES * FEATURES)} written before compression",
+            )  # fmt: skip
+
+
+def plain_pass(x: torch.Tensor, dictionary: Dictionary) -> torch.Tensor:
+    """S (image, feature) of activations (image, token, d_model) in RAM."""
+    weight, bias, k = dictionary.encoder.weight.T, dictionary.encoder.bias, dictionary.config.k
+    found = []
+    with torch.inference_mode():
+        for batch in torch.split(x, BATCH):
+            z = torch.relu(batch.reshape(-1, x.shape[2]) @ weight + bias)
+            if k is not None:
+                z = keep_top(z, k)
+            found.append(z.view(len(batch), x.shape[1], -1).amax(dim=1))
+    return torch.cat(found)
+
+
+def score(store: Path, dictionaries: Path, **changes: Any) -> None:
+    """The whole command, into a folder that is removed afterwards."""
+    with tempfile.TemporaryDirectory() as out, quiet():
+        scores.run(ScoresSettings(store=store, dictionaries=dictionaries, out=Path(out) / "out", **changes))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Say nothing, neither on stdout nor on stderr."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def random_dictionary(case: Case, d_model: int, n_features: int) -> Dictionary:
+    """A transcoder of normally distributed encoder weights."""
+    kind = {"activation": "topk", "k": case.k} if case.k is not None else {}
+    dictionary = build(DictionaryConfig("transcoder", Site.parse("img_0"), d_model, n_features, **kind))  # type: ignore[arg-type]
+    with torch.no_grad():
+        dictionary.initialise(0)
+        dictionary.encoder.weight.normal_(std=d_model**-0.5, generator=torch.Generator().manual_seed(0))
+        dictionary.encoder.bias.fill_(case.bias)
+    return frozen(dictionary)
+
+
+def random_store(path: Path, n_images: int, tokens: int, d_model: int) -> Path:
+    """A finished store of one site and step, normally distributed bfloat16 rows, the same in every chunk."""
+    side = 8 * round(tokens**0.5)
+    kept = StreamTokens("all", tokens, tokens)
+    meta = small_meta(n_images, ("img_0",), (0,), d_model, "bfloat16", kept, chunk_images=16, pictures="none")
+    meta = replace(meta, height=side, width=side, num_inference_steps=1, points=("mlp_in",))
+    rows = np.random.default_rng(0).standard_normal((16, tokens, d_model), np.float32).astype(ml_dtypes.bfloat16)
+    key = (Site.parse("img_0"), 0, "mlp_in")
+    writer = StoreWriter.open_or_create(path, meta)
+    for part in writer.missing():
+        images = meta.part_images(part)
+        every = np.broadcast_to(rows, (-(-images.stop // 16), *rows.shape)).reshape(-1, tokens, d_model)
+        writer.write_part(part, small_part(meta, part, {key: every}, [f"prompt {i}" for i in range(n_images)]))
+    assert writer.seal()
+    return path
+
+
+PEAK = """
+import json, sys
+from pathlib import Path
+from bench import scores
+from store.packing.crew import peak_memory
+store, dictionaries, more = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+scores.score(store, dictionaries, **more)
+print(peak_memory())
+"""
+
+
+def peaks(images: tuple[int, ...] = (1024, 10_240), tokens: int = 4, n_features: int = 4096) -> list[int]:
+    """The greatest memory of a process, bytes, that scores a store of so many images, Python and its libraries included."""
+    found = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        dictionary = random_dictionary(CASES[0], 64, n_features)
+        save_dictionary(folder / "d" / dictionary.name, dictionary, None, [])
+        for count in images:
+            store = random_store(folder / f"{count}", count, tokens, 64)
+            words = [sys.executable, "-c", PEAK, str(store), str(folder / "d"), json.dumps({"workers": 2})]
+            done = subprocess.run(words, capture_output=True, text=True, check=True, env=os.environ)
+            found.append(int(done.stdout))
+    return found
+
+
+def peak_line() -> str:
+    """What `peaks` measured, in a line; with S as it would be in memory."""
+    few, many = peaks()
+    return (
+        f"peak memory of scores, 4,096 features: {human_size(few)} at 1,024 images, {human_size(many)} at 10,240 "
+        f"(S and tokens of all: {human_size(10_240 * 4096 * 8)}); ratio {many / few:.2f}"
+    )
+
+
+if __name__ == "__main__":
+    for comparison in comparisons():
+        print(comparison.line(), flush=True)
+    print(peak_line())

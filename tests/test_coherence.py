@@ -1,0 +1,324 @@
+"""Coherence against a loop over all pairs, CLIP against the whole model on pixels prepared by hand, and a cache that mistakes nothing."""
+
+import json
+import shutil
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import safetensors.numpy
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from analyze.features import coherence, embeddings
+from analyze.features.clip import TINY_FLUX_CLIP, Clip, clip_for, load_clip
+from analyze.features.coherence import coherence_record, coherence_table, mean_pairwise_cosine, top_lists
+from analyze.features.embeddings import given_embeddings
+from analyze.features.settings import CoherenceSettings
+from analyze.inputs import open_analysis
+from analyze.scoring import scores
+from analyze.scoring.settings import ScoresSettings
+from analyze.settings import Inputs
+from store import open_store
+from store.errors import DamagedError, ForeignError, GranaryError, MismatchError, NonFiniteError, UsageError
+from tests.analyze_planted import Plan, planted_dictionaries, planted_store
+
+PLAN = Plan(n_images=10, chunk_images=4, seeds_per_prompt=2)
+
+
+def unit_vectors(images: int, dim: int = 6, seed: int = 0) -> np.ndarray:
+    values = np.random.default_rng(seed).normal(size=(images, dim))
+    return np.asarray(values / np.linalg.norm(values, axis=1, keepdims=True))
+
+
+@pytest.fixture(scope="module")
+def analyzed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small planted store with its dictionaries and scores; never written to."""
+    folder = tmp_path_factory.mktemp("analyzed")
+    planted_store(folder / "store", PLAN)
+    planted_dictionaries(folder / "dictionaries", PLAN)
+    scores.run(ScoresSettings(**where(folder), top=5))
+    return folder
+
+
+@pytest.fixture
+def case(analyzed: Path, tmp_path: Path) -> Path:
+    """A copy of it, with embeddings in a file."""
+    for name in ("store", "dictionaries", "out"):
+        shutil.copytree(analyzed / name, tmp_path / name)
+    np.save(tmp_path / "given.npy", unit_vectors(PLAN.n_images))
+    return tmp_path
+
+
+def where(folder: Path) -> dict[str, Any]:
+    return {"store": folder / "store", "dictionaries": folder / "dictionaries", "out": folder / "out"}
+
+
+def run(folder: Path, **changes: Any) -> coherence.CoherenceSummary:
+    return coherence.run(CoherenceSettings(**{**where(folder), "top_m": 4, **changes}))
+
+
+lists = st.lists(st.lists(st.integers(0, 8), max_size=6, unique=True), max_size=9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lists, st.integers(0, 3), st.integers(1, 5))
+def test_coherence_is_the_mean_over_all_pairs(groups: list[list[int]], seed: int, most: int) -> None:
+    vectors = unit_vectors(9, seed=seed)
+    column = pa.chunked_array([pa.array([[7], *groups], pa.list_(pa.int64())).slice(1)])
+    offsets, images = top_lists(column, most)
+    found = mean_pairwise_cosine(vectors, offsets, images)
+    for group, value, start, stop in zip(groups, found, offsets, offsets[1:], strict=False):
+        assert images[start:stop].tolist() == group[:most]
+        pairs = [float(vectors[a] @ vectors[b]) for a, b in combinations(group[:most], 2)]
+        assert np.isnan(value) if not pairs else value == pytest.approx(sum(pairs) / len(pairs), abs=1e-12)
+
+
+def test_blocks_of_features_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors, offsets = unit_vectors(9), np.arange(0, 41, 4)
+    images = np.concatenate([np.random.default_rng(f).choice(9, 4, replace=False) for f in range(10)])
+    whole = mean_pairwise_cosine(vectors, offsets, images)
+    monkeypatch.setattr(coherence, "BLOCK_BYTES", 8 * 6 * 3)
+    np.testing.assert_array_equal(mean_pairwise_cosine(vectors, offsets, images), whole)
+
+
+def test_the_table_has_every_step_and_feature_and_says_what_it_is_made_from(
+    case: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = run(case, embeddings=str(case / "given.npy"))
+    analysis = open_analysis(Inputs(**where(case)))
+    vectors = unit_vectors(PLAN.n_images)
+    counted = 0
+    for subject in analysis.subjects:
+        table = coherence_table(analysis, subject)
+        assert table is not None
+        assert table.column_names == ["step", "feature", "coherence", "images"]
+        rows = iter(table.to_pylist())
+        for step in analysis.steps:
+            for feature, images in enumerate(analysis.matrix(subject, step).features()["unique_image"].to_pylist()):
+                row = next(rows)
+                assert (row["step"], row["feature"], row["images"]) == (step, feature, images[:4])
+                pairs = [float(vectors[a] @ vectors[b]) for a, b in combinations(images[:4], 2)]
+                expected = pytest.approx(sum(pairs) / len(pairs), abs=1e-12) if pairs else None
+                assert row["coherence"] == expected
+                counted += bool(pairs)
+        record = coherence_record(table)
+        assert (record["top_m"], record["store"]) == (4, analysis.store.id)
+        assert record["embeddings"] == found.embeddings
+    first = [vectors[image] for image in range(0, PLAN.n_images, 2)]  # one a prompt, should two prompts be equal or not
+    assert found.features == counted > 20
+    assert -1 < found.baseline < 1
+    if len(set(analysis.store.prompts()["prompt"].to_pylist())) == len(first):
+        pairs = [float(a @ b) for a, b in combinations(first, 2)]
+        assert found.baseline == pytest.approx(sum(pairs) / len(pairs), abs=1e-12)
+    assert f"{counted} features by their top 4 images" in capsys.readouterr().out
+
+
+def test_equal_runs_give_equal_bytes_and_steps_may_come_one_by_one(case: Path) -> None:
+    given_file = str(case / "given.npy")
+    run(case, embeddings=given_file)
+    whole = {path: path.read_bytes() for path in sorted((case / "out").glob("*/coherence.parquet"))}
+    assert len(whole) == 2
+    for path in whole:
+        path.unlink()
+    for step in ("1", "0"):
+        run(case, embeddings=given_file, steps=step)
+    assert {path: path.read_bytes() for path in whole} == whole
+    np.save(case / "other.npy", unit_vectors(PLAN.n_images, seed=1))
+    run(case, embeddings=str(case / "other.npy"), steps="1")  # of other embeddings: nothing old stays beside them
+    assert {tuple(pq.read_table(path)["step"].unique().to_pylist()) for path in whole} == {(1,)}
+
+
+def test_given_embeddings_may_lie_in_either_format_and_any_float_and_length(tmp_path: Path) -> None:
+    vectors = unit_vectors(5)
+    np.save(tmp_path / "a.npy", (3 * vectors).astype(np.float32))
+    safetensors.numpy.save_file({"mine": vectors.astype(np.float16)}, tmp_path / "one.safetensors")
+    safetensors.numpy.save_file({"x": vectors, "image_embedding": -vectors}, tmp_path / "two.safetensors")
+    np.testing.assert_allclose(given_embeddings(str(tmp_path / "a.npy"), 5).values, vectors, atol=1e-6)
+    np.testing.assert_allclose(given_embeddings(str(tmp_path / "one.safetensors"), 5).values, vectors, atol=2e-3)
+    named, chosen = (given_embeddings(f"{tmp_path}/two.safetensors{key}", 5) for key in ("", "#x"))
+    np.testing.assert_allclose(named.values, -vectors)
+    np.testing.assert_allclose(chosen.values, vectors)
+    assert named.id != chosen.id
+
+
+def test_embeddings_that_cannot_be_these_images_are_refused(tmp_path: Path) -> None:
+    def refused(values: Any, error: type[GranaryError], words: str, name: str = "e.npy") -> None:
+        path = tmp_path / name
+        if isinstance(values, bytes):
+            path.write_bytes(values)
+        elif name.endswith(".npy"):
+            np.save(path, values)
+        else:
+            safetensors.numpy.save_file(values, path)
+        with pytest.raises(error, match=words):
+            given_embeddings(str(path), 5)
+
+    vectors = unit_vectors(5)
+    spoilt, without = vectors.copy(), vectors.copy()
+    spoilt[3, 2], without[1] = np.nan, 0
+    refused(vectors[:4], MismatchError, "has 4 rows, the store has 5 images")
+    refused(spoilt, NonFiniteError, "embedding of image 3 holds a NaN")
+    refused(without, NonFiniteError, "embedding of image 1 holds only zeros")
+    refused(vectors[0], UsageError, r"of shape \(6,\): expected floating-point numbers, \(image, dim\)")
+    refused(np.ones((5, 2), int), UsageError, "is int64")
+    refused(np.asarray([{}, {}]), ForeignError, "cannot be read as .npy")  # a pickle
+    refused(b"no numbers", ForeignError, "cannot be read as .npy")
+    refused(b"no numbers", ForeignError, "cannot be read as .safetensors", "e.safetensors")
+    refused({"a": vectors, "b": vectors}, UsageError, "it holds a, b; say which", "e.safetensors")
+    refused(b"1 2 3", UsageError, "expected a .npy or a .safetensors file", "e.txt")
+    with pytest.raises(UsageError, match="there is no file"):
+        given_embeddings(str(tmp_path / "nowhere.npy"), 5)
+
+
+def test_clip_embeds_as_the_whole_model_does_on_pixels_prepared_by_hand(case: Path) -> None:
+    from transformers import CLIPModel
+
+    found = run(case, clip=str(TINY_FLUX_CLIP))
+    assert not found.cached
+    store = open_store(case / "store")
+    pictures = [store.picture(image) for image in range(store.n_images)]
+    small = [picture.resize((64, 64), Image.Resampling.BICUBIC) for picture in pictures if picture is not None]
+    pixels = (np.stack([np.asarray(picture, np.float32) for picture in small]) / 255 - 0.5) / 0.5
+    model = CLIPModel.from_pretrained(TINY_FLUX_CLIP, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        pooled = model.vision_model(torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())).pooler_output
+        expected = model.visual_projection(pooled).double()
+    expected = (expected / expected.norm(dim=1, keepdim=True)).numpy()
+    (file,) = (case / "out" / "embeddings").iterdir()
+    values = safetensors.numpy.load_file(file)["image_embedding"].astype(np.float64)
+    np.testing.assert_allclose(values / np.linalg.norm(values, axis=1, keepdims=True), expected, atol=1e-5)
+
+
+def changed_clip(folder: Path, **config: Any) -> Path:
+    """tiny-flux's CLIP model with another first weight, or another configuration."""
+    shutil.copytree(TINY_FLUX_CLIP, folder)
+    if config:
+        settings = json.loads((folder / "preprocessor_config.json").read_text())
+        (folder / "preprocessor_config.json").write_text(json.dumps({**settings, **config}))
+    else:
+        tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+        tensors["visual_projection.weight"][0, 0] += 1
+        safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_embeddings_are_made_once_for_a_store_and_a_model(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(case, clip=str(TINY_FLUX_CLIP))
+    cache = case / "out" / "embeddings"
+    (file,) = cache.iterdir()
+    made = file.read_bytes()
+    shutil.copytree(TINY_FLUX_CLIP, case / "elsewhere")
+    with monkeypatch.context() as patch:
+        patch.setattr(Clip, "embed", None)  # cannot be called
+        again = run(case, clip=str(case / "elsewhere"))
+    assert (first.cached, again.cached, again.embeddings) == (False, True, first.embeddings)
+    others = [changed_clip(case / "weights"), changed_clip(case / "pixels", image_mean=[0.4, 0.5, 0.5])]
+    ids = {run(case, clip=str(folder)).embeddings for folder in others}
+    assert len(ids | {first.embeddings}) == len(list(cache.iterdir())) == 3
+    file.unlink()
+    assert not run(case, clip=str(TINY_FLUX_CLIP)).cached
+    assert file.read_bytes() == made
+    planted_store(
+        case / "second", replace(PLAN, seed=1)
+    )  # the same OUT would be refused; the cache is told apart by itself
+    analysis = open_analysis(Inputs(**{**where(case), "store": case / "second"}))
+    found = embeddings.image_embeddings(analysis, CoherenceSettings(**where(case), clip=str(TINY_FLUX_CLIP)))
+    assert not found.cached
+    assert found.id not in ids | {first.embeddings}
+
+
+def test_a_cached_file_that_was_damaged_or_exchanged_is_not_used(case: Path) -> None:
+    run(case, clip=str(TINY_FLUX_CLIP))
+    (file,) = (case / "out" / "embeddings").iterdir()
+    whole = file.read_bytes()
+    for damaged in (whole[:-3], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
+        file.write_bytes(damaged)
+        with pytest.raises(DamagedError, match=r"delete .*\.safetensors and run this again"):
+            run(case, clip=str(TINY_FLUX_CLIP))
+    file.unlink()
+    run(case, clip=str(changed_clip(case / "other")))
+    (other,) = (case / "out" / "embeddings").iterdir()
+    other.rename(file)
+    with pytest.raises(ForeignError, match="of another store or model"):
+        run(case, clip=str(TINY_FLUX_CLIP))
+
+
+def test_a_folder_that_is_no_clip_model_is_refused(tmp_path: Path) -> None:
+    def refused(name: str, words: str) -> None:
+        with pytest.raises(GranaryError, match=words):
+            load_clip(str(tmp_path / name) if name else "nobody")
+
+    refused("nowhere", "there is no such folder")
+    refused("", "there is no such folder, and it is no id of the hub")
+    shutil.copytree(TINY_FLUX_CLIP.parent / "text_encoder", tmp_path / "text")
+    refused("text", "is no CLIP model: it has no preprocessor_config.json")
+    for name in ("empty", "type", "unjson", "lost", "torn", "half"):
+        shutil.copytree(TINY_FLUX_CLIP, tmp_path / name)
+    (tmp_path / "empty" / "model.safetensors").unlink()
+    refused("empty", "it has no weights")
+    (tmp_path / "type" / "config.json").write_text('{"model_type": "siglip"}')
+    refused("type", "is a model of type 'siglip', expected 'clip'")
+    (tmp_path / "unjson" / "config.json").write_text("[]")
+    refused("unjson", "config.json is not the one of a model")
+    (tmp_path / "torn" / "model.safetensors").write_bytes((TINY_FLUX_CLIP / "model.safetensors").read_bytes()[:-9])
+    refused("torn", "cannot be read")
+    tensors = safetensors.numpy.load_file(TINY_FLUX_CLIP / "model.safetensors")
+    kept = {name: values for name, values in tensors.items() if "visual_projection" not in name}
+    safetensors.numpy.save_file(kept, tmp_path / "half" / "model.safetensors", {"format": "pt"})
+    refused("half", "the image encoder is not whole, visual_projection.weight is missing")
+
+
+def test_tiny_flux_has_a_model_of_its_own_and_others_are_asked_for_one(case: Path) -> None:
+    store = open_store(case / "store")
+    with pytest.raises(UsageError, match="which CLIP model is to embed the pictures of planted"):
+        clip_for(store, None)
+    store.meta = replace(store.meta, model={"id": "tiny-flux"})
+    assert clip_for(store, None) == str(TINY_FLUX_CLIP)
+    assert clip_for(store, "mine") == "mine"
+
+
+def test_what_cannot_be_compared_is_refused_before_anything_is_embedded(case: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="keeps 5 top images of each feature: compute scores with --top 6"):
+        run(case, top_m=6, embeddings=str(case / "given.npy"))
+    with pytest.raises(UsageError, match="it takes 2 images"):
+        run(case, top_m=1)
+    with pytest.raises(UsageError, match="leave one of them out"):
+        run(case, clip="a", embeddings="b")
+    with pytest.raises(UsageError, match="--device nonsense"):
+        run(case, clip=str(TINY_FLUX_CLIP), device="nonsense")
+    bare = tmp_path / "bare"
+    planted_store(bare / "store", replace(PLAN, n_images=4, pictures=False))
+    planted_dictionaries(bare / "dictionaries", PLAN)
+    with pytest.raises(UsageError, match="run python -m analyze scores"):
+        run(bare)
+    scores.run(ScoresSettings(**where(bare)))
+    with pytest.raises(UsageError, match=r"holds no pictures to embed: give --embeddings FILE"):
+        run(bare, clip=str(TINY_FLUX_CLIP))
+    np.save(bare / "given.npy", unit_vectors(4))
+    assert run(bare, embeddings=str(bare / "given.npy")).features > 0  # which needs none
+
+
+def test_a_coherence_table_of_another_dictionary_or_form_is_not_taken(case: Path) -> None:
+    run(case, embeddings=str(case / "given.npy"))
+    analysis = open_analysis(Inputs(**where(case)))
+    subject, other = analysis.subjects
+    path = coherence.coherence_file(analysis, subject)
+    shutil.copy(coherence.coherence_file(analysis, other), path)
+    with pytest.raises(MismatchError, match="of another dictionary or store"):
+        coherence_table(analysis, subject)
+    pq.write_table(pa.table({"step": [0]}), path)
+    with pytest.raises(ForeignError, match="holds no coherence in format 1"):
+        coherence_table(analysis, subject)
+    path.write_bytes(b"PAR1")
+    with pytest.raises(DamagedError, match="run python -m analyze coherence again"):
+        coherence_table(analysis, subject)
+    path.unlink()
+    assert coherence_table(analysis, subject) is None
