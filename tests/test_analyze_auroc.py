@@ -1,4 +1,4 @@
-"""AUROC against counting every pair, and choosing columns without looking at the rows they are scored on."""
+"""AUROC against counting every pair, F1 against trying every threshold, and choosing without looking at what is scored."""
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ from scipy import sparse
 from analyze.truth.auroc import auroc
 from analyze.truth.choosing import choose_columns
 from analyze.truth.probes import best_channel, ridge_probe
+from analyze.truth.thresholds import best_f1, best_threshold, f1_of
 from store.errors import NonFiniteError
 
 
@@ -84,3 +85,60 @@ def test_the_best_channel_may_be_of_either_sign() -> None:
     shown = np.random.default_rng(2).random((60, 1)) < 0.5
     x = np.where(shown, -3.0, 3.0).astype(np.float32)
     assert best_channel(x, shown, np.repeat([0, 1, 2], 20)).scored[0] == 1.0
+
+
+def naive_f1(values: np.ndarray, positive: np.ndarray, threshold: float) -> float:
+    said = values >= threshold
+    hits = int((said & positive).sum())
+    return 2 * hits / max(int(said.sum()) + int(positive.sum()), 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 9).flatmap(
+        lambda n: st.tuples(
+            arrays.arrays(np.float32, (n, 2), elements=st.sampled_from([-1.5, 0.0, 0.0, 0.5, 0.5, 3.0])),
+            arrays.arrays(np.bool_, (n, 2)),
+        )
+    )
+)
+def test_no_threshold_has_a_higher_f1_than_the_chosen_one(table: tuple[np.ndarray, np.ndarray]) -> None:
+    values, positive = table
+    threshold = best_threshold(values, positive)
+    found = f1_of(values, positive, threshold)
+    for column in range(2):
+        tried = [naive_f1(values[:, column], positive[:, column], t) for t in np.unique(values[:, column])]
+        own = naive_f1(values[:, column], positive[:, column], threshold[column])
+        assert found.f1[column] == own == max(tried)
+
+
+def test_a_threshold_is_chosen_on_one_half_and_scored_on_the_other_midway_between_values() -> None:
+    values = np.asarray([[0.0], [0.0], [2.0], [4.0], [0.0], [2.9], [3.1], [9.0]], np.float32)
+    shown = np.asarray([[0], [0], [0], [1], [0], [1], [1], [0]], bool)
+    cut = best_f1(values, shown, np.arange(8) < 4)
+    assert cut.threshold[0] == 3.0
+    assert cut.f1[0] == 2 * 1 / (2 + 2)
+
+
+def test_the_ridge_probe_is_the_same_by_rows_and_by_channels() -> None:
+    rng = np.random.default_rng(4)
+    shown = rng.random((90, 2)) < 0.5
+    wide = (rng.standard_normal((90, 140)) + shown[:, :1]).astype(np.float32)  # fewer rows than channels
+    part = np.repeat([0, 1, 2], 30)
+    by_rows = ridge_probe(wide, shown, part)
+    inside, outside = wide[part < 2].astype(np.float64), wide[part == 2].astype(np.float64)
+    mean, deviation = inside.mean(axis=0), inside.std(axis=0) + 1e-6
+    inside, outside = (inside - mean) / deviation, (outside - mean) / deviation
+    target, found = shown[part < 2] - shown[part < 2].mean(axis=0), []
+    for alpha in (1e-4, 1e-3, 1e-2, 1e-1, 1.0):
+        weight = np.linalg.solve(inside.T @ inside / 60 + alpha * np.eye(140), inside.T @ target / 60)
+        found.append(np.diagonal(auroc((outside @ weight).astype(np.float32), shown[part == 2])))
+    for label in range(2):
+        assert min(abs(by_rows.scored[label] - one[label]) for one in found) < 0.01
+
+
+def test_a_probe_that_has_nothing_to_be_judged_on_says_nothing() -> None:
+    shown = (np.arange(40) % 2 == 0)[:, None]
+    x = np.random.default_rng(5).random((40, 3)).astype(np.float32)
+    assert np.isnan(ridge_probe(x, shown, np.repeat([1, 2], 20)).scored[0])  # no rows in part 0
+    assert not np.isnan(ridge_probe(x, shown, np.repeat([0, 1, 2, 2], 10)).scored[0])

@@ -1,5 +1,6 @@
 """The truth table finds planted features, on images and tokens, and says where there are none."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -7,16 +8,20 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import zarr
 
+from analyze.labels.book import LabelBook
 from analyze.scoring import scores
 from analyze.scoring.settings import ScoresSettings
 from analyze.truth import judging as truth
 from analyze.truth.attributes import ATTRIBUTES, Attribute, image_labels, read_scenes, token_labels
 from analyze.truth.halves import halves_of
 from analyze.truth.settings import TruthSettings
+from analyze.truth.writing import markdown, printed
 from store import open_store
-from store.errors import UsageError
+from store.errors import NonFiniteError, UsageError
 from store.format import StreamTokens
+from store.labels import Label
 from tests.analyze_planted import Plan, planted_dictionaries, planted_store
 
 MISSING = {
@@ -25,7 +30,9 @@ MISSING = {
     Attribute("position", "top left"),
     Attribute("background", "black"),
 }
-PLAN = Plan(n_images=220, planted=tuple(attribute for attribute in ATTRIBUTES if attribute not in MISSING))
+PLAN = Plan(
+    n_images=220, pictures=False, planted=tuple(attribute for attribute in ATTRIBUTES if attribute not in MISSING)
+)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +138,7 @@ def test_positions_are_undefined_in_scenes_of_two_objects(planted: Path) -> None
 
 
 def test_sampled_image_tokens_are_judged_where_they_were_kept(tmp_path: Path) -> None:
-    plan = Plan(n_images=220, steps=1, sites=("img_0",), tokens={"img": StreamTokens("sample", 20, 54)})
+    plan = Plan(n_images=150, steps=1, sites=("img_0",), pictures=False, tokens={"img": StreamTokens("sample", 20, 54)})
     planted_store(tmp_path / "store", plan)
     planted_dictionaries(tmp_path / "dictionaries", plan)
     scores.run(ScoresSettings(**where(tmp_path)))
@@ -145,3 +152,124 @@ def test_held_out_images_are_those_of_held_out_prompts(planted: Path) -> None:
     with pytest.raises(UsageError, match="at least 20 images of held-out prompts") as caught:
         truth.run(TruthSettings(**where(planted)))
     assert "--images all" in str(caught.value)
+
+
+def test_ceiling_floor_and_best_f1_stand_beside_every_feature_over_images(planted: Path, table: dict[str, Any]) -> None:
+    for number, entry in enumerate(table["attributes"]):
+        for stream in ("img", "txt"):
+            found = entry["streams"][stream]
+            if ATTRIBUTES[number] in MISSING:
+                assert found["images"]["f1"] < 0.9
+            else:
+                assert min(found[key]["f1"] for key in ("images", "images_floor")) > 0.9
+                assert found["images_floor"]["channel"].split()[1] == str(number)  # the channel that it was planted in
+                assert found["images_ceiling"]["auroc"] > 0.95
+                assert 0 < found["images"]["threshold"] < 3
+        best = entry["best"]
+        assert best["selection"] == max(entry["streams"][stream]["images"]["selection"] for stream in ("img", "txt"))
+        assert best["floor"] == entry["streams"][best["stream"]]["images_floor"]["auroc"]
+    assert set(table["overall"]["without"]) == {str(attribute) for attribute in MISSING}
+
+
+def test_every_dictionary_and_step_has_a_line_that_counts_its_own_rows(planted: Path, table: dict[str, Any]) -> None:
+    rows = pq.read_table(planted / "out" / "truth.parquet").to_pylist()
+    assert [(line["dictionary"], line["step"]) for line in table["by_dictionary"]] == [
+        ("img_0", 0), ("img_0", 1), ("txt_0", 0), ("txt_0", 1),
+    ]  # fmt: skip
+    for line in table["by_dictionary"]:
+        own = [r for r in rows if (r["dictionary"], r["step"]) == (line["dictionary"], line["step"])]
+        assert line["with_feature"] == sum(r["image_auroc"] >= 0.9 for r in own)
+        assert line["image_f1"] == pytest.approx(np.mean([r["image_f1"] for r in own]), abs=1e-6)
+        assert (line["token_auroc"] is None) == (line["dictionary"] == "txt_0")
+    with (planted / "out" / "truth.csv").open() as file:
+        as_csv = list(csv.DictReader(file))
+    assert [float(r["image_auroc"]) for r in as_csv] == [r["image_auroc"] for r in rows]
+
+
+def own_truth(folder: Path, name: str, rows: list[list[Any]]) -> Path:
+    with (folder / name).open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return folder / name
+
+
+def test_a_truth_of_ones_own_gives_the_same_table_for_images(
+    planted: Path, table: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scenes = read_scenes(open_store(planted / "store"))
+    red, ring = Attribute("colour", "red"), Attribute("shape", "ring")
+    wide = [
+        ["image", "colour:red", "rings"],
+        *([s.image, int(bool(s.shows(red))), int(bool(s.shows(ring)))] for s in scenes),
+    ]
+    long = [["image", "attribute", "value"], *([s.image, "colour:red", bool(s.shows(red))] for s in scenes)]
+    long += [[s.image, "rings", "yes" if s.shows(ring) else "no"] for s in scenes]
+    before = (planted / "out" / "truth.json").read_bytes()
+    found = []
+    for name, rows in (("wide.csv", wide), ("long.csv", long)):
+        file = own_truth(tmp_path, name, rows)
+        found.append(truth.run(TruthSettings(**where(planted, images="all", attributes=file, steps="0"))))
+    assert found[0] == found[1]
+    of_red, _ = found[0]["attributes"]
+    known = table["attributes"][ATTRIBUTES.index(red)]
+    assert (of_red["group"], of_red["value"]) == ("colour", "red")
+    assert of_red["streams"]["txt"] == known["streams"]["txt"]
+    assert of_red["streams"]["img"]["images"] == known["streams"]["img"]["images"]
+    assert of_red["streams"]["img"]["images_ceiling"] == known["streams"]["img"]["images_ceiling"]
+    assert "tokens" not in of_red["streams"]["img"]
+    assert found[0]["overall"]["without"] == ["attribute rings"]
+    assert (planted / "out" / "truth.json").read_bytes() == before  # the store's own truth stays
+    assert "no feature of any stream stands for attribute rings" in capsys.readouterr().out
+    assert "| colour red | img | img_0/0 step 0 |" in (planted / "out" / "attributes.md").read_text()
+
+
+def test_images_of_which_a_truth_says_nothing_are_left_out_of_that_attribute(planted: Path, tmp_path: Path) -> None:
+    scenes = read_scenes(open_store(planted / "store"))
+    rows = [[s.image, int(bool(s.shows(ATTRIBUTES[0]))), ""] for s in scenes]
+    for row in rows[:50]:
+        row[2] = row[1]
+    file = own_truth(tmp_path, "some.csv", [["image", "all", "some"], *rows])
+    asked = TruthSettings(**where(planted, images="all", attributes=file, sites="txt_0", steps="1"))
+    found = truth.run(asked)["attributes"]
+    assert found[0]["present"] + found[0]["absent"] > 100
+    assert found[1]["present"] + found[1]["absent"] < 50
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([["image", "cat"], [0, 2]], "line 2: cat is '2': expected 1 or 0"),
+        ([["image", "cat"], [220, 1]], "line 2: there is no image 220: the store has 0 to 219"),
+        ([["image", "cat"], ["first", 1]], "line 2: 'first' is no image"),
+        ([["image", "cat"], [0, 1, 1]], "line 2: 3 cells where the header has 2"),
+        ([["image", "attribute", "value"], [0, "cat", 1], [0, "cat", 0]], "line 3: image 0 was said to be the opposite"),
+        ([["picture", "cat"], [0, 1]], "has the columns picture, cat: expected image"),
+        ([["image", "cat", "cat"], [0, 1, 0]], "each once"),
+        ([["image", "cat"], [0, ""]], "answers nothing"),
+        ([["image", "cat"], *([image, 1] for image in range(5))], "says something about 5"),
+        ([], r"has the columns \(none\)"),
+    ],
+)  # fmt: skip
+def test_a_truth_that_cannot_be_is_refused_by_its_line(
+    planted: Path, tmp_path: Path, rows: list[list[Any]], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        truth.run(TruthSettings(**where(planted, images="all", attributes=own_truth(tmp_path, "own.csv", rows))))
+
+
+def test_labels_stand_beside_features_in_the_printed_and_the_markdown_table(table: dict[str, Any]) -> None:
+    red = LabelBook(None, None, [Label(0, "2026-01-01T00:00:00Z", "ada", "ripe | red")])
+    books = {"img_0": red, "txt_0": LabelBook(None)}
+    assert "img_0/0 step 0 · ripe \\| red |" in markdown(table, books)
+    assert "img_0/0 step 0 · ripe | red" in printed(table, books)
+    assert max(map(len, printed(table, books).splitlines())) <= 120
+
+
+def test_scores_that_are_no_numbers_are_refused(planted: Path) -> None:
+    array = zarr.open_array(planted / "out" / "txt_0" / "step.1" / "scores", mode="r+")
+    before = array[3, 7]
+    try:
+        array[3, 7] = np.inf
+        with pytest.raises(NonFiniteError, match=r"txt_0/step\.1 holds a NaN or an infinite score"):
+            truth.run(TruthSettings(**where(planted, images="all", sites="txt_0", steps="1")))
+    finally:
+        array[3, 7] = before

@@ -42,9 +42,9 @@ BACKGROUND_TOKENS = 8
 
 @dataclass(frozen=True, order=True)
 class Attribute:
-    """One value of one group, such as colour red."""
+    """One value of one group, such as colour red; groups beyond the four are those of a user's own truth."""
 
-    group: Group
+    group: str
     value: str
 
     def __str__(self) -> str:
@@ -88,6 +88,8 @@ class Scene:
                 return any(thing.colour == attribute.value for thing in self.things)
             case "shape":
                 return any(thing.shape == attribute.value for thing in self.things)
+            case _:
+                return None
 
 
 def read_scenes(store: Store) -> list[Scene]:
@@ -95,7 +97,8 @@ def read_scenes(store: Store) -> list[Scene]:
     table = store.prompts()
     if "truth" not in table.column_names:
         raise UsageError(
-            "this store does not know what its pictures show: the truth table needs a store harvested with --prompts builtin:shapes"
+            "this store does not know what its pictures show: the truth table needs a store harvested with --prompts builtin:shapes, "
+            "or a truth of your own: --attributes FILE.csv"
         )
     rows, columns = store.meta.grid
     return [_scene(image, text, rows * columns) for image, text in enumerate(table["truth"].to_pylist())]

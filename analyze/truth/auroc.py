@@ -6,6 +6,8 @@ AUROC = (R - P(P + 1)/2) / (P N), where R is the sum of the ranks of the P posit
 1. Order the non-zero entries by (column, value): one sort of 64-bit keys, the column above the value's bits.
 2. Give each its midrank within its column: negatives first, then the block of zeros, then positives.
 3. Sum ranks over the positive rows of every label: one sparse product; zeros add count x their midrank.
+
+Where most values are not zero (raw channels), whole columns are sorted instead, and the product is a dense one.
 """
 
 from typing import TypeAlias
@@ -16,6 +18,9 @@ from scipy import sparse
 
 from store.errors import NonFiniteError
 
+MOSTLY = 0.5
+"""share of values that are not zero from which columns are sorted whole"""
+
 Values: TypeAlias = Float[np.ndarray, "row column"] | sparse.csr_array
 
 
@@ -24,26 +29,55 @@ def auroc(values: Values, positive: Bool[np.ndarray, "row label"]) -> Float[np.n
 
     `values` are float32, dense or sparse; memory is some 40 bytes a non-zero entry.  `NonFiniteError` for a NaN or an infinity.
     """
-    ranks, zero_rank = _midranks(sparse.coo_array(values))
     labels = positive.astype(np.float64).T
     positives = positive.sum(axis=0, dtype=np.float64)[:, None]
     negatives = len(positive) - positives
-    stored = ranks.copy()
-    stored.data = np.ones_like(stored.data)
-    zeros = positives - labels @ stored
-    rank_sum = labels @ ranks + zeros * zero_rank[None, :]
+    if isinstance(values, np.ndarray) and np.count_nonzero(values) > MOSTLY * values.size:
+        rank_sum = labels @ _dense_midranks(values)
+    else:
+        rank_sum = _sparse_rank_sum(labels, positives, sparse.coo_array(values))
     with np.errstate(invalid="ignore", divide="ignore"):
         result = (rank_sum - positives * (positives + 1) / 2) / (positives * negatives)
     result[(positives * negatives)[:, 0] == 0] = np.nan
     return np.asarray(result)
 
 
+def _dense_midranks(values: Float[np.ndarray, "row column"]) -> Float[np.ndarray, "row column"]:
+    """The 1-based midrank of every value within its column."""
+    _refuse_non_finite(values)
+    by_column = np.ascontiguousarray(values.T)
+    order = np.argsort(by_column, axis=1)  # equal values share a rank, so their order does not matter
+    ordered = np.take_along_axis(by_column, order, axis=1)
+    place = np.broadcast_to(np.arange(ordered.shape[1]), ordered.shape)
+    new = np.concatenate([np.ones_like(ordered[:, :1], bool), ordered[:, 1:] != ordered[:, :-1]], axis=1)
+    first = np.maximum.accumulate(np.where(new, place, 0), axis=1)
+    ends = np.concatenate([new[:, 1:], np.ones_like(new[:, :1])], axis=1)
+    last = np.minimum.accumulate(np.where(ends, place, ordered.shape[1])[:, ::-1], axis=1)[:, ::-1]
+    ranks = np.empty(ordered.shape)
+    np.put_along_axis(ranks, order, (first + last) / 2 + 1, axis=1)
+    return ranks.T
+
+
+def _sparse_rank_sum(
+    labels: Float[np.ndarray, "label row"], positives: Float[np.ndarray, "label 1"], entries: sparse.coo_array
+) -> Float[np.ndarray, "label column"]:
+    ranks, zero_rank = _midranks(entries)
+    stored = ranks.copy()
+    stored.data = np.ones_like(stored.data)
+    zeros = positives - labels @ stored
+    return np.asarray(labels @ ranks + zeros * zero_rank[None, :])
+
+
+def _refuse_non_finite(values: np.ndarray) -> None:
+    if not np.isfinite(values).all():
+        raise NonFiniteError("a NaN or an infinity among the values to be ranked: an AUROC of those means nothing")
+
+
 def _midranks(entries: sparse.coo_array) -> tuple[sparse.csc_array, Float[np.ndarray, " column"]]:
     """The 1-based midrank of every non-zero entry within its column, and the midrank that each column's zeros share."""
     n_rows, n_columns = entries.shape
     value = entries.data.astype(np.float32, copy=False)
-    if not np.isfinite(value).all():
-        raise NonFiniteError("a NaN or an infinity among the values to be ranked: an AUROC of those means nothing")
+    _refuse_non_finite(value)
     there = value != 0
     row, column, value = entries.coords[0][there], entries.coords[1][there], value[there]
     key = (column.astype(np.uint64) << np.uint64(32)) | _ordered_bits(value)

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Int
 
-INNER_SHARE = 0.75
+INNER_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class Halves:
-    """Which image belongs where: `fit` + `check` = the half to choose on, `score` = the other."""
+    """Which image belongs where: two quarters make the half to choose on, the rest is the half to score on."""
 
     part: Int[np.ndarray, " image"]
-    """0 fit, 1 check (choices that a fit must not see), 2 score"""
+    """0 and 1: to choose on, each for checking what was fitted on the other; 2: to score on"""
 
     @property
     def choose(self) -> Bool[np.ndarray, " image"]:

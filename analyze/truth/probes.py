@@ -3,8 +3,8 @@
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from analyze.truth.auroc import auroc
-from analyze.truth.choosing import Choice, choose_columns, judged
+from analyze.truth.choosing import Choice, choose_columns, diagonal_auroc, empty_choice, judged
+from analyze.truth.thresholds import best_threshold, f1_of
 
 ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Ridge penalties in units of the variance of one standardised channel"""
@@ -13,17 +13,30 @@ ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 def ridge_probe(
     x: Float[np.ndarray, "row d_model"], shown: Bool[np.ndarray, "row label"], part: Int[np.ndarray, " row"]
 ) -> Choice:
-    """A ridge regression for every label: penalty chosen on part 1 of a fit on part 0, refitted on both, scored on part 2.
+    """A ridge regression for every label: penalty chosen by fits on part 0 and on part 1, each judged on the other; scored on part 2.
 
-    `selection` is the AUROC on part 1, so that probes of different sites can be compared before they are scored.
+    `selection` is the AUROC of those predictions, so that probes of different sites can be compared before they are scored; the
+    threshold of F1 is chosen by them too.  What is scored was fitted on both parts.
     """
-    label = np.arange(shown.shape[1])
-    check = np.stack([np.diagonal(auroc(p, shown[part == 1])) for p in _predictions(x, shown, part == 0, part == 1)])
-    alpha = np.argmax(np.nan_to_num(check, nan=-1), axis=0)
-    score = np.stack([np.diagonal(auroc(p, shown[part == 2])) for p in _predictions(x, shown, part < 2, part == 2)])
     enough = judged(shown, part < 2)
-    selection, scored = check[alpha, label], score[alpha, label]
-    return Choice(label, np.where(enough, selection, np.nan), np.where(enough, scored, np.nan))
+    result = empty_choice(shown.shape[1])
+    if enough.any() and min(np.bincount(part, minlength=3)) > 1:  # one row has no deviation to be measured in
+        result.put(np.flatnonzero(enough), _probe(x, shown[:, enough], part))
+    return result
+
+
+def _probe(
+    x: Float[np.ndarray, "row d_model"], shown: Bool[np.ndarray, "row label"], part: Int[np.ndarray, " row"]
+) -> Choice:
+    label, first, second, score = np.arange(shown.shape[1]), part == 0, part == 1, part == 2
+    told = np.concatenate([shown[second], shown[first]])
+    tried = np.concatenate([_predictions(x, shown, first, second), _predictions(x, shown, second, first)], axis=1)
+    found = np.stack([diagonal_auroc(p, told) for p in tried])
+    alpha = np.argmax(found, axis=0)
+    threshold = best_threshold(tried[alpha, :, label].T, told)
+    final = _predictions(x, shown, first | second, score)[alpha, :, label].T
+    cut = f1_of(final, shown[score], threshold)
+    return Choice(label, found[alpha, label], diagonal_auroc(final, shown[score]), *cut)
 
 
 def _predictions(
@@ -31,14 +44,23 @@ def _predictions(
     shown: Bool[np.ndarray, "row label"],
     fit: Bool[np.ndarray, " row"],
     use: Bool[np.ndarray, " row"],
-) -> list[Float[np.ndarray, "use label"]]:
-    """Predictions on the rows `use` of regressions fitted on the rows `fit`, one for each penalty."""
+) -> Float[np.ndarray, "alpha use label"]:
+    """Predictions on the rows `use` of regressions fitted on the rows `fit`, one for each penalty.
+
+    The eigenvectors are taken of the products of channels or, where there are fewer, of rows: the regressions are the same.
+    """
     mean, deviation = x[fit].mean(axis=0), x[fit].std(axis=0) + 1e-6
     inside, outside = (x[fit] - mean) / deviation, (x[use] - mean) / deviation
-    target = shown[fit] - shown[fit].mean(axis=0)
-    value, vector = np.linalg.eigh(inside.T @ inside / len(inside))
-    projected = vector.T @ (inside.T @ target) / len(inside)
-    return [(outside @ (vector @ (projected / (value + alpha)[:, None]))).astype(np.float32) for alpha in ALPHAS]
+    share = shown[fit].mean(axis=0)
+    target, count = shown[fit] - share, len(inside)
+    if x.shape[1] <= count:
+        value, vector = np.linalg.eigh(inside.T @ inside / count)
+        projected, basis = vector.T @ (inside.T @ target) / count, outside @ vector
+    else:
+        value, vector = np.linalg.eigh(inside @ inside.T / count)
+        projected, basis = vector.T @ target / count, outside @ (inside.T @ vector)
+    fitted = [basis @ (projected / (np.maximum(value, 0) + alpha)[:, None]) + share for alpha in ALPHAS]
+    return np.stack(fitted).astype(np.float32)
 
 
 def best_channel(

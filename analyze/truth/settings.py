@@ -1,6 +1,7 @@
 """What `truth` can be told."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from analyze.settings import Images, Inputs
 from store.errors import UsageError
@@ -8,8 +9,10 @@ from store.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class TruthSettings(Inputs):
-    """For each attribute that the prompts ask for, the feature that stands for it; needs a store of `builtin:shapes`."""
+    """For each attribute, the feature that stands for it; the store is one of `builtin:shapes`, or --attributes says what is true."""
 
+    attributes: Path | None = None
+    """Your own truth: CSV with image and one column an attribute (1, 0, or empty: not known), or image,attribute,value."""
     images: Images = "val"
     """Images to judge on: `val`, those whose prompts no dictionary is trained on, or `all`."""
     any_picture: bool = False
@@ -24,3 +27,8 @@ class TruthSettings(Inputs):
             raise UsageError(f"--threshold is {self.threshold}: an AUROC that says anything lies above 0.5 and up to 1")
         if self.seed < 0:
             raise UsageError(f"--seed is {self.seed}: seeds start at 0")
+
+    @property
+    def title(self) -> str:
+        """What the files in OUT are called: `truth`, or `attributes` for a truth of one's own."""
+        return "truth" if self.attributes is None else "attributes"
