@@ -1,25 +1,39 @@
 """Heat lies where its token is, contact sheets show prompts once, and pictures are the same bytes every time."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from analyze.inputs import open_analysis
-from analyze.pictures import sheets
-from analyze.pictures.heat import Heat
-from analyze.pictures.overlay import enlarged, heat_scale, overlay, token_grid
+from analyze.labels.book import LabelBook
+from analyze.pictures import contact, over_steps, sheets
+from analyze.pictures.drawing import fitted, ordinal
+from analyze.pictures.examples import feature_row, gather_examples, heated, scale_of
+from analyze.pictures.heat import Heat, heats
+from analyze.pictures.narrowed import judged_alone, narrowed
+from analyze.pictures.overlay import Look, enlarged, heat_scale, overlay, token_grid
 from analyze.pictures.settings import SheetSettings
 from analyze.pictures.words import highlighted, percent
-from analyze.report.building import contact_strip
 from analyze.scoring import scores
 from analyze.scoring.settings import ScoresSettings
 from analyze.settings import Inputs
+from store.errors import UsageError
+from store.format import StreamTokens
+from store.sites import Site
 from store.split import normalise
 from tests.analyze_planted import Plan, planted_dictionaries, planted_store
+from train.dictionaries.config import DictionaryConfig
+from train.dictionaries.dictionary import build
 
 
 @settings(max_examples=40, deadline=None)
@@ -53,6 +67,92 @@ def test_the_scale_is_clipped_so_that_one_token_does_not_darken_all_others() -> 
     assert heat_scale([np.zeros(4, np.float32)]) == 1.0
 
 
+def test_the_clip_percentile_decides_what_is_hottest_and_all_above_looks_the_same() -> None:
+    values = np.arange(101, dtype=np.float32)
+    assert heat_scale([values], 100.0) == 100
+    assert heat_scale([values], 50.0) == pytest.approx(np.percentile(values[1:], 50))
+    picture = Image.new("RGB", (60, 10), (128, 128, 128))
+    heat = np.asarray([[0, 1, 2, 3, 4, 9]], np.float32)
+    pixels = np.asarray(overlay(picture, heat, 3.0, smooth=False))
+    assert np.array_equal(pixels[:, 30:40], pixels[:, 50:60])
+    assert not np.array_equal(pixels[:, 20:30], pixels[:, 30:40])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 7), st.integers(1, 9), st.integers(0, 50), st.integers(0, 50), st.integers(0, 2**32 - 1))
+def test_patches_are_constant_and_cover_a_picture_of_any_size_and_aspect_exactly(
+    rows: int, columns: int, more_height: int, more_width: int, seed: int
+) -> None:
+    height, width = rows + more_height, columns + more_width
+    half = Fraction(1, 2)  # the token that a pixel's middle lies in, exactly
+    heat = np.random.default_rng(seed).random((rows, columns), np.float32)
+    large = enlarged(heat, (width, height), smooth=False)
+    y, x = (
+        [int((Fraction(i) + half) * n / size) for i in range(size)] for n, size in ((rows, height), (columns, width))
+    )
+    assert np.array_equal(large, heat[np.ix_(y, x)])
+    drawn = np.asarray(overlay(Image.new("RGB", (width, height), (90, 90, 90)), heat, 1.0, smooth=False))
+    for token in np.ndindex(rows, columns):
+        patch = drawn[np.ix_(np.equal(y, token[0]), np.equal(x, token[1]))].reshape(-1, 3)
+        assert len(patch) > 0
+        assert np.all(patch == patch[0])
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 5), st.integers(2, 8), st.integers(0, 2**32 - 1))
+def test_smooth_heat_keeps_its_place_at_another_resolution(rows: int, columns: int, seed: int) -> None:
+    heat = np.random.default_rng(seed).random((rows, columns), np.float32)
+    once, twice = (enlarged(heat, (factor * columns * 8, factor * rows * 8)) for factor in (1, 2))
+    halved = twice.reshape(rows * 8, 2, columns * 8, 2).mean(axis=(1, 3))
+    assert np.abs(halved - once).max() < 0.02
+
+
+def test_the_heat_of_a_joint_site_is_that_of_its_image_tokens(scored: Inputs) -> None:
+    store = open_analysis(scored).store
+    text, (rows, columns) = store.meta.max_sequence_length, store.meta.grid
+    token = 2 * columns + 5
+    heat = Heat(0, np.asarray([0, text - 1, text + token]), np.asarray([9.0, 9.0, 3.0], np.float32))
+    picture = Image.new("RGB", (columns * 8, rows * 8), (90, 90, 90))
+    pixels = np.asarray(heated(store, "joint", picture, heat, 3.0, Look(patches=True)), np.int64)
+    y, x = np.nonzero(pixels[..., 0] > 150)
+    assert {(int(a) // 8, int(b) // 8) for a, b in zip(y, x, strict=True)} == {(2, 5)}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"time_embed_dim": 8}, {"activation": "jumprelu"}, {"activation": "batchtopk", "k": 6}, {"skip": True},
+        {"kind": "sae", "family": "flux-sae"},
+    ],
+)  # fmt: skip
+def test_a_narrowed_dictionary_gives_the_activations_of_the_whole_one(options: dict[str, Any]) -> None:
+    config = DictionaryConfig(
+        **{"kind": "transcoder", "site": Site.parse("img_0"), "d_model": 10, "n_features": 24, **options}
+    )
+    whole = build(config)
+    whole.initialise(seed=1)
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+    x, sigma = torch.randn(30, 10, generator=torch.Generator().manual_seed(3)), torch.linspace(0, 1, 30)
+    some = [17, 3, 4]
+    assert judged_alone(whole)
+    with torch.no_grad():
+        expected, found = whole.encode(x, sigma)[:, some], narrowed(whole, some).encode(x, sigma)
+    assert (expected > 0).any()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_features_of_topk_compete_so_they_are_never_narrowed() -> None:
+    config = DictionaryConfig("transcoder", Site.parse("img_0"), 10, 24, activation="topk", k=4)
+    assert not judged_alone(build(config))
+
+
+def test_ordinals_and_sizes() -> None:
+    assert [ordinal(number) for number in (99.0, 99.5, 91.0, 12.0, 50.0)] == ["99th", "99.5th", "91st", "12th", "50th"]
+    assert [fitted(Image.new("RGB", size), 100).size for size in ((400, 200), (10, 40))] == [(100, 50), (25, 100)]
+
+
 def test_a_prompt_is_highlighted_where_the_feature_is_active() -> None:
     heat = Heat(0, np.asarray([0, 1, 3, 9]), np.asarray([0.0, 4.0, 2.0, 9.0], np.float32))
     pieces = highlighted(["▁a", "▁red", "▁ro", "se", "</s>"], heat, 4.0)
@@ -74,7 +174,7 @@ def test_shares_are_written_with_digits_that_say_something() -> None:
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     folder = tmp_path_factory.mktemp("sheets")
-    plan = Plan(n_images=40, seeds_per_prompt=2, steps=1)
+    plan = Plan(n_images=40, seeds_per_prompt=2, steps=2, text_tokens=16)
     planted_store(folder / "store", plan)
     inputs = Inputs(
         store=folder / "store", dictionaries=planted_dictionaries(folder / "dictionaries", plan), out=folder / "out"
@@ -83,11 +183,29 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return inputs
 
 
+def test_heats_of_some_features_are_those_of_the_whole_dictionary(scored: Inputs) -> None:
+    analysis = open_analysis(scored)
+    topk = build(DictionaryConfig("transcoder", Site.parse("img_0"), 32, 48, activation="topk", k=5))
+    topk.initialise(seed=0)
+    image_subject = analysis.subjects[0]
+    for subject in (*analysis.subjects, replace(image_subject, outline=topk)):
+        wanted = {3: [17, 2], 40: [2], 1: [39, 17]}
+        found = heats(analysis, subject, 1, wanted)
+        assert {feature: [heat.image for heat in group] for feature, group in found.items()} == wanted
+        for feature, group in found.items():
+            for heat in group:
+                x = analysis.store.read(subject.site, 1, subject.point, heat.image, heat.image + 1)[0][heat.positions]
+                rows = torch.from_numpy(x.astype(np.float32))
+                with torch.no_grad():
+                    z = subject.dictionary.encode(rows, torch.full((len(rows),), 0.5))[:, feature]
+                np.testing.assert_allclose(heat.values, z, rtol=1e-5, atol=1e-6)
+
+
 def test_a_sheet_shows_each_prompt_once_best_first(scored: Inputs) -> None:
     analysis = open_analysis(scored)
     for subject in analysis.subjects:
         table = analysis.matrix(subject, 0).features()
-        for examples in sheets.gather_examples(analysis, subject, 0, table, [0, 1, 9, 22], 8).values():
+        for examples in gather_examples(analysis, subject, 0, table, [0, 1, 9, 22], 8).values():
             prompts = [normalise(example.prompt) for example in examples]
             assert len(prompts) == len(set(prompts)) > 0
             values = [example.score for example in examples]
@@ -96,26 +214,139 @@ def test_a_sheet_shows_each_prompt_once_best_first(scored: Inputs) -> None:
                 assert example.score == pytest.approx(example.heat.values.max(), rel=1e-5)
 
 
-def test_sheets_are_written_for_every_site_and_are_equal_bytes_again(scored: Inputs) -> None:
-    options = {**vars(scored), "best": 1}
+@pytest.mark.parametrize(
+    ("more", "count"),
+    [
+        ({}, 4), ({"patches": True, "clip_percentile": 80.0, "side": 90}, 4),
+        ({"over_steps": True}, 2), ({"over_steps": True, "matched": True}, 2),
+        ({"features": "3", "images": "0,38"}, 8), ({"features": "3", "images": "17", "over_steps": True}, 2),
+    ],
+)  # fmt: skip
+def test_pictures_are_written_for_every_site_and_are_equal_bytes_again(
+    scored: Inputs, tmp_path: Path, more: dict[str, Any], count: int
+) -> None:
+    options = {**vars(scored), "best": 1, "top": 2, **more}
     first = {path: path.read_bytes() for path in sheets.run(SheetSettings(**options))}
-    assert len(first) == 2
+    assert len(first) == count
     assert {path: path.read_bytes() for path in sheets.run(SheetSettings(**options))} == first
     for path in first:
         with Image.open(path) as image:
-            assert min(image.size) > 100
+            assert min(image.size) >= 48
 
 
-def test_a_feature_that_is_never_active_still_gives_a_sheet(scored: Inputs, tmp_path: Path) -> None:
+def test_an_overlay_of_a_chosen_image_has_its_size_and_the_colours_of_the_contact_sheet(scored: Inputs) -> None:
+    options = {**vars(scored), "features": "1", "images": "5", "sites": "img_0", "steps": "0"}
+    (own,), (large,) = (sheets.run(SheetSettings(**options, side=side)) for side in (None, 200))
+    assert own == large == scored.out / "sheets" / "img_0" / "step.0" / "feature-1-image-5.png"
+    with Image.open(large) as image:
+        assert max(image.size) == 200
+    sheets.run(SheetSettings(**options))
+    analysis = open_analysis(scored)
+    subject, table = analysis.subjects[0], analysis.matrix(analysis.subjects[0], 0).features()
+    shown = gather_examples(analysis, subject, 0, table, [1], 8)[1]
+    heat = heats(analysis, subject, 0, {1: [5]})[1][0]
+    picture = analysis.store.picture(5)
+    assert picture is not None
+    expected = heated(analysis.store, "img", picture, heat, scale_of(example.heat for example in shown))
+    with Image.open(own) as image:
+        assert np.array_equal(np.asarray(image), np.asarray(expected))
+
+
+def test_one_feature_over_steps_is_on_one_scale_and_matched_features_are_found(scored: Inputs) -> None:
+    analysis = open_analysis(scored)
+    subject = analysis.subjects[0]
+    tables = {step: analysis.matrix(subject, step).features() for step in analysis.steps}
+    same = over_steps.columns_of(analysis, subject, tables, 1, matched=False)
+    assert [(column.step, column.feature) for column in same] == [(0, 1), (1, 1)]
+    matched = over_steps.columns_of(analysis, subject, tables, 1, matched=True)
+    for column in matched:
+        if not column.reference:
+            other = analysis.matrix(subject, column.step).scores().astype(np.float64)
+            reference = next(each for each in matched if each.reference)
+            own = analysis.matrix(subject, reference.step).scores(1).astype(np.float64)
+            with np.errstate(invalid="ignore", divide="ignore"):
+                correlation = [np.corrcoef(own, scores)[0, 1] for scores in other.T]
+            assert column.feature == int(np.nanargmax(correlation))
+
+
+def test_labels_stand_in_the_titles_of_sheets(scored: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    titles = []
+
+    def page(title: str, notes: Sequence[Any], lines: Sequence[Image.Image]) -> Image.Image:
+        titles.append(title)
+        return Image.new("RGB", (9, 9))
+
+    monkeypatch.setattr(contact, "page", page)
+    monkeypatch.setattr(over_steps, "page", page)
+    book = LabelBook(None)
+    book.set(1, "something yellow", "ada", datetime(2026, 1, 1, tzinfo=UTC))
+    monkeypatch.setattr(LabelBook, "of", classmethod(lambda _cls, _subject: book))
+    options = {**vars(scored), "features": "1", "sites": "txt_0", "steps": "0,1"}
+    sheets.run(SheetSettings(**options))
+    sheets.run(SheetSettings(**options, over_steps=True))
+    assert titles == [
+        "txt_0/1 · something yellow, step 0", "txt_0/1 · something yellow, step 1", "txt_0/1 · something yellow over 2 steps",
+    ]  # fmt: skip
+
+
+def test_a_feature_that_is_never_active_still_gives_a_sheet(scored: Inputs) -> None:
     analysis = open_analysis(scored)
     table = analysis.matrix(analysis.subjects[0], 0).features()
-    image = sheets.sheet(analysis, analysis.subjects[0], 0, sheets.feature_row(table, 5), [])
-    assert image.width > 300
+    assert contact.sheet(analysis, analysis.subjects[0], 0, feature_row(table, 5), []).width > 300
 
 
-def test_a_strip_holds_every_picture_above_its_heat() -> None:
-    red, blue = Image.new("RGB", (30, 20), (255, 0, 0)), Image.new("RGB", (30, 20), (0, 0, 255))
-    strip = np.asarray(contact_strip([(red, blue), (red, blue)]))
-    assert strip[5, 5].tolist() == [255, 0, 0, 255]
-    assert strip[-5, -5].tolist() == [0, 0, 255, 255]
-    assert strip[5, 32, 3] == 0  # the gap is transparent
+def test_a_joint_site_shows_pictures_and_prompts(tmp_path: Path) -> None:
+    tokens = {"joint": StreamTokens("all", 24 + 54, 24 + 54)}
+    inputs = analysed(tmp_path, Plan(n_images=6, sites=("joint_0",), tokens=tokens, chunk_images=4, steps=2))
+    analysis = open_analysis(inputs)
+    subject = analysis.subjects[0]
+    table = analysis.matrix(subject, 0).features()
+    feature = int(np.argmax(table["images_active"].to_numpy()))
+    (examples,) = gather_examples(analysis, subject, 0, table, [feature], 2).values()
+    assert all(example.pieces for example in examples)
+    assert examples[0].heat.positions.max() == 24 + 53
+    assert len(sheets.run(SheetSettings(**vars(inputs), best=1, top=2))) == 2
+    assert len(sheets.run(SheetSettings(**vars(inputs), best=1, top=2, over_steps=True))) == 1
+
+
+def analysed(folder: Path, plan: Plan) -> Inputs:
+    planted_store(folder / "store", plan)
+    inputs = Inputs(
+        store=folder / "store", dictionaries=planted_dictionaries(folder / "dictionaries", plan), out=folder / "out"
+    )
+    scores.run(ScoresSettings(**vars(inputs)))
+    return inputs
+
+
+def test_a_store_without_pictures_has_sheets_of_text_features_alone(tmp_path: Path) -> None:
+    inputs = analysed(tmp_path, Plan(n_images=6, pictures=False, chunk_images=4, steps=1))
+    with pytest.raises(UsageError, match="holds no pictures"):
+        sheets.run(SheetSettings(**vars(inputs)))
+    only = {**vars(inputs), "sites": "txt_0"}
+    assert len(sheets.run(SheetSettings(**only, best=1))) == 1
+    assert len(sheets.run(SheetSettings(**only, best=1, images="2"))) == 1
+    with pytest.raises(UsageError, match="there is only step 0"):
+        sheets.run(SheetSettings(**only, over_steps=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"features": "48"}, "no feature 48: there are 48"),
+        ({"images": "40"}, "no image 40: there are 40"),
+        ({"images": "x"}, "'x' .* is no image"),
+        ({"top": 17}, "keeps 16 top images"),
+    ],
+)
+def test_what_is_not_there_is_not_drawn(scored: Inputs, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        sheets.run(SheetSettings(**vars(scored), **options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"clip_percentile": 0.0}, {"clip_percentile": 101.0}, {"side": 3}, {"matched": True}, {"top": 0}, {"best": 0}],
+)
+def test_sheets_that_mean_nothing_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        SheetSettings(store=Path("s"), dictionaries=Path("d"), out=Path("o"), **options)

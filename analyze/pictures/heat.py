@@ -1,7 +1,7 @@
 """The activation of chosen features at every token of chosen images: what overlays and highlighted prompts are drawn from."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 
 from analyze.counted import counted_rows, text_lengths
 from analyze.inputs import Analysis, Subject, sigmas
+from analyze.pictures.narrowed import judged_alone, narrowed
 from analyze.scoring.scores import encoded
 from train.rows.tensors import to_torch
 
@@ -24,33 +25,63 @@ class Heat:
     """z at those tokens"""
 
 
-def heats(analysis: Analysis, subject: Subject, step: int, wanted: dict[int, Sequence[int]]) -> dict[int, list[Heat]]:
+def heats(
+    analysis: Analysis, subject: Subject, step: int, wanted: Mapping[int, Sequence[int]]
+) -> dict[int, list[Heat]]:
     """For every feature asked for, its heat on the images asked for, in their order; each chunk of the store is read once.
 
     Of text only the real tokens are there: the others have no words to be shown on.
     """
+    found = {(feature, heat.image): heat for feature, heat in each_heat(analysis, subject, step, wanted)}
+    return {feature: [found[feature, int(image)] for image in group] for feature, group in wanted.items()}
+
+
+def each_heat(
+    analysis: Analysis, subject: Subject, step: int, wanted: Mapping[int, Sequence[int]]
+) -> Iterator[tuple[int, Heat]]:
+    """The same heats as pairs of feature and heat, image after image as they are read: only one chunk of the store is held.
+
+    On each image only the features asked for there are computed, where the dictionary's activation allows it (all but TopK).
+    """
     store, stream = analysis.store, subject.site.stream
     lengths = text_lengths(store)
     sigma = sigmas(store, step)
-    images = np.unique(np.asarray([image for group in wanted.values() for image in group], np.int64))
-    features = sorted(wanted)
-    found: dict[tuple[int, int], Heat] = {}
-    for start in np.unique(images // store.chunk_images) * store.chunk_images:
-        stop = min(int(start) + store.chunk_images, store.n_images)
+    features_on = _by_image(wanted)
+    images = np.asarray(sorted(features_on), np.int64)
+    for start in (np.unique(images // store.chunk_images) * store.chunk_images).tolist():
+        stop = min(start + store.chunk_images, store.n_images)
         here = images[(images >= start) & (images < stop)]
-        positions = store.tokens(stream, step, int(start), stop)
-        shown = counted_rows(
-            positions, stream, lengths[int(start) : stop], store.meta.max_sequence_length, padding=False
-        )
+        positions = store.tokens(stream, step, start, stop)
+        shown = counted_rows(positions, stream, lengths[start:stop], store.meta.max_sequence_length, padding=False)
         shown[~np.isin(np.arange(start, stop), here)] = False
         owner = np.nonzero(shown)[0]
-        chunk = analysis.rows.read(subject.site, step, [subject.point], int(start), stop, shown)[subject.point]
-        for image in here:
+        chunk = analysis.rows.read(subject.site, step, [subject.point], start, stop, shown)[subject.point]
+        for image in here.tolist():
             kept = shown[image - start]
-            rows = to_torch(chunk[owner == image - start])
-            blocks = encoded(subject, rows, torch.full((len(rows),), float(sigma[image])))
-            z = torch.cat([block[:, features] for _, block in blocks]).numpy()
+            rows, features = to_torch(chunk[owner == image - start]), features_on[image]
+            z = _activations(subject, rows, float(sigma[image]), features)
             for column, feature in enumerate(features):
-                if image in wanted[feature]:
-                    found[feature, int(image)] = Heat(int(image), positions[image - start][kept], z[:, column])
-    return {feature: [found[feature, int(image)] for image in group] for feature, group in wanted.items()}
+                yield feature, Heat(image, positions[image - start][kept], z[:, column])
+
+
+def _by_image(wanted: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:
+    """Image -> the features asked for on it, each once."""
+    found: dict[int, dict[int, None]] = {}
+    for feature in sorted(wanted):
+        for image in wanted[feature]:
+            found.setdefault(int(image), {})[feature] = None
+    return {image: list(features) for image, features in found.items()}
+
+
+def _activations(
+    subject: Subject, rows: torch.Tensor, sigma: float, features: list[int]
+) -> Float[np.ndarray, "token feature"]:
+    """z of these features alone; `NonFiniteError` as `encoded` raises it."""
+    if not len(rows):
+        return np.zeros((0, len(features)), np.float32)
+    alone = judged_alone(subject.dictionary)
+    if alone:
+        subject = replace(subject, outline=narrowed(subject.dictionary, features))
+    blocks = encoded(subject, rows, torch.full((len(rows),), sigma))
+    chosen = slice(None) if alone else features
+    return torch.cat([block[:, chosen] for _, block in blocks]).float().cpu().numpy()
