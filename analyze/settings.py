@@ -6,6 +6,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from analyze.scoring.statistics import ACTIVE_ABOVE
+from store.errors import UsageError
+
 Images = Literal["val", "all"]
 
 
@@ -27,10 +30,31 @@ class Inputs:
 
 @dataclass(frozen=True, kw_only=True)
 class AllSettings(Inputs):
-    """Scores, then truth where the store has it, then the report."""
+    """Scores, then coherence and truth where the store has what they need, then the report."""
 
     padding: bool = False
     """Count the padding tokens of the text too."""
+    top: int = 16
+    """How many top images to keep with each feature."""
+    active_above: float = ACTIVE_ABOVE
+    """A feature is active where z is above this, in every figure of the analysis."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """What scores are written in; float16 takes half the bytes."""
+    memory: str = "2GB"
+    """Bound on what `scores` holds at once."""
+    workers: int | None = None
+    """Threads of this machine that compute scores; default: one a core."""
+    scheduler: str | None = None
+    """tcp://HOST:PORT of a dask scheduler whose workers compute the scores."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where activations and image embeddings are computed: auto (a GPU where there is one), cpu or cuda."""
+    clip: str | None = None
+    """CLIP model that coherence is measured with: a folder, or an id of the Hugging Face hub such as openai/clip-vit-base-patch32.
+    Default: tiny-flux's own for its pictures, and no coherence for those of other models."""
+    embeddings: str | None = None
+    """Image embeddings to measure coherence with instead: FILE.npy or FILE.safetensors[#KEY], (image, dim)."""
+    top_m: int = 10
+    """How many of a feature's best images coherence compares."""
     images: Images = "val"
     """Images that the truth table is judged on: `val` or `all`."""
     any_picture: bool = False
@@ -39,3 +63,9 @@ class AllSettings(Inputs):
     """Seed of the halves of the truth table."""
     title: str = "What the features see"
     """Headline of the report."""
+
+    def __post_init__(self) -> None:
+        if self.top_m > self.top:
+            raise UsageError(
+                f"--top-m is {self.top_m}, and --top keeps {self.top} images of each feature: make --top at least --top-m"
+            )

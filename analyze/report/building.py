@@ -1,42 +1,44 @@
-"""The report: `OUT/report/index.html` with its pictures, a folder that opens from disk and can be sent to a colleague.
+"""The report: `OUT/report/index.html` and what it loads, a folder that opens from disk and can be sent to a colleague.
 
-Everything in it is relative, static and local: no network, no fetch, one classic script for filter and order, which the page does
-without.  Equal results give equal bytes.
+    index.html, report.css, static/     the page: overview as plain HTML, the rest drawn by scripts of ours
+    libraries/                          DataTables and Bokeh, out of their wheels, with their licences
+    data/report.js                      what there is; data/labels.js: the labels when it was built
+    data/tables/NAME/step.K.js          columns of the table of features
+    data/features/NAME/N.js             similar features and step profiles, 64 features a file
+    data/examples/NAME/step.K/N.js      figures, histogram and examples with their heat, 64 features a file
+    data/prompts/N.js, data/pieces/N.js prompts and their text tokens, 1,024 images a file
+    pictures/000/17.webp                each picture once
+
+Everything is relative, static and local.  Equal results give equal bytes.
 """
 
-import io
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib import resources
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
+from analyze.compare.directions import nearest
+from analyze.features.ranking import step_profile
 from analyze.inputs import Analysis, Subject, check_output, open_analysis
-from analyze.pictures.sheets import (
-    Example,
-    check_top,
-    feature_row,
-    gather_examples,
-    pictures_with_heat,
-    refuse_without_pictures,
-)
-from analyze.report.findings import Spotlight, Truth, headlines, read_truth, spotlights
-from analyze.report.page import facts, overview_rows, spotlight_view, tiles, truth_view
+from analyze.labels.book import LabelBook
+from analyze.pictures.examples import check_top
+from analyze.report.chosen import Round, heat_limit, rounds
+from analyze.report.chunks import CHUNK, Profile, Similar, chunk_slices, examples_chunk, feature_chunk
+from analyze.report.columns import table_script
+from analyze.report.findings import Spotlight, Truth, headlines, judged_features, read_truth, spotlights
+from analyze.report.folder import INDEX, ReportFolder
+from analyze.report.heat_pass import HeatInside, spool_heat
+from analyze.report.html import Page, write_page
+from analyze.report.images import write_images
+from analyze.report.libraries import bundle_libraries
+from analyze.report.page import dictionary_rows
+from analyze.report.planning import Plan, plan_of
 from analyze.report.settings import ReportSettings
-from analyze.truth.attributes import Scene, read_scenes
-from store.files import write_bytes
-
-PICTURE_SIDE = 144
-PICTURE_GAP = 6
-PICTURE = re.compile(r"pictures/(?:transcoder_|sae_)?(?:img|txt|joint)_\d+/step\d+-feature\d+\.webp")
-"""what the report calls its pictures"""
-WEBP_QUALITY = 84
+from analyze.report.spool import Spool
+from analyze.truth.attributes import Attribute, Scene, read_scenes
 
 
 @dataclass(frozen=True)
@@ -45,173 +47,127 @@ class Report:
 
     index: Path
     findings: tuple[str, ...]
+    files: int
+    bytes: int
 
 
-def run(settings: ReportSettings) -> Report:
-    """Write the report; prints where it is and the five best findings."""
+def run(settings: ReportSettings) -> Report | Plan:
+    """Write the report; prints where it is and the five best findings.  With `plan`: what it would be."""
     analysis = open_analysis(settings)
     choices = check_output(analysis)
     check_top(choices["top"], settings.top)
-    refuse_without_pictures(analysis, analysis.subjects)
-    folder = analysis.out / "report"
-    overview = overview_rows(analysis)
     truth = read_truth(analysis)
-    shown = {subject.name: spotlights(analysis, subject, truth, settings.best) for subject in analysis.subjects}
-    scenes = read_scenes(analysis.store) if truth is not None else None
-    sections = []
-    for subject, row in tqdm(
-        list(zip(analysis.subjects, overview, strict=True)), desc="report", unit="dictionary", mininterval=0.5
-    ):
-        sections.append(
-            {**row, "cards": _cards(analysis, subject, shown[subject.name], settings, truth, scenes, folder)}
-        )
-    spots = [spot for subject in analysis.subjects for spot in shown[subject.name]]
-    findings = headlines(analysis, truth, spots)
-    page = {
-        "title": settings.title,
-        "facts": facts(analysis, choices["padding"]),
-        "tiles": tiles(analysis, truth, overview),
-        "findings": [{"text": text, "anchor": spot.anchor} for spot, text in findings],
-        "overview": overview,
-        "sections": sections,
-        "streams": analysis.streams(),
-        "truth": None if truth is None else truth_view(truth, {spot.anchor for spot in spots}),
-        "lower_bounds": _lower_bounds(analysis),
-        "settings": {"best": settings.best, "top": settings.top, "kept": choices["top"]},
-        "store_id": analysis.store.id,
-        "dictionaries": [(subject.name, subject.identity) for subject in analysis.subjects],
-    }
-    write_bytes(folder / "index.html", _rendered(page))
-    for name in ("report.css", "report.js"):
-        write_bytes(folder / name, _template_bytes(name))
-    shown_now = {card["picture"]["src"] for section in sections for card in section["cards"] if card["picture"]}
-    _remove_old_pictures(folder, shown_now)
-    report = Report(folder / "index.html", tuple(text for _, text in findings))
-    print(f"report: {report.index}")
+    limit = heat_limit(analysis, settings)
+    if settings.plan:
+        plan = plan_of(analysis, settings, limit)
+        print(plan.sentence())
+        return plan
+    folder = ReportFolder(analysis.out / "report")
+    libraries = bundle_libraries(folder)
+    books = {subject.name: LabelBook.of(subject) for subject in analysis.subjects}
+    overview = dictionary_rows(analysis)
+    spots = {subject.name: spotlights(analysis, subject, truth, settings.best) for subject in analysis.subjects}
+    findings = headlines(analysis, truth, [spot for group in spots.values() for spot in group], books)
+    images = _write_dictionaries(analysis, settings, truth, limit, spots, folder)
+    pictures = write_images(folder, analysis, images, settings.picture_side)
+    folder.script("labels", _labels(analysis, books))
+    page = Page(analysis, settings, choices, truth, overview, findings, libraries)
+    folder.script("report", {**_contents(analysis, settings, overview), "pictures": pictures})
+    write_page(folder, page)
+    size = sum(folder.written.values())
+    report = Report(folder.path / INDEX, tuple(text for _, text in findings), len(folder.written), size)
+    print(f"report: {report.index} ({report.files:,} files, {size / 1e6:,.1f} MB)")
     for number, text in enumerate(report.findings, 1):
         print(f"  {number}. {text}")
     return report
 
 
-def _remove_old_pictures(folder: Path, shown: set[str]) -> None:
-    """Remove the pictures of earlier reports that this one does not show; files of other names are not ours."""
-    for path in sorted((folder / "pictures").glob("*/*.webp")):
-        name = path.relative_to(folder).as_posix()
-        if PICTURE.fullmatch(name) and name not in shown:
-            path.unlink()
-            if not any(path.parent.iterdir()):
-                path.parent.rmdir()
-
-
-def _lower_bounds(analysis: Analysis) -> list[str]:
-    """Streams whose maxima are over a sample of the tokens only."""
-    found = [
-        s.site.stream for s in analysis.subjects if analysis.matrix(s, analysis.steps[0]).attributes["lower_bounds"]
-    ]
-    return sorted(set(found))
-
-
-def _cards(
+def _write_dictionaries(
     analysis: Analysis,
-    subject: Subject,
-    spots: Sequence[Spotlight],
     settings: ReportSettings,
     truth: Truth | None,
-    scenes: Sequence[Scene] | None,
-    folder: Path,
-) -> list[dict[str, Any]]:
-    cards: dict[str, dict[str, Any]] = {}
-    threshold = 1.0 if truth is None else truth.threshold
-    for step in sorted({spot.step for spot in spots}):
-        own = [spot for spot in spots if spot.step == step]
-        table = analysis.matrix(subject, step).features()
-        found = gather_examples(analysis, subject, step, table, sorted({spot.feature for spot in own}), settings.top)
-        for spot in own:
-            row = feature_row(table, spot.feature)
-            cards[spot.anchor] = _card(analysis, spot, row, found[spot.feature], threshold, scenes, folder)
-    return [cards[spot.anchor] for spot in spots]
+    limit: int,
+    spots: Mapping[str, Sequence[Spotlight]],
+    folder: ReportFolder,
+) -> set[int]:
+    """Write tables, features and examples of every dictionary; the images that stand there."""
+    knows_scenes = truth is not None and "truth" in analysis.store.prompts().column_names
+    scenes = read_scenes(analysis.store) if knows_scenes else None
+    images: set[int] = set()
+    total = len(analysis.subjects) * len(analysis.steps)
+    with tqdm(total=total, desc="report", unit="step", mininterval=0.5) as progress:
+        for subject in analysis.subjects:
+            _write_features(analysis, subject, settings.similar, folder)
+            for this in rounds(analysis, subject, settings, limit, spots[subject.name]):
+                progress.set_postfix_str(f"{subject.name} step {this.step}", refresh=False)
+                images |= set(np.unique(this.columns.images[this.columns.images >= 0]).tolist())
+                _write_round(analysis, this, truth, scenes if subject.site.stream == "img" else None, folder)
+                progress.update(1)
+    return images
 
 
-def _card(
-    analysis: Analysis,
-    spot: Spotlight,
-    row: dict[str, Any],
-    examples: Sequence[Example],
-    threshold: float,
-    scenes: Sequence[Scene] | None,
-    folder: Path,
-) -> dict[str, Any]:
-    inside = heat_inside(spot, examples, scenes) if scenes is not None and spot.subject.site.stream == "img" else None
-    card = spotlight_view(spot, row, threshold, inside)
-    card["examples"] = [{"score": f"{e.score:.3g}", "prompt": e.prompt, "pieces": e.pieces} for e in examples]
-    card["picture"] = None
-    if spot.subject.site.stream != "txt" and examples:
-        strip = contact_strip(pictures_with_heat(analysis.store, spot.subject.site.stream, examples, PICTURE_SIDE))
-        name = f"pictures/{spot.subject.name}/step{spot.step}-feature{spot.feature}.webp"
-        write_bytes(folder / name, webp_bytes(strip))
-        card["picture"] = {"src": name, "width": strip.width, "height": strip.height, "alt": _alt(spot, examples)}
-    return card
+def _write_features(analysis: Analysis, subject: Subject, similar: int, folder: ReportFolder) -> None:
+    profile = step_profile(analysis, subject)
+    count = min(similar, subject.n_features - 1)
+    near = Similar(*nearest(subject.dictionary, count)) if count > 0 else None
+    over_steps = Profile(profile["density"], profile["mean_active"])
+    for number, features in enumerate(chunk_slices(subject.n_features)):
+        folder.script(f"features/{subject.name}/{number}", feature_chunk(features, near, over_steps))
 
 
-def heat_inside(spot: Spotlight, examples: Sequence[Example], scenes: Sequence[Scene]) -> float | None:
-    """Share of the feature's heat on the images shown that lies where its attribute is, weighted by how much of a token is covered.
-
-    For a background that is whatever no object covers; other images than those with the attribute count as outside.
-    """
-    if spot.attribute is None:
-        return None
-    inside = total = 0.0
-    for example in examples:
-        scene = scenes[example.heat.image]
-        covered = np.zeros(len(scene.things[0].coverage), np.float32)
-        if spot.attribute.group == "background":
-            if scene.background == spot.attribute.value:
-                covered = 1 - np.clip(np.sum([thing.coverage for thing in scene.things], axis=0), 0, 1)
-        else:
-            for thing in scene.things:
-                if getattr(thing, spot.attribute.group) == spot.attribute.value:
-                    covered = np.maximum(covered, thing.coverage)
-        inside += float((example.heat.values * covered[example.heat.positions]).sum())
-        total += float(example.heat.values.sum())
-    return inside / total if total > 0 else None
-
-
-def contact_strip(pairs: Sequence[tuple[Image.Image, Image.Image]]) -> Image.Image:
-    """The pictures side by side, each with its heat below; the gaps are transparent, so that they suit any page."""
-    width = max(picture.width for picture, _ in pairs)
-    height = max(picture.height for picture, _ in pairs)
-    size = (len(pairs) * (width + PICTURE_GAP) - PICTURE_GAP, 2 * height + PICTURE_GAP)
-    strip = Image.new("RGBA", size, (0, 0, 0, 0))
-    for number, (picture, heated) in enumerate(pairs):
-        strip.paste(picture, (number * (width + PICTURE_GAP), 0))
-        strip.paste(heated, (number * (width + PICTURE_GAP), height + PICTURE_GAP))
-    return strip
+def _write_round(
+    analysis: Analysis, this: Round, truth: Truth | None, scenes: Sequence[Scene] | None, folder: ReportFolder
+) -> None:
+    judged = judged_features(truth, this.subject, this.step)
+    attributes = {f: [Attribute(entry["group"], entry["value"]) for entry in found] for f, found in judged.items()}
+    inside = HeatInside(scenes, attributes)
+    with Spool(len(this.heated), this.columns.images.shape[1]) as spool:
+        rows = spool_heat(analysis, this, spool, inside)
+        for feature, found in judged.items():
+            for entry in found:
+                entry["heat_inside"] = inside.share(feature, Attribute(entry["group"], entry["value"]))
+        for number, features in enumerate(chunk_slices(this.columns.n_features)):
+            chunk = examples_chunk(features, this.columns, this.coherence, (spool, rows), judged)
+            folder.script(f"examples/{this.name}/{number}", chunk)
+    stands_for = {
+        feature: ", ".join(f"{entry['group']} {entry['value']}" for entry in found if entry["stands"])
+        for feature, found in judged.items()
+        if any(entry["stands"] for entry in found)
+    }
+    script = table_script(this.columns, analysis.store.n_images, this.coherence, stands_for)
+    folder.script(f"tables/{this.name}", script)
 
 
-def webp_bytes(image: Image.Image) -> bytes:
-    """The picture as WebP."""
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=WEBP_QUALITY, method=4)
-    return buffer.getvalue()
+def _labels(analysis: Analysis, books: Mapping[str, LabelBook]) -> dict[str, Any]:
+    return {name: [asdict(label) for label in book.labels] for name, book in books.items()}
 
 
-def _alt(spot: Spotlight, examples: Sequence[Example]) -> str:
-    prompts = "; ".join(
-        example.prompt if len(example.prompt) <= 80 else example.prompt[:79] + "…" for example in examples[:4]
-    )
-    return (
-        f"The {len(examples)} images on which feature {spot.feature} of {spot.subject.name} is strongest at step {spot.step}, "
-        f"and below each the same image with the feature's heat over it. Prompts: {prompts}"
-    )
-
-
-def _rendered(page: dict[str, Any]) -> bytes:
-    loader = jinja2.PackageLoader("analyze.report", "templates")
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("report.html").render(page).encode()
-
-
-def _template_bytes(name: str) -> bytes:
-    return resources.files("analyze.report").joinpath("templates", name).read_bytes()
+def _contents(analysis: Analysis, settings: ReportSettings, overview: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the page has to know before it loads anything else."""
+    meta = analysis.store.meta
+    dictionaries = [
+        {
+            "name": subject.name,
+            "full_name": subject.outline.name,
+            "identity": subject.identity,
+            "site": str(subject.site),
+            "stream": subject.site.stream,
+            "point": subject.point,
+            "features": subject.n_features,
+            **{key: row[key] for key in ("kind", "fvu_value", "l0_value", "fvu_steps", "density")},
+        }
+        for subject, row in zip(analysis.subjects, overview, strict=True)
+    ]
+    return {
+        "title": settings.title,
+        "store": analysis.store.id,
+        "model": str(meta.model.get("id")),
+        "images": analysis.store.n_images,
+        "steps": list(analysis.steps),
+        "grid": list(meta.grid),
+        "width": meta.width,
+        "height": meta.height,
+        "text_tokens": meta.max_sequence_length,
+        "chunk": CHUNK,
+        "dictionaries": dictionaries,
+    }

@@ -4,11 +4,14 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float
+
 from analyze.inputs import Analysis, Subject
 from analyze.pictures.curves import sparkline
 from analyze.pictures.words import percent
 from analyze.prompts import prompt_texts
-from analyze.report.findings import Spotlight, Truth
+from analyze.report.findings import Truth, feature_link, figures
 from analyze.truth.attributes import VALUES, Attribute
 from analyze.truth.table import verdict_line
 
@@ -19,6 +22,9 @@ MARKS = {
     "top left": "↖", "top right": "↗", "bottom left": "↙", "bottom right": "↘",
 }  # fmt: skip
 TRAINING_WORDS = {"l1": "L1", "lr": "learning rate", "batch": "batch", "seed": "seed"}
+ACTIVATIONS = {"relu": "ReLU", "topk": "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU"}
+DENSITY_EDGES = tuple(10.0 ** (place / 4) for place in range(-24, 1))
+"""quarters of a decade from 1e-6 to 1; smaller ones count in the first"""
 STREAM_NAMES = {"img": "image", "txt": "text", "joint": "joint"}
 
 
@@ -68,7 +74,10 @@ def tiles(analysis: Analysis, truth: Truth | None, overview: Sequence[dict[str, 
         measured = [row for row in overview if row["stream"] == stream and row["fvu_value"] is not None]
         for kind in sorted({row["kind"] for row in measured}, reverse=True)[:1]:  # transcoders where there are any
             values = [row["fvu_value"] for row in measured if row["kind"] == kind]
-            more = f"{len(values)} {kind}s, {min(values):.3f} to {max(values):.3f} on held-out rows"
+            spread = (
+                f"{len(values)} {kind}s, {min(values):.3f} to {max(values):.3f}" if len(values) > 1 else f"1 {kind}"
+            )
+            more = f"{spread} on held-out rows"
             name = f"median FVU, {STREAM_NAMES[stream]}"
             found.append({"value": f"{statistics.median(values):.3f}", "name": name, "more": more})
     for stream, verdict in truth.table["verdict"].items() if truth else []:
@@ -78,7 +87,7 @@ def tiles(analysis: Analysis, truth: Truth | None, overview: Sequence[dict[str, 
     return found
 
 
-def overview_rows(analysis: Analysis) -> list[dict[str, Any]]:
+def dictionary_rows(analysis: Analysis) -> list[dict[str, Any]]:
     """One row for each dictionary: what it is, and how good on held-out rows (text: on real tokens, padding beside)."""
     rows = [_overview_row(analysis, subject) for subject in analysis.subjects]
     highest = max((value for row in rows for value in row["fvu_steps"].values()), default=0.0)
@@ -90,13 +99,15 @@ def overview_rows(analysis: Analysis) -> list[dict[str, Any]]:
 
 
 def _overview_row(analysis: Analysis, subject: Subject) -> dict[str, Any]:
-    config = subject.dictionary.config
-    figures = subject.dictionary.metrics or {}
-    main, padding = figures.get("real") or figures, figures.get("padding")
-    alive: set[int] = set()
+    config = subject.outline.config
+    measured = subject.outline.metrics or {}
+    main, padding = measured.get("real") or measured, measured.get("padding")
+    alive = np.zeros(subject.n_features, bool)
+    densities = []
     for step in analysis.steps:
-        table = analysis.matrix(subject, step).features()
-        alive.update(table.filter(table["alive"])["feature"].to_pylist())
+        table = figures(analysis, subject, step, "alive", "density")
+        alive |= table["alive"].to_numpy(zero_copy_only=False)
+        densities.append(table["density"].to_numpy())
     steps = {
         int(step): values["fvu"]
         for step, values in (main.get("steps") or {}).items()
@@ -104,22 +115,29 @@ def _overview_row(analysis: Analysis, subject: Subject) -> dict[str, Any]:
     }
     return {
         "name": subject.name,
-        "anchor": f"dictionary-{subject.name}",
+        "link": f"#/features?dictionary={subject.name}",
         "stream": subject.site.stream,
         "kind": {"transcoder": "transcoder", "sae": "SAE"}[config.kind],
-        "activation": "ReLU" if config.k is None else f"TopK {config.k}",
+        "activation": ACTIVATIONS[config.activation] + ("" if config.k is None else f" {config.k}"),
         "n_features": config.n_features,
-        "alive": percent(len(alive) / config.n_features),
+        "alive": percent(int(alive.sum()) / config.n_features),
         "fvu_value": main.get("fvu"),
         "fvu": _shown(main.get("fvu"), "{:.3f}"),
+        "l0_value": main.get("l0"),
         "l0": _shown(main.get("l0"), "{:.1f}"),
         "l0_share": percent(main["density"]) if main.get("density") is not None else None,
         "dead": percent(main["dead"]) if main.get("dead") is not None else "–",
         "cosine": _shown(main.get("cosine"), "{:.3f}"),
         "padding": _shown(padding.get("fvu"), "{:.3f}") if padding else None,
         "fvu_steps": dict(sorted(steps.items())),
+        "density": density_counts(densities),
         "training": training_words(subject),
     }
+
+
+def density_counts(densities: Sequence[Float[np.ndarray, " feature"]]) -> list[list[int]]:
+    """For each step, how many features have a density in each bin of `DENSITY_EDGES`; those that never fire are in none."""
+    return [np.histogram(np.clip(d[d > 0], DENSITY_EDGES[0], 1), DENSITY_EDGES)[0].tolist() for d in densities]
 
 
 def _shown(value: float | None, form: str) -> str:
@@ -128,7 +146,7 @@ def _shown(value: float | None, form: str) -> str:
 
 def training_words(subject: Subject) -> str:
     """How the dictionary came to be: settings that matter, or that nobody knows."""
-    config = subject.dictionary.config
+    config = subject.outline.config
     if config.parent is None or config.training is None:
         return "trained elsewhere; settings unknown"
     words = [f"{config.steps:,} steps over {config.rows:,} rows"]
@@ -139,15 +157,14 @@ def training_words(subject: Subject) -> str:
     return ", ".join(words)
 
 
-def truth_view(truth: Truth, anchors: set[str]) -> dict[str, Any]:
+def truth_view(truth: Truth) -> dict[str, Any]:
     """The truth table as groups of rows, each with bars."""
     streams = list(truth.table["verdict"])
     groups = []
-    for group, title in GROUPS.items():
+    for group in dict.fromkeys(entry["group"] for entry in truth.table["attributes"]):
         entries = [entry for entry in truth.table["attributes"] if entry["group"] == group]
-        groups.append(
-            {"title": title, "rows": [_truth_row(entry, streams, truth.threshold, anchors) for entry in entries]}
-        )
+        title = GROUPS.get(group, str(group).capitalize())
+        groups.append({"title": title, "rows": [_truth_row(entry, streams, truth.threshold) for entry in entries]})
     without = {STREAM_NAMES[s]: v["without"] for s, v in truth.table["verdict"].items() if v["without"]}
     untested = {STREAM_NAMES[s]: v["untested"] for s, v in truth.table["verdict"].items() if v["untested"]}
     return {
@@ -165,7 +182,7 @@ def truth_view(truth: Truth, anchors: set[str]) -> dict[str, Any]:
     }
 
 
-def _truth_row(entry: dict[str, Any], streams: Sequence[str], threshold: float, anchors: set[str]) -> dict[str, Any]:
+def _truth_row(entry: dict[str, Any], streams: Sequence[str], threshold: float) -> dict[str, Any]:
     row: dict[str, Any] = {
         "value": entry["value"],
         "mark": mark(Attribute(entry["group"], entry["value"])),
@@ -174,29 +191,39 @@ def _truth_row(entry: dict[str, Any], streams: Sequence[str], threshold: float, 
         "tokens": None,
     }
     for stream in streams:
-        row["streams"][stream] = _bar(entry["streams"][stream]["images"], threshold, anchors)
+        found = entry["streams"][stream]
+        row["streams"][stream] = _bar(
+            found["images"], threshold, found.get("images_floor"), found.get("images_ceiling")
+        )
     tokens = entry["streams"].get("img", {}).get("tokens")
     if tokens:
-        row["tokens"] = _bar(tokens["chosen_by_tokens"], threshold, anchors) | {
+        row["tokens"] = {
+            **_bar(tokens["chosen_by_tokens"], threshold, tokens["floor"], tokens["ceiling"]),
             "of_images": tokens["chosen_by_images"],
-            "ceiling": tokens["ceiling"]["auroc"],
-            "floor": tokens["floor"]["auroc"],
-            "floor_width": _width(tokens["floor"]["auroc"]),
-            "ceiling_width": _width(tokens["ceiling"]["auroc"]),
         }
     return row
 
 
-def _bar(place: dict[str, Any] | None, threshold: float, anchors: set[str]) -> dict[str, Any]:
+def _bar(
+    place: dict[str, Any] | None,
+    threshold: float,
+    floor: dict[str, Any] | None,
+    ceiling: dict[str, Any] | None,
+) -> dict[str, Any]:
     if place is None:
         return {"auroc": None}
-    anchor = f"{place['dictionary']}-step{place['step']}-f{place['feature']}"
     return {
         "auroc": place["auroc"],
+        "f1": place.get("f1"),
         "width": _width(place["auroc"]),
         "good": place["auroc"] >= threshold,
-        "label": f"{place['dictionary']} · step {place['step']} · {place['feature']}",
-        "anchor": anchor if anchor in anchors else None,
+        "label": f"{place['dictionary']}/{place['feature']} · step {place['step']}",
+        "link": feature_link(place["dictionary"], place["step"], place["feature"]),
+        **{name: None if of is None else of["auroc"] for name, of in (("floor", floor), ("ceiling", ceiling))},
+        **{
+            f"{name}_width": None if of is None else _width(of["auroc"])
+            for name, of in (("floor", floor), ("ceiling", ceiling))
+        },
     }
 
 
@@ -210,51 +237,6 @@ def mark(attribute: Attribute) -> dict[str, str]:
     if attribute.group in ("colour", "background"):
         return {"swatch": attribute.value.replace("light grey", "lightgrey").replace(" ", "-"), "kind": attribute.group}
     return {"sign": MARKS.get(attribute.value, "·"), "kind": attribute.group}
-
-
-def spotlight_view(spot: Spotlight, row: dict[str, Any], threshold: float, heat_inside: float | None) -> dict[str, Any]:
-    """What a card says of its feature (`row` of the feature table); figures are name, value and what the value means."""
-    stream = spot.subject.site.stream
-    figures: list[tuple[str, str, str]] = []
-    if spot.image_auroc is not None:
-        figures.append(("AUROC images", f"{spot.image_auroc:.3f}", "over images of the scored half"))
-    if spot.token_auroc is not None:
-        what = "background tokens" if spot.attribute and spot.attribute.group == "background" else "object tokens"
-        figures.append(("AUROC tokens", f"{spot.token_auroc:.3f}", f"over {what} of the scored half"))
-    if heat_inside is not None:
-        where = (
-            "off the objects"
-            if spot.attribute and spot.attribute.group == "background"
-            else "on objects with the attribute"
-        )
-        figures.append(
-            ("heat inside", f"{100 * heat_inside:.0f} %", f"share of the activation on these images that lies {where}")
-        )
-    figures += [
-        ("on images", percent(row["image_share"]), "share of images on which it is active"),
-        ("on tokens", percent(row["density"]), "share of tokens on which it is active"),
-        ("mean active", f"{row['mean_active']:.3g}", "mean activation on the tokens where it is active"),
-        ("max", f"{row['max']:.3g}", "largest activation on any image"),
-    ]
-    auroc = spot.image_auroc if spot.image_auroc is not None else spot.token_auroc
-    return {
-        "anchor": spot.anchor,
-        "feature": spot.feature,
-        "step": spot.step,
-        "stream": stream,
-        "attribute": None if spot.attribute is None else str(spot.attribute.value),
-        "group": None if spot.attribute is None else spot.attribute.group,
-        "mark": None if spot.attribute is None else mark(spot.attribute),
-        "stands": auroc is not None and auroc >= threshold,
-        "by_tokens": spot.attribute is not None and spot.image_auroc is None,
-        "figures": figures,
-        "sort": {
-            "auroc": f"{auroc or 0:.6f}",
-            "tokens": f"{spot.token_auroc or 0:.6f}",
-            "share": f"{row['image_share']:.6f}",
-            "interest": f"{row['interest']:.6f}",
-        },
-    }
 
 
 assert set(MARKS) == {*VALUES["shape"], *VALUES["position"]}

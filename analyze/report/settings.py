@@ -5,18 +5,35 @@ from dataclasses import dataclass
 from analyze.settings import Inputs
 from store.errors import UsageError
 
+SMALLEST_PICTURE = 32
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReportSettings(Inputs):
-    """The report: one folder of HTML and pictures that opens from disk."""
+    """The report: a folder of static files that opens from disk, or from any web server."""
 
     title: str = "What the features see"
     """Headline of the report."""
     best: int = 6
-    """Features shown for each dictionary."""
-    top: int = 6
+    """Features of each dictionary that the findings are chosen from; they always have heat."""
+    top: int = 8
     """Images shown with each feature, with different prompts."""
+    heat_features: int | None = None
+    """Features of each dictionary and step whose images get heat, the most interesting first; by default all where they are few (20,000
+    over all dictionaries and steps), else 1,000."""
+    picture_side: int = 256
+    """Pixels of the longer side of a picture; larger ones are scaled down."""
+    similar: int = 8
+    """Similar features listed with each feature."""
+    plan: bool = False
+    """Print files, bytes and time, and write nothing."""
 
     def __post_init__(self) -> None:
         if self.best < 1 or self.top < 1:
             raise UsageError(f"--best is {self.best} and --top is {self.top}: show at least 1 feature with 1 image")
+        if self.heat_features is not None and self.heat_features < 0:
+            raise UsageError(f"--heat-features is {self.heat_features}: say 0 for none")
+        if self.picture_side < SMALLEST_PICTURE:
+            raise UsageError(f"--picture-side is {self.picture_side}: expected at least {SMALLEST_PICTURE} pixels")
+        if self.similar < 0:
+            raise UsageError(f"--similar is {self.similar}: say 0 for none")
