@@ -164,7 +164,7 @@ def _heading(
         )
     what = f"{len(best)} of the {len(chosen)} that match" if len(best) < len(chosen) else f"all {len(best)} that match"
     if settings.unique_examples:
-        what += f", the best with images of their own"
+        what += ", the best with images of their own"
     lines.append(f"  {what}, by {settings.rank}:" if len(best) else "  no feature matches")
     return "\n".join(lines)
 
