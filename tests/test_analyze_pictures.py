@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,14 +21,14 @@ from analyze.pictures import contact, over_steps, sheets
 from analyze.pictures.drawing import fitted, ordinal
 from analyze.pictures.examples import feature_row, gather_examples, heated, scale_of
 from analyze.pictures.heat import Heat, heats
-from analyze.pictures.narrowed import judged_alone, narrowed
+from analyze.pictures.narrowed import activations_of, judged_alone
 from analyze.pictures.overlay import Look, enlarged, heat_scale, overlay, token_grid
 from analyze.pictures.settings import SheetSettings
 from analyze.pictures.words import highlighted, percent
 from analyze.scoring import scores
 from analyze.scoring.settings import ScoresSettings
 from analyze.settings import Inputs
-from store.errors import UsageError
+from store.errors import NonFiniteError, UsageError
 from store.format import StreamTokens
 from store.sites import Site
 from store.split import normalise
@@ -125,7 +126,7 @@ def test_the_heat_of_a_joint_site_is_that_of_its_image_tokens(scored: Inputs) ->
         {"kind": "sae", "family": "flux-sae"},
     ],
 )  # fmt: skip
-def test_a_narrowed_dictionary_gives_the_activations_of_the_whole_one(options: dict[str, Any]) -> None:
+def test_activations_of_some_features_are_those_of_the_whole_dictionary(options: dict[str, Any]) -> None:
     config = DictionaryConfig(
         **{"kind": "transcoder", "site": Site.parse("img_0"), "d_model": 10, "n_features": 24, **options}
     )
@@ -138,12 +139,12 @@ def test_a_narrowed_dictionary_gives_the_activations_of_the_whole_one(options: d
     some = [17, 3, 4]
     assert judged_alone(whole)
     with torch.no_grad():
-        expected, found = whole.encode(x, sigma)[:, some], narrowed(whole, some).encode(x, sigma)
+        expected, found = whole.encode(x, sigma)[:, some], activations_of(whole, some, x, sigma)
     assert (expected > 0).any()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_features_of_topk_compete_so_they_are_never_narrowed() -> None:
+def test_features_of_topk_compete_so_they_are_never_computed_alone() -> None:
     config = DictionaryConfig("transcoder", Site.parse("img_0"), 10, 24, activation="topk", k=4)
     assert not judged_alone(build(config))
 
@@ -201,6 +202,28 @@ def test_heats_of_some_features_are_those_of_the_whole_dictionary(scored: Inputs
                 np.testing.assert_allclose(heat.values, z, rtol=1e-5, atol=1e-6)
 
 
+def test_heats_build_no_module_for_each_image(scored: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    analysis = open_analysis(scored)
+    subject = analysis.subjects[0]
+    assert judged_alone(subject.dictionary)  # and it is loaded now
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a module was built")
+
+    monkeypatch.setattr(torch.nn.Module, "__init__", refuse)
+    assert len(heats(analysis, subject, 0, {1: [5, 9], 3: [9]})[1]) == 2
+
+
+def test_a_weight_that_is_not_finite_is_refused_by_name(scored: Inputs) -> None:
+    analysis = open_analysis(scored)
+    broken = build(DictionaryConfig("transcoder", Site.parse("img_0"), 32, 48))
+    broken.initialise(seed=0)
+    with torch.no_grad():
+        broken.encoder.bias[7] = torch.nan
+    with pytest.raises(NonFiniteError, match="transcoder_img_0 gives a NaN"):
+        heats(analysis, replace(analysis.subjects[0], outline=broken), 0, {7: [0]})
+
+
 def test_a_sheet_shows_each_prompt_once_best_first(scored: Inputs) -> None:
     analysis = open_analysis(scored)
     for subject in analysis.subjects:
@@ -217,17 +240,20 @@ def test_a_sheet_shows_each_prompt_once_best_first(scored: Inputs) -> None:
 @pytest.mark.parametrize(
     ("more", "count"),
     [
-        ({}, 4), ({"patches": True, "clip_percentile": 80.0, "side": 90}, 4),
-        ({"over_steps": True}, 2), ({"over_steps": True, "matched": True}, 2),
-        ({"features": "3", "images": "0,38"}, 8), ({"features": "3", "images": "17", "over_steps": True}, 2),
+        ({}, 4), pytest.param({"patches": True, "clip_percentile": 80.0, "side": 90}, 4, marks=pytest.mark.slow),
+        pytest.param({"over_steps": True}, 2, marks=pytest.mark.slow),
+        pytest.param({"over_steps": True, "matched": True}, 2, marks=pytest.mark.slow),
+        ({"over_steps": True, "matched": True, "sites": "img_0"}, 1),
+        ({"features": "3", "images": "0,38"}, 8), ({"features": "3", "images": "17", "over_steps": True, "top": 8}, 2),
     ],
 )  # fmt: skip
 def test_pictures_are_written_for_every_site_and_are_equal_bytes_again(
-    scored: Inputs, tmp_path: Path, more: dict[str, Any], count: int
+    scored: Inputs, capsys: pytest.CaptureFixture[str], more: dict[str, Any], count: int
 ) -> None:
     options = {**vars(scored), "best": 1, "top": 2, **more}
     first = {path: path.read_bytes() for path in sheets.run(SheetSettings(**options))}
     assert len(first) == count
+    assert f"sheets: {count} " in capsys.readouterr().out
     assert {path: path.read_bytes() for path in sheets.run(SheetSettings(**options))} == first
     for path in first:
         with Image.open(path) as image:
@@ -267,6 +293,41 @@ def test_one_feature_over_steps_is_on_one_scale_and_matched_features_are_found(s
             with np.errstate(invalid="ignore", divide="ignore"):
                 correlation = [np.corrcoef(own, scores)[0, 1] for scores in other.T]
             assert column.feature == int(np.nanargmax(correlation))
+
+
+def with_active(table: pa.Table, images: int) -> pa.Table:
+    """The feature table as if every feature were active on so many images."""
+    place = table.column_names.index("images_active")
+    return table.set_column(place, "images_active", pa.array([images] * len(table), pa.int64()))
+
+
+def test_only_features_that_fire_often_enough_and_alike_are_matched_over_steps(
+    scored: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    analysis = open_analysis(scored)
+    subject = analysis.subjects[0]
+    tables = {step: analysis.matrix(subject, step).features() for step in analysis.steps}
+    active = {step: table["images_active"].to_numpy() for step, table in tables.items()}
+    most = int(max(counts[1] for counts in active.values()))
+
+    def matched(feature: int, min_images: int) -> list[over_steps.Shown]:
+        return over_steps.columns_of(analysis, subject, tables, feature, True, min_images)
+
+    for min_images in (1, most):
+        assert all(active[c.step][c.feature] >= min_images for c in matched(1, min_images) if "correlation " in c.note)
+    few = matched(1, most + 1)
+    assert [column.feature for column in few] == [1, 1]
+    assert f"active on {most} images, too few" in next(column.note for column in few if column.reference)
+    for correlation, images, found in ((0.31, 40, 7), (0.29, 40, 1), (0.31, 0, None)):
+        alike = np.full(48, -0.5, np.float32)
+        alike[7] = correlation
+        monkeypatch.setattr(over_steps, "correlations_with", lambda *_, alike=alike: alike)
+        tables = {step: with_active(table, images) for step, table in tables.items()}
+        if not images:
+            assert "active at no step" in [column.note for column in matched(1, 8)]
+            continue
+        (other,) = (column for column in matched(1, 8) if not column.reference)
+        assert other.feature == found
 
 
 def test_labels_stand_in_the_titles_of_sheets(scored: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,8 +406,11 @@ def test_what_is_not_there_is_not_drawn(scored: Inputs, options: dict[str, Any],
 
 @pytest.mark.parametrize(
     "options",
-    [{"clip_percentile": 0.0}, {"clip_percentile": 101.0}, {"side": 3}, {"matched": True}, {"top": 0}, {"best": 0}],
-)
+    [
+        {"clip_percentile": 0.0}, {"clip_percentile": 101.0}, {"side": 3}, {"matched": True}, {"top": 0}, {"best": 0}, {"min_images": 3},
+        {"over_steps": True, "images": "3", "top": 4}, {"over_steps": True, "matched": True, "min_images": 0},
+    ],
+)  # fmt: skip
 def test_sheets_that_mean_nothing_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         SheetSettings(store=Path("s"), dictionaries=Path("d"), out=Path("o"), **options)

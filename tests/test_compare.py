@@ -1,6 +1,7 @@
 """Matches, neighbours and projections equal slow oracles whatever the blocks; `compare` finds what was planted."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from analyze.compare import coactivation, comparing, directions, mapping
-from analyze.compare.coactivation import MEASURES, Matches, Side, block_sizes, correlations_with, match
+from analyze.compare.coactivation import (
+    MEASURES,
+    Matches,
+    Side,
+    best_by_chance,
+    block_sizes,
+    correlations_with,
+    match,
+)
 from analyze.compare.ranked import best_first, columns_of, packed, rounded, values_of
 from analyze.compare.settings import CompareSettings, DirectionsSettings
 from analyze.inputs import open_analysis
@@ -21,6 +30,7 @@ from analyze.scoring.settings import ScoresSettings
 from analyze.settings import Inputs
 from store.errors import GranaryError, UsageError
 from tests.analyze_planted import ATTRIBUTES, Plan, planted_dictionaries, planted_store, reading_dictionary
+from train.dictionaries.dictionary import build
 
 
 @settings(max_examples=40, deadline=None)
@@ -134,9 +144,9 @@ def test_matches_equal_a_slow_oracle_whatever_the_blocks(
         np.testing.assert_allclose(found.values[measure], beside, atol=1e-5)
         back = np.searchsorted(one.features, found.best_of_other[measure])
         np.testing.assert_allclose(whole[measure][back, np.arange(len(back))], whole[measure].max(axis=0), atol=3e-6)
-    monkeypatch.setattr(coactivation, "LARGEST", (7, 5))
+    monkeypatch.setattr(coactivation, "LARGEST", (17, 13))
     monkeypatch.setattr(coactivation, "LEAST", 1)
-    monkeypatch.setattr(coactivation, "READ", 11)
+    monkeypatch.setattr(coactivation, "READ", 19)
     again = match(one, two, 6, 0.0, 10**9)
     np.testing.assert_array_equal(again.match, found.match)
     np.testing.assert_array_equal(again.mutual, found.mutual)
@@ -148,6 +158,67 @@ def test_a_match_is_mutual_where_each_is_the_best_of_the_other() -> None:
         others=np.asarray([7, 9]), best_of_other=np.asarray([[2, 2]] * 3, np.int32), value_of_other=np.zeros((3, 2), np.float32),
     )  # fmt: skip
     assert matches.mutual[0].tolist() == [[True, False], [False, False]]
+
+
+@pytest.mark.parametrize(("of", "other"), [("img_0@0", "txt_0@1"), ("img_0@1", "img_0@0")])
+def test_chance_is_the_best_match_after_images_of_one_side_were_put_in_another_order(
+    scored: Inputs, of: str, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = sides_of(scored, of, other)
+    found = best_by_chance(one, two, 0.0, 10**9)
+    order = np.random.default_rng(0).permutation(one.matrix.n_images)
+    s, t = (side.matrix.scores().astype(np.float64)[:, side.features] for side in (one, two))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        correlation = np.nan_to_num(np.corrcoef(s[order].T, t.T)[: s.shape[1], s.shape[1] :])
+    a, b = (s[order] > 0)[:, :, None], (t > 0)[:, None, :]
+    assert found["correlation"] == pytest.approx(np.median(correlation.max(axis=1)), abs=3e-6)
+    jaccard = (a & b).sum(axis=0) / (a | b).sum(axis=0)
+    assert found["jaccard"] == pytest.approx(np.median(jaccard.max(axis=1)), abs=3e-6)
+    assert found["cosine"] == directions.chance_cosine(len(two.features) + 1, 32)
+    monkeypatch.setattr(coactivation, "LARGEST", (17, 13))
+    monkeypatch.setattr(coactivation, "LEAST", 1)
+    assert best_by_chance(one, two, 0.0, 10**9) == pytest.approx(found, abs=1e-6)
+    monkeypatch.setattr(coactivation, "CHANCE_FEATURES", 1)
+    some = best_by_chance(one, two, 0.0, 10**9)["correlation"]  # of one feature
+    assert np.abs(correlation.max(axis=1) - some).min() < 1e-5
+
+
+def test_matches_of_one_number_are_told_apart_from_features_that_were_found(scored: Inputs) -> None:
+    one, two = sides_of(scored, "img_0@0", "txt_0@0")  # both dictionaries have the same decoder
+    chance = (dict.fromkeys(MEASURES, 0.0),) * 2
+    summary = comparing.summarised(one, two, match(one, two, 1, 0.0, 10**9), chance)
+    same, mutual = summary["mutual_by_cosine_of_one_number"], summary["measures"]["cosine"]["mutual"]
+    assert same == mutual > 20
+    assert f"{same} of {mutual} mutual matches by cosine have the same number in both" in summary["notes"][-1]
+    other = build(two.subject.dictionary.config)
+    other.load_state_dict(two.subject.dictionary.state_dict())
+    with torch.no_grad():
+        other.decoder.weight.copy_(other.decoder.weight.roll(5, dims=1))
+    renumbered = replace(two, subject=replace(two.subject, outline=other, identity="another"))
+    summary = comparing.summarised(one, renumbered, match(one, renumbered, 1, 0.0, 10**9), chance)
+    assert summary["measures"]["cosine"]["mutual"] > 20
+    assert summary["mutual_by_cosine_of_one_number"] == 0
+    assert not any("same number" in note for note in summary["notes"])
+
+
+def test_one_dictionary_at_two_steps_is_not_compared_by_cosine(
+    scored: Inputs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {**vars(scored), "sites": "img_0"}
+    (found,) = comparing.run(CompareSettings(**options, best=0))
+    assert found.summary["measures"]["cosine"]["median_best"] is None
+    assert "the same decoder: cosine says nothing" in found.summary["notes"]
+    assert set(found.table["by"].to_pylist()) == {"correlation", "jaccard"}
+    rows = pq.read_table(scored.out / "compare" / "pairs.parquet").to_pylist()
+    assert {row["by"] for row in rows if row["median_best"] is None} == {"cosine"}
+    printed = capsys.readouterr().out
+    assert "note: the same decoder: cosine says nothing" in printed
+    assert "best by cosine" not in printed
+    chance = found.summary["measures"]["correlation"]["median_by_chance"]
+    assert f"(by chance {chance:.2f})" in printed
+    assert "1 comparison, 0 matched pairs drawn now" in printed
+    with pytest.raises(UsageError, match="have the same decoder"):
+        comparing.run(CompareSettings(**options, by="cosine"))
 
 
 def test_correlations_with_one_column_equal_numpys(scored: Inputs) -> None:
@@ -190,7 +261,7 @@ def test_compare_finds_the_feature_of_the_other_stream_that_stands_for_the_same(
 def test_compare_writes_equal_bytes_again_and_draws_named_features(
     scored: Inputs, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = {**vars(scored), "of": "img_0@0", "other": "img_0@1", "features": "1,3", "patches": True, "top": 4}
+    options = {**vars(scored), "of": "img_0@0", "other": "img_0@1", "features": "1,3", "patches": True, "top": 2}
     (first,) = comparing.run(CompareSettings(**options))
     assert [path.name.split("-")[1] for path in first.sheets] == ["1", "3"]
     before = {path: path.read_bytes() for path in sorted(first.folder.iterdir())}
@@ -213,13 +284,14 @@ def test_all_pairs_of_sides_give_a_map_that_reads_both_ways(scored: Inputs) -> N
     assert one["txt_0@1", "img_0@0"] == pytest.approx(back, abs=1e-5)
     assert (scored.out / "compare" / "pairs.png").read_bytes().startswith(b"\x89PNG")
     whole = (scored.out / "compare" / "pairs.parquet").read_bytes()
-    named = comparing.run(CompareSettings(**vars(scored), of="img_0@0", best=0))
+    named = comparing.run(CompareSettings(**{**vars(scored), "steps": "0"}, of="img_0@0", best=0))
     assert (scored.out / "compare" / "pairs.parquet").read_bytes() == whole
-    assert len(pq.read_table(scored.out / "compare" / "img_0@0" / "pairs.parquet")) == 3 * 2 * len(MEASURES)
-    assert [comparison.other for comparison in named] == ["img_0@1", "txt_0@0", "txt_0@1"]
+    assert len(pq.read_table(scored.out / "compare" / "img_0@0" / "pairs.parquet")) == 2 * len(MEASURES)
+    assert [comparison.other for comparison in named] == ["txt_0@0"]
 
 
-def test_directions_are_tabled_and_drawn_the_same_every_time(scored: Inputs) -> None:
+@pytest.mark.slow
+def test_directions_are_drawn_the_same_every_time(scored: Inputs) -> None:
     options = {**vars(scored), "best": 9, "neighbours": 3, "sites": "img_0"}
     found = mapping.run(DirectionsSettings(**options))
     assert [each.name for each in found] == ["img_0"]
@@ -227,6 +299,12 @@ def test_directions_are_tabled_and_drawn_the_same_every_time(scored: Inputs) -> 
     assert len(before) == 5
     mapping.run(DirectionsSettings(**options))
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_directions_are_tabled(scored: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    for plot in ("cosine_map", "neighbour_histogram", "projection_plot"):
+        monkeypatch.setattr(mapping, plot, lambda *_: b"")
+    found = mapping.run(DirectionsSettings(**vars(scored) | {"best": 9, "neighbours": 3, "sites": "img_0"}))
     index, cosine = directions.nearest(open_analysis(scored).subjects[0].dictionary, 3)
     table = found[0].table
     assert table["nearest"].to_pylist() == index.tolist()
@@ -254,6 +332,9 @@ def test_similar_features_stand_together_on_the_map() -> None:
         ({"sites": "img_0", "steps": "1"}, "only img_0@1 to compare"),
         ({"of": "img_0@0", "other": "img_0@1", "features": "99"}, "no feature 99"),
         ({"of": "img_0@0", "other": "img_0@1", "top": 99}, "keeps 16 top images"),
+        ({"patches": True, "top": 4}, "--patches and --top would change nothing"),
+        ({"of": "img_0@0", "other": "img_0@1", "best": 0, "side": 90}, "--side would change nothing"),
+        ({"of": "img_0@0", "clip_percentile": 90.0}, "--clip-percentile would change nothing"),
         ({"of": "img_0@0", "other": "img_0@1", "memory": "10kB"}, "--memory 10 KB is too little"),
     ],
 )
@@ -266,7 +347,9 @@ def test_a_comparison_that_cannot_be_made_says_why(scored: Inputs, options: dict
     ("kind", "options"),
     [
         (CompareSettings, {"other": "img_0@0"}), (CompareSettings, {"matches": 0}), (CompareSettings, {"memory": "much"}),
-        (CompareSettings, {"of": "img_0@0", "features": "3"}), (CompareSettings, {"clip_percentile": 0.0}),
+        (CompareSettings, {"of": "img_0@0", "features": "3"}),
+        (CompareSettings, {"of": "img_0@0", "other": "img_0@1", "features": "3", "min_images": 2}),
+        (CompareSettings, {"clip_percentile": 0.0}),
         (DirectionsSettings, {"best": 0}), (DirectionsSettings, {"best": 1000}), (DirectionsSettings, {"neighbours": 0}),
     ],
 )  # fmt: skip

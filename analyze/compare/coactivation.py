@@ -10,6 +10,9 @@
    each column its best row.
 
 Beside the two decoders, what is held is bounded by `memory`; 49,152 x 49,152 features over 10,000 images are 110 TFLOP.
+
+The best of thousands of matches is high by chance alone, most of all among features that fire on few images or on nearly all.
+`best_by_chance` says how high: it matches once more, after the images of one side were put in another order.
 """
 
 from dataclasses import dataclass
@@ -22,7 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from analyze.compare.directions import device_of_work, unit_directions
+from analyze.compare.directions import chance_cosine, device_of_work, unit_directions
 from analyze.compare.ranked import BELOW, NOTHING, best_first, columns_of, packed, rounded, values_of
 from analyze.inputs import Subject
 from analyze.scoring.matrices import ScoreMatrix
@@ -41,6 +44,8 @@ TILE_BYTES = 60
 """an entry of a tile: three measures in float32, their stack, and the keys of one while they are ranked"""
 READ = 2048
 """features that one read of a matrix takes at once"""
+CHANCE_FEATURES = 512
+"""of each side that chance is measured with, at most: their median is good to about a twentieth of their spread"""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,11 @@ class Side:
     def name(self) -> str:
         """`img_3@1`"""
         return f"{self.subject.name}@{self.step}"
+
+    @property
+    def d_model(self) -> int:
+        """The width of what its features write."""
+        return int(self.subject.outline.config.d_model)
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,16 @@ class Matches:
         return np.asarray((self.match >= 0) & (back == self.features[None, :, None]))
 
 
+def same_decoder(of: Side, other: Side) -> bool:
+    """Whether the sides are one dictionary at two steps: then every feature's own direction is its best match, at cosine 1."""
+    return of.subject.identity == other.subject.identity and of.step != other.step
+
+
+def same_side(of: Side, other: Side) -> bool:
+    """Whether a side is held against itself."""
+    return (of.subject.identity, of.step) == (other.subject.identity, other.step)
+
+
 @torch.no_grad()
 def match(of: Side, other: Side, most: int, active_above: float, memory: int) -> Matches:
     """The `most` best matches in `other` of each live feature of `of`; a feature is not matched with itself."""
@@ -91,7 +111,7 @@ def match(of: Side, other: Side, most: int, active_above: float, memory: int) ->
     values = torch.full((len(MEASURES), n_of, most, len(MEASURES)), torch.nan, device=device)
     back = torch.full((len(MEASURES), n_other), NOTHING, dtype=torch.int64, device=device)
     directions = [_directions_of(of, device), _directions_of(other, device)]
-    same = (of.subject.identity, of.step) == (other.subject.identity, other.step)
+    same = same_side(of, other)
     size, width = block_sizes(images, memory)
     with tqdm(total=n_of * n_other, desc=f"{of.name} with {other.name}", unit="pair", unit_scale=True, mininterval=0.5,
               disable=n_of * n_other < 10**7, leave=False) as progress:  # fmt: skip
@@ -171,6 +191,38 @@ class _Block:
         both = self.active.T @ other.active  # counts below 2**24 are exact
         either = (self.count[:, None] + other.count).sub_(both).clamp_(min=1)
         return both.div_(either)
+
+
+def best_by_chance(of: Side, other: Side, active_above: float, memory: int, seed: int = 0) -> dict[Measure, float]:
+    """The median over features of `of` of the best match in `other`, were nothing related: what `match` is to be judged against.
+
+    Of cosines that of random directions.  Of correlation and Jaccard index, one match after the images of `of` were put in another
+    order, drawn with `seed`: every feature keeps its scores, and loses what it shares with others.  Memory as in `match`.
+    """
+    candidates = len(other.features) - same_side(of, other)
+    found: dict[Measure, float] = {"cosine": chance_cosine(candidates + 1, of.d_model)}
+    shuffled = _best_of_shuffled(of, other, active_above, memory, np.random.default_rng(seed))
+    return found | {name: float(np.median(best)) for name, best in zip(MEASURES[1:], shuffled, strict=True)}
+
+
+@torch.no_grad()
+def _best_of_shuffled(
+    of: Side, other: Side, active_above: float, memory: int, random: np.random.Generator
+) -> Float[np.ndarray, "2 some"]:
+    """The best correlation and Jaccard index of some features of `of`, their images in another order, with those of `other`."""
+    device, images = device_of_work(), of.matrix.n_images
+    order = random.permutation(images)
+    some = np.sort(random.permutation(of.features)[:CHANCE_FEATURES])
+    size, width = block_sizes(images, memory)
+    best = torch.full((2, len(some)), -torch.inf, device=device)
+    for start in range(0, len(some), size):
+        rows = slice(start, min(start + size, len(some)))
+        mine = _prepared(_columns(of.matrix, some[rows])[order], active_above, device)
+        for first in range(0, len(other.features), width):
+            theirs = _block(other, slice(first, first + width), active_above, device)
+            for place, tile in enumerate((mine.correlation(theirs), mine.jaccard(theirs))):
+                best[place, rows] = torch.maximum(best[place, rows], tile.amax(dim=1))
+    return np.asarray(best.cpu().numpy())
 
 
 def _block(side: Side, span: slice, active_above: float, device: torch.device) -> _Block:

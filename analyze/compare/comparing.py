@@ -3,10 +3,11 @@
     OUT/compare/img_3@1/img_5@1/matches.parquet   the best matches of each live feature of img_3@1, by each measure
     OUT/compare/img_3@1/img_5@1/summary.json      how well the two sides match
     OUT/compare/img_3@1/img_5@1/pair-12-407.png   matched features side by side on the same images
-    OUT/compare/pairs.parquet, pairs.png          all pairs: how well each side is found in each other
+    OUT/compare/pairs.parquet, pairs.png          all pairs: how well each side is found in each other, and how well by chance
     OUT/compare/img_3@1/pairs.parquet             --of alone: the same of that side and each other
 
 Sides share the images of the store, so what fires together can be counted over them, whatever the sites and steps.
+Cosines say less than they seem to: dictionaries that were trained with one seed start from the same decoder, and keep much of it.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from analyze.compare.coactivation import MEASURES, Matches, Side, match
+from analyze.compare.coactivation import MEASURES, Matches, Measure, Side, best_by_chance, match, same_decoder
 from analyze.compare.pairs import Pair, pair_sheet
 from analyze.compare.plots import pair_map
 from analyze.compare.settings import CompareSettings
@@ -36,6 +37,12 @@ from store.tables import write_table
 
 DRAWN = 3
 PRINTED = 5
+SAME_START = 5
+"""times as many mutual matches of one number as chance would give say that two dictionaries started from the same random numbers"""
+FEWEST_SAME = 3
+"""and so many at least: one or two are no sign"""
+Chance = tuple[dict[Measure, float], dict[Measure, float]]
+"""the median best match of unrelated features, there and back"""
 
 
 @dataclass(frozen=True)
@@ -59,16 +66,29 @@ def run(settings: CompareSettings) -> list[Comparison]:
     active_above = float(record.get("active_above", ACTIVE_ABOVE))
     pairs = chosen_pairs(analysis, settings)
     best = settings.best if settings.best is not None else DRAWN if len(pairs) == 1 else 0
-    if best or settings.features is not None:
+    if settings.by == "cosine" and len(pairs) == 1 and same_decoder(*pairs[0]):
+        raise UsageError(
+            f"{pairs[0][0].name} and {pairs[0][1].name} have the same decoder: every feature's best match by cosine is itself; "
+            "rank by --by correlation or --by jaccard"
+        )
+    if not best and settings.features is None:
+        settings.refuse_if_nothing_is_drawn()
+    else:
         check_top(record["top"], -(-settings.top // 2))
         refuse_without_pictures(analysis, {side.subject.name: side.subject for pair in pairs for side in pair}.values())
     found = []
     for of, other in tqdm(pairs, desc="compare", unit="pair", mininterval=0.5, disable=len(pairs) == 1):
-        matches = match(of, other, settings.matches, active_above, parse_size(settings.memory))
-        found.append(_written(analysis, of, other, matches, settings, best, active_above))
+        memory = parse_size(settings.memory)
+        matches = match(of, other, settings.matches, active_above, memory)
+        chance = best_by_chance(of, other, active_above, memory), best_by_chance(other, of, active_above, memory)
+        found.append(_written(analysis, of, other, matches, chance, settings, best, active_above))
     if settings.other is None:
         _write_pairs(analysis.out / "compare" / ("" if settings.of is None else pairs[0][0].name), found)
-    print(f"compare: {len(found)} comparison{'s' * (len(found) > 1)} -> {analysis.out / 'compare'}")
+    drawn = sum(len(each.sheets) for each in found)
+    print(
+        f"compare: {len(found)} comparison{'s' * (len(found) > 1)}, {drawn} matched pair{'s' * (drawn != 1)} drawn now "
+        f"-> {analysis.out / 'compare'}"
+    )
     return found
 
 
@@ -130,17 +150,18 @@ def _written(
     of: Side,
     other: Side,
     matches: Matches,
+    chance: Chance,
     settings: CompareSettings,
     best: int,
     active_above: float,
 ) -> Comparison:
     folder = analysis.out / "compare" / of.name / other.name
-    table = match_table(matches)
+    table = match_table(matches, same_decoder(of, other))
     table = table.replace_schema_metadata(
         {"of": of.name, "with": other.name, "images": str(of.matrix.n_images), "active_above": repr(active_above)}
     )
     pairs = best_pairs(of, other, matches, settings, max(PRINTED, best))
-    summary = summarised(of, other, matches) | {
+    summary = summarised(of, other, matches, chance) | {
         "active_above": active_above,
         "ranked_by": settings.by,
         "best": [pair.figures() for pair in pairs],
@@ -162,10 +183,16 @@ def _written(
     return Comparison(of.name, other.name, folder, table, summary, tuple(sheets))
 
 
-def match_table(matches: Matches) -> pa.Table:
-    """One row for each live feature, measure and rank: the match, all three measures of the pair, and whether the match is mutual."""
+def match_table(matches: Matches, without_cosine: bool = False) -> pa.Table:
+    """One row for each live feature, measure and rank: the match, all three measures of the pair, and whether the match is mutual.
+
+    `without_cosine`: no matches by cosine, of sides with the same decoder.
+    """
     mutual = matches.mutual
-    measure, row, rank = np.nonzero(matches.match >= 0)
+    there = matches.match >= 0
+    if without_cosine:
+        there[MEASURES.index("cosine")] = False
+    measure, row, rank = np.nonzero(there)
     order = np.lexsort((rank, measure, row))
     measure, row, rank = measure[order], row[order], rank[order]
     values = matches.values[measure, row, rank]
@@ -184,6 +211,8 @@ def match_table(matches: Matches) -> pa.Table:
 
 def best_pairs(of: Side, other: Side, matches: Matches, settings: CompareSettings, most: int) -> list[Pair]:
     """Mutual best matches of features that are active on enough images, best first, `most` of them."""
+    if settings.by == "cosine" and same_decoder(of, other):
+        return []
     by = MEASURES.index(settings.by)
     enough = [_active_images(side) >= settings.min_images for side in (of, other)]
     match_of, mutual = matches.match[by, :, 0], matches.mutual[by, :, 0]
@@ -204,21 +233,15 @@ def _pair_of(matches: Matches, feature: int, settings: CompareSettings, of: Side
     return Pair.of_row(matches, MEASURES.index(settings.by), row)
 
 
-def summarised(of: Side, other: Side, matches: Matches) -> dict[str, Any]:
-    """How well the features of one side are found in the other, as JSON carries it."""
+def summarised(of: Side, other: Side, matches: Matches, chance: Chance) -> dict[str, Any]:
+    """How well the features of one side are found in the other, and unrelated ones would be, as JSON carries it."""
     first = matches.match[:, :, 0]
-    measures = {}
-    for place, name in enumerate(MEASURES):
-        best = matches.values[place, :, 0, place]
-        best = best[np.isfinite(best)]
-        back = matches.value_of_other[place]
-        back = back[np.isfinite(back)]
-        measures[name] = {
-            "median_best": _rounded(np.median(best)) if len(best) else None,
-            "median_best_back": _rounded(np.median(back)) if len(back) else None,
-            "share_at_least": {str(at): _rounded((best >= at).mean()) for at in (0.5, 0.7, 0.9)} if len(best) else {},
-            "mutual": int(matches.mutual[place, :, 0].sum()),
-        }
+    trivial = same_decoder(of, other)
+    measures = {
+        name: _nothing() if trivial and name == "cosine" else _figures(matches, place, name, chance)
+        for place, name in enumerate(MEASURES)
+    }
+    same, mutual = _of_one_number(matches)
     return {
         "of": {"dictionary": of.subject.name, "step": of.step, "features": of.subject.n_features, "alive": len(of.features)},
         "with": {
@@ -226,8 +249,55 @@ def summarised(of: Side, other: Side, matches: Matches) -> dict[str, Any]:
         },
         "images": of.matrix.n_images,
         "measures": measures,
-        "same_best_by_cosine_and_correlation": _rounded((first[0] == first[1]).mean()),
+        "same_best_by_cosine_and_correlation": None if trivial else _rounded((first[0] == first[1]).mean()),
+        "mutual_by_cosine_of_one_number": None if of.subject.identity == other.subject.identity else same,
+        "notes": _notes(of, other, same, mutual),
     }  # fmt: skip
+
+
+def _figures(matches: Matches, place: int, name: Measure, chance: Chance) -> dict[str, Any]:
+    best = matches.values[place, :, 0, place]
+    best = best[np.isfinite(best)]
+    back = matches.value_of_other[place]
+    back = back[np.isfinite(back)]
+    return {
+        "median_best": _rounded(np.median(best)) if len(best) else None,
+        "median_by_chance": _rounded(chance[0][name]),
+        "median_best_back": _rounded(np.median(back)) if len(back) else None,
+        "median_by_chance_back": _rounded(chance[1][name]),
+        "share_at_least": {str(at): _rounded((best >= at).mean()) for at in (0.5, 0.7, 0.9)} if len(best) else {},
+        "mutual": int(matches.mutual[place, :, 0].sum()),
+    }
+
+
+def _nothing() -> dict[str, Any]:
+    """The figures of a measure that says nothing."""
+    medians = ("median_best", "median_by_chance", "median_best_back", "median_by_chance_back")
+    return {**dict.fromkeys(medians), "share_at_least": {}, "mutual": None}
+
+
+def _of_one_number(matches: Matches) -> tuple[int, int]:
+    """Mutual matches by cosine whose features have the same number on both sides, and all mutual ones."""
+    place = MEASURES.index("cosine")
+    mutual = matches.mutual[place, :, 0]
+    return int((mutual & (matches.match[place, :, 0] == matches.features)).sum()), int(mutual.sum())
+
+
+def _notes(of: Side, other: Side, same: int, mutual: int) -> list[str]:
+    """What a reader of the figures must know."""
+    notes = []
+    if {of.subject.site.stream, other.subject.site.stream} == {"img", "txt"}:
+        notes.append("image and text stream are spaces of their own, so their cosines say little")
+    if same_decoder(of, other):
+        notes.append("the same decoder: cosine says nothing")
+    width = min(of.subject.n_features, other.subject.n_features)
+    many = same >= FEWEST_SAME and same > SAME_START * mutual / width
+    if many and of.subject.identity != other.subject.identity:
+        notes.append(
+            f"{same} of {mutual} mutual matches by cosine have the same number in both dictionaries: they started from the same random "
+            "numbers, so their cosines say little; train with different --seed, or match by correlation"
+        )
+    return notes
 
 
 def _rounded(value: Any) -> float:
@@ -248,11 +318,10 @@ def _lines(
     for name, figures in summary["measures"].items():
         if figures["median_best"] is not None:
             lines.append(
-                f"  best by {name:<12} median {figures['median_best']:.2f}, at least 0.7 for {figures['share_at_least']['0.7']:.0%}, "
-                f"mutual for {figures['mutual']}"
+                f"  best by {name:<12} median {figures['median_best']:.2f} (by chance {figures['median_by_chance']:.2f}), "
+                f"at least 0.7 for {figures['share_at_least']['0.7']:.0%}, mutual for {figures['mutual']}"
             )
-    if {of.subject.site.stream, other.subject.site.stream} == {"img", "txt"}:
-        lines.append("  note: image and text stream are spaces of their own, so their cosines say little")
+    lines += [f"  note: {note}" for note in summary["notes"]]
     if not pairs:
         lines.append(f"  no two features active on {settings.min_images} images or more are each other's best match")
     for pair in pairs:
@@ -265,15 +334,16 @@ def _lines(
 
 
 def _write_pairs(folder: Path, found: Sequence[Comparison]) -> None:
-    """How well each side is found in each other: the median over features of the best match, both ways."""
+    """How well each side is found in each other: the median over features of the best match, both ways, and what it is by chance."""
     rows = []
     for each in found:
         for name, figures in each.summary["measures"].items():
-            rows.append({"of": each.of, "with": each.other, "by": name, "median_best": figures["median_best"]})
-            rows.append({"of": each.other, "with": each.of, "by": name, "median_best": figures["median_best_back"]})
-    columns = {key: [row[key] for row in rows] for key in ("of", "with", "by")}
-    values = pa.array([row["median_best"] for row in rows], pa.float64())
-    table = pa.table({**columns, "median_best": values})
+            for of, other, way in ((each.of, each.other, ""), (each.other, each.of, "_back")):
+                medians = figures[f"median_best{way}"], figures[f"median_by_chance{way}"]
+                rows.append((of, other, name, *medians))
+    columns = list(zip(*rows, strict=True))
+    numbers = [pa.array(column, pa.float64()) for column in columns[3:]]
+    table = pa.table([*map(pa.array, columns[:3]), *numbers], ["of", "with", "by", "median_best", "median_by_chance"])
     write_table(folder / "pairs.parquet", table)
     if len({each.of for each in found}) > 1:
         write_bytes(folder / "pairs.png", pair_map(table))

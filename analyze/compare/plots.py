@@ -14,6 +14,8 @@ COSINES = "RdBu_r"
 POINTS_PALE = 5_000
 """from so many points on they are drawn smaller and paler"""
 NEVER = "#D9D9D9"
+MOST_WITH_NUMBERS = 6
+"""sides of a map whose squares have room for a number"""
 
 
 def cosine_map(cosines: Float[np.ndarray, "feature feature"], names: Sequence[str], title: str) -> bytes:
@@ -107,29 +109,51 @@ def projection_plot(
 
 
 def pair_map(table: pa.Table) -> bytes:
-    """How well the features of each side (row) are found in each other (column): the median best match, a panel a measure."""
-    sides = sorted(set(table["of"].to_pylist()), key=table["of"].to_pylist().index)
-    measures = list(dict.fromkeys(table["by"].to_pylist()))
+    """How well the features of each side (row) are found in each other (column): the median best match, a panel a measure.
+
+    Below each panel what unrelated features would give; grey where there is nothing to compare, or a cosine that says nothing.
+    """
+    rows = table.to_pylist()
+    sides = list(dict.fromkeys(row["of"] for row in rows))
+    measures = list(dict.fromkeys(row["by"] for row in rows))
     place = {name: number for number, name in enumerate(sides)}
     inch = max(2.2, 0.24 * len(sides))
     room = 0.3 + 0.085 * max(map(len, sides))
-    with drawing(room + len(measures) * (inch + 0.75) + 0.4, inch + room + 1.2) as figure:
+    with drawing(room + len(measures) * (inch + 0.75) + 0.4, 2 * inch + room + 1.6) as figure:
         figure.suptitle("Median over features of the best match (row: feature of, column: found in)", **TITLE)
         width, height = figure.get_figwidth(), figure.get_figheight()
-        for number, measure in enumerate(measures):
-            values = np.full((len(sides), len(sides)), np.nan)
-            for row in table.to_pylist():
-                if row["by"] == measure and row["median_best"] is not None:
-                    values[place[row["of"]], place[row["with"]]] = row["median_best"]
-            left = (room + number * (inch + 0.75)) / width
-            axes = figure.add_axes((left, room / height, inch / width, inch / height))
-            axes.set_title(measure)
-            shown = axes.imshow(values, cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
-            axes.set_xticks(range(len(sides)), sides, rotation=90, fontsize=8)
-            axes.set_yticks(range(len(sides)), sides if number == 0 else [""] * len(sides), fontsize=8)
-            axes.grid(False)
-            axes.tick_params(length=0)
-            if number == len(measures) - 1:
-                bar = figure.add_axes((left + (inch + 0.12) / width, room / height, 0.14 / width, inch / height))
-                figure.colorbar(shown, cax=bar)
+        figure.text(
+            0.15 / width, 1 - 0.55 / height, "by chance: random directions, or the images of one side in another order; "
+            "grey: one side alone, or one decoder at two steps, whose cosines say nothing", fontsize=9, color=GREY, va="center",
+        )  # fmt: skip
+        for level, key in enumerate(("median_best", "median_by_chance")):
+            bottom = (room + (1 - level) * (inch + 0.45)) / height
+            for number, measure in enumerate(measures):
+                values = np.full((len(sides), len(sides)), np.nan)
+                for row in rows:
+                    if row["by"] == measure and row[key] is not None:
+                        values[place[row["of"]], place[row["with"]]] = row[key]
+                left = (room + number * (inch + 0.75)) / width
+                axes = figure.add_axes((left, bottom, inch / width, inch / height))
+                axes.set_title(measure if level == 0 else f"{measure} by chance")
+                shown = _map_of_medians(axes, values)
+                axes.set_xticks(range(len(sides)), sides if level else [""] * len(sides), rotation=90, fontsize=8)
+                axes.set_yticks(range(len(sides)), sides if number == 0 else [""] * len(sides), fontsize=8)
+                if number == len(measures) - 1:
+                    bar = figure.add_axes((left + (inch + 0.12) / width, bottom, 0.14 / width, inch / height))
+                    figure.colorbar(shown, cax=bar)
         return png(figure)
+
+
+def _map_of_medians(axes: Any, values: Float[np.ndarray, "side side"]) -> Any:
+    """Medians as colours, and as numbers too where there is room for them."""
+    axes.set_facecolor(NEVER)
+    shown = axes.imshow(values, cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+    axes.grid(False)
+    axes.tick_params(length=0)
+    if len(values) <= MOST_WITH_NUMBERS:
+        for (row, column), value in np.ndenumerate(values):
+            if np.isfinite(value):
+                colour = "white" if value < 0.6 else "black"
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
+    return shown

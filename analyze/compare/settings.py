@@ -6,7 +6,7 @@ from typing import Annotated
 import tyro
 
 from analyze.compare.coactivation import Measure
-from analyze.pictures.settings import Drawn
+from analyze.pictures.settings import MIN_IMAGES, TOP, Drawn
 from analyze.settings import Inputs
 from store.errors import UsageError
 from store.sizes import parse_size
@@ -27,11 +27,13 @@ class CompareSettings(Drawn):
     best: int | None = None
     """Matched pairs to draw of each comparison; by default 3, and none where more than one pair of sides is compared."""
     features: str | None = None
-    """Features of --of to draw with their best match, such as `12,407`; by default the best matched ones."""
-    top: int = 8
+    """Features of --of to draw with their best match, on however few images they are active, such as `12,407`; by default the best
+    matched ones."""
+    top: int = TOP
     """Images on a picture: where the one feature is strongest and where the other is, half of each."""
-    min_images: int = 8
-    """Features active on fewer images are neither drawn nor printed: what fires once fires together with anything."""
+    min_images: int = MIN_IMAGES
+    """Of the best matches, those of features active on fewer images are neither drawn nor printed: what fires once fires together
+    with anything."""
     memory: str = "2GB"
     """Memory for scores and products, beside the dictionaries."""
 
@@ -46,7 +48,20 @@ class CompareSettings(Drawn):
             raise UsageError(f"--with {self.other} needs --of: name the other side too")
         if self.features is not None and (self.other is None or self.best is not None):
             raise UsageError("--features names features of --of: give --of and --with, and leave out --best")
+        if self.features is not None and self.min_images != MIN_IMAGES:
+            raise UsageError(
+                f"--min-images {self.min_images} says which of the best matches are drawn, and --features names them: leave one out"
+            )
         parse_size(self.memory)
+
+    def refuse_if_nothing_is_drawn(self) -> None:
+        """`UsageError` for flags that say how pictures look, where none will be drawn."""
+        idle = [*self.changed_look(), *(["--top"] if self.top != TOP else [])]
+        if idle:
+            raise UsageError(
+                f"no picture is drawn here, so {' and '.join(idle)} would change nothing: give --best 3, or name --of and --with, to "
+                "have matched pairs drawn, or leave it out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """The activation of chosen features at every token of chosen images: what overlays and highlighted prompts are drawn from."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -9,7 +9,8 @@ from jaxtyping import Float, Int
 
 from analyze.counted import counted_rows, text_lengths
 from analyze.inputs import Analysis, Subject, sigmas
-from analyze.pictures.narrowed import judged_alone, narrowed
+from analyze.pictures.narrowed import activations_of, judged_alone
+from analyze.scoring.encoding import Encoder
 from analyze.scoring.scores import encoded
 from train.rows.tensors import to_torch
 
@@ -79,9 +80,11 @@ def _activations(
     """z of these features alone; `NonFiniteError` as `encoded` raises it."""
     if not len(rows):
         return np.zeros((0, len(features)), np.float32)
-    alone = judged_alone(subject.dictionary)
-    if alone:
-        subject = replace(subject, outline=narrowed(subject.dictionary, features))
-    blocks = encoded(subject, rows, torch.full((len(rows),), sigma))
-    chosen = slice(None) if alone else features
-    return torch.cat([block[:, chosen] for _, block in blocks]).float().cpu().numpy()
+    sigmas_of_rows, dictionary = torch.full((len(rows),), sigma), subject.dictionary
+    if not judged_alone(dictionary):
+        blocks = encoded(subject, rows, sigmas_of_rows)
+        return torch.cat([block[:, features] for _, block in blocks]).float().cpu().numpy()
+    z = activations_of(dictionary, features, rows, sigmas_of_rows)
+    if not bool(torch.isfinite(z).all()):
+        Encoder(dictionary, z.device).refuse_non_finite(z)
+    return z.numpy()

@@ -1,40 +1,39 @@
-"""A dictionary cut down to the features that are looked at: drawing three features of 49,152 costs three, not 49,152.
+"""The activations of the features that are looked at and no others: drawing three of 49,152 costs three, not 49,152.
 
 With ReLU, JumpReLU and BatchTopK (by its threshold) every feature is judged alone, so the others need not be computed.  In TopK
 features compete, and all of them are needed to know which ones stay.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
 
 from train import Dictionary
-from train.dictionaries.dictionary import build
 
-FEATURE_AXIS = {"encoder.weight": 0, "encoder.bias": 0, "decoder.weight": 1, "log_threshold": 0}
 ALONE = ("relu", "jumprelu", "batchtopk")
 
 
 def judged_alone(dictionary: Dictionary) -> bool:
-    """Whether a feature's activation depends on no other feature, so that `narrowed` gives the same."""
+    """Whether a feature's activation depends on no other feature, so that `activations_of` can be had."""
     return dictionary.config.activation in ALONE
 
 
 @torch.inference_mode()
-def narrowed(dictionary: Dictionary, features: Sequence[int]) -> Dictionary:
-    """The dictionary with these features alone, in their order; what belongs to no feature is shared, not copied.
+def activations_of(
+    dictionary: Dictionary, features: Sequence[int], x: Float[Tensor, "row d_model"], sigma: Float[Tensor, " row"]
+) -> Float[Tensor, "row chosen"]:
+    """z of these features alone, in their order, float32: what `encode` gives where `judged_alone`.
 
-    Its activations are those of the whole one where `judged_alone`; what it decodes is the part of these features.
+    Rows of the encoder are picked from its tensors: a report asks for other features on every image, thousands of times.
     """
-    assert judged_alone(dictionary) and len(features) > 0
-    whole = dictionary.config
-    k = None if whole.k is None else min(whole.k, len(features))
+    assert judged_alone(dictionary)
     index = torch.as_tensor(list(features), dtype=torch.int64)
-    state = {
-        name: tensor.index_select(FEATURE_AXIS[name], index.to(tensor.device)) if name in FEATURE_AXIS else tensor
-        for name, tensor in dictionary.state_dict().items()
-    }
-    small = build(replace(whole, n_features=len(features), k=k, nested=()), empty=True)
-    small.load_state_dict(state, assign=True)
-    return small.requires_grad_(False)
+    weight, bias = dictionary.encoder.weight[index], dictionary.encoder.bias[index]
+    pre = functional.linear(dictionary.prepare(x.float(), sigma), weight, bias)
+    if dictionary.config.activation == "jumprelu":
+        return pre * (pre > dictionary.log_threshold[index].exp())
+    z = functional.relu(pre)
+    return z * (z > dictionary.threshold) if dictionary.config.activation == "batchtopk" else z

@@ -4,7 +4,8 @@
     OUT/sheets/NAME/over-steps/feature-N-matched.png    --matched: at each other step the feature that fires most like it
 
 With `--matched` the reference is the step at which the feature is active on most images; at every other step stands the feature whose
-scores over all images correlate most with the reference's, each on its own scale.
+scores over all images correlate most with the reference's, each on its own scale.  What is active on too few images is not matched,
+and a correlation below LEAST_CORRELATION is no match: the best of a thousand is above 0 whatever the features are.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,13 +22,15 @@ from analyze.pictures.contact import CELL, TEXT_WIDTH, cautions, prompt_line
 from analyze.pictures.drawing import INK, below, beside, fitted, key_to_colours, lines_of, page, written
 from analyze.pictures.examples import chosen_features, chosen_images, example_of, heated, picture_of, scale_of
 from analyze.pictures.heat import Heat, heats
-from analyze.pictures.settings import SheetSettings
+from analyze.pictures.settings import MIN_IMAGES, SheetSettings
 from analyze.prompts import prompt_text, prompt_texts
 from store.errors import UsageError
 from store.split import normalise
 
 PER_LINE = 8
 """overlays in a line, the picture among them"""
+LEAST_CORRELATION = 0.3
+"""of a match"""
 Tables = Mapping[int, pa.Table]
 """the feature table of every step"""
 
@@ -78,7 +81,10 @@ def _each(
     for subject, features in rounds:
         tables = {step: analysis.matrix(subject, step).features() for step in analysis.steps}
         book = LabelBook.of(subject)
-        columns = {feature: columns_of(analysis, subject, tables, feature, settings.matched) for feature in features}
+        columns = {
+            feature: columns_of(analysis, subject, tables, feature, settings.matched, settings.min_images)
+            for feature in features
+        }
         chosen = {feature: images or _images(analysis, tables, columns[feature], settings.top) for feature in features}
         found = _heats(analysis, subject, columns, chosen)
         for feature in features:
@@ -86,12 +92,22 @@ def _each(
             yield name, _sheet(analysis, subject, columns[feature], chosen[feature], found, settings, book)
 
 
-def columns_of(analysis: Analysis, subject: Subject, tables: Tables, feature: int, matched: bool) -> list[Shown]:
-    """What a sheet shows at each step: the feature itself, or its match."""
+def columns_of(
+    analysis: Analysis, subject: Subject, tables: Tables, feature: int, matched: bool, min_images: int = MIN_IMAGES
+) -> list[Shown]:
+    """What a sheet shows at each step: the feature itself, or its match; both are active on `min_images` images or more."""
     if not matched:
         return [Shown(step, feature) for step in analysis.steps]
-    shares = {step: float(table["image_share"][feature].as_py()) for step, table in tables.items()}
-    reference = max(analysis.steps, key=lambda step: (shares[step], -step))
+    active = {step: int(table["images_active"][feature].as_py()) for step, table in tables.items()}
+    reference = max(analysis.steps, key=lambda step: (active[step], -step))
+    if active[reference] < min_images:
+        few = (
+            f"active on {active[reference]} images, too few to be matched" if active[reference] else "active at no step"
+        )
+        return [
+            Shown(step, feature, few if step == reference else "the same feature", step == reference)
+            for step in analysis.steps
+        ]
     scores = analysis.matrix(subject, reference).scores(feature)
     shown = []
     for step in analysis.steps:
@@ -99,11 +115,15 @@ def columns_of(analysis: Analysis, subject: Subject, tables: Tables, feature: in
             shown.append(Shown(step, feature, "the reference"))
             continue
         correlations = correlations_with(analysis.matrix(subject, step), scores)
+        correlations = np.where(tables[step]["images_active"].to_numpy() >= min_images, correlations, -np.inf)
         best = int(np.argmax(correlations))
-        if correlations[best] > 0:
+        if correlations[best] >= LEAST_CORRELATION:
             shown.append(Shown(step, best, f"correlation {correlations[best]:.2f} over all images", False))
         else:
-            shown.append(Shown(step, feature, "no feature fires like the reference: the same feature", False))
+            none = (
+                f"no feature active on {min_images} images correlates at {LEAST_CORRELATION} or more: the same feature"
+            )
+            shown.append(Shown(step, feature, none, False))
     return shown
 
 

@@ -7,6 +7,9 @@ from analyze.settings import Inputs
 from store.errors import UsageError
 
 SMALLEST_SIDE = 16
+TOP = 8
+MIN_IMAGES = 8
+"""on fewer images a feature says too little to be matched with another"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +29,15 @@ class Drawn(Inputs):
         if self.side is not None and self.side < SMALLEST_SIDE:
             raise UsageError(f"--side is {self.side}: pictures need at least {SMALLEST_SIDE} pixels")
 
+    def changed_look(self) -> list[str]:
+        """The flags of pictures that are not as by default."""
+        changed = {
+            "--patches": self.patches,
+            "--clip-percentile": self.clip_percentile != CLIP_PERCENTILE,
+            "--side": self.side is not None,
+        }
+        return [flag for flag, differs in changed.items() if differs]
+
     @property
     def look(self) -> Look:
         """The same as overlays take it."""
@@ -40,7 +52,7 @@ class SheetSettings(Drawn):
     """Features to draw, such as `12,407`; by default the best of each site and step."""
     best: int = 3
     """How many features of each site and step to draw when none are named."""
-    top: int = 8
+    top: int = TOP
     """Images on a sheet, with different prompts."""
     images: str | None = None
     """Draw these images whatever their rank, such as `3,17`: an overlay a file, or with --over-steps the lines of each sheet."""
@@ -48,10 +60,20 @@ class SheetSettings(Drawn):
     """The same images at every step side by side, on one scale of colours, a sheet a feature."""
     matched: bool = False
     """With --over-steps: at the other steps, the feature that fires most like the one at the step where it is on most images."""
+    min_images: int = MIN_IMAGES
+    """With --matched: features active on fewer images are not matched, for what fires once fires together with anything."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.best < 1 or self.top < 1:
             raise UsageError(f"--best is {self.best} and --top is {self.top}: draw at least 1 feature with 1 image")
+        if self.min_images < 1:
+            raise UsageError(f"--min-images is {self.min_images}: it must be at least 1")
+        if self.min_images != MIN_IMAGES and not self.matched:
+            raise UsageError("--min-images says which features --matched finds: give --over-steps --matched too")
+        if self.over_steps and self.images is not None and self.top != TOP:
+            raise UsageError(
+                f"--images names the lines of each sheet over steps, so --top {self.top} would change nothing: leave one of them out"
+            )
         if self.matched and not self.over_steps:
             raise UsageError("--matched says which features stand side by side over steps: give --over-steps too")

@@ -59,7 +59,7 @@ def run(settings: SheetSettings) -> list[Path]:
         write_bytes(path, png_bytes(picture))
         paths.append(path)
     what = "sheets over steps" if settings.over_steps else "contact sheets" if settings.images is None else "overlays"
-    print(f"sheets: {len(paths)} {what} -> {analysis.out / 'sheets'}")
+    print(f"sheets: {len(paths)} {what} written now -> {analysis.out / 'sheets'}")
     return paths
 
 
