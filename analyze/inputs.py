@@ -17,11 +17,11 @@ import pyarrow.compute as pc
 
 from analyze.prompts import prompt_texts
 from analyze.rows import StoreRows
-from analyze.scoring.matrices import ScoreMatrix, step_folder
+from analyze.scoring.matrices import UNFINISHED, ScoreMatrix, step_folder
 from analyze.settings import Inputs
 from store import Store, open_store
 from store.errors import ForeignError, MismatchError, UsageError
-from store.files import read_json, write_json
+from store.files import is_temporary, read_json, write_json
 from store.sites import Point, Site, choose_sites, parse_numbers, parse_sites
 from store.tables import write_table
 from train import Dictionary
@@ -57,15 +57,23 @@ class Subject:
             return self.outline
         key = (self.place, self.identity)  # another may lie at the same place later in a long session
         with _lock:
-            found = _recent.pop(key, None) or loaded(self.place)
+            found = _recent.pop(key, None) or self.fresh()
             _recent[key] = found
             for old in list(_recent)[:-RECENT]:
                 del _recent[old]
         return found
 
     def fresh(self) -> Dictionary:
-        """The same, read again and kept nowhere."""
-        return self.outline if self.place is None else loaded(self.place)
+        """The same, read again and kept nowhere; `MismatchError` when another lies at its place by now."""
+        if self.place is None:
+            return self.outline
+        found = loaded(self.place)
+        if (identity := dictionary_identity(found)) != self.identity:
+            raise MismatchError(
+                f"{self.place} holds another dictionary than when this command began: {identity[:16]}…, expected "
+                f"{self.identity[:16]}…: run it again, with a new --out if scores of the old one are in this one"
+            )
+        return found
 
     @property
     def place(self) -> Path | None:
@@ -116,7 +124,10 @@ class Analysis:
         return StoreRows(self.store)
 
     def matrix(self, subject: Subject, step: int) -> ScoreMatrix:
-        """The scores of one dictionary and step; `UsageError` when they are not there, `MismatchError` when they are another's."""
+        """The scores of one dictionary and step.
+
+        `UsageError` when they are not there, `MismatchError` when they are another's or made with other choices than OUT.
+        """
         matrix = ScoreMatrix.open(step_folder(self.out, subject.name, step))
         found = matrix.attributes
         if found.get("dictionary") != subject.identity:
@@ -125,7 +136,11 @@ class Analysis:
                 f"{str(found.get('dictionary'))[:16]}…, expected {subject.outline.name} {subject.identity[:16]}…: "
                 "choose another --out for these dictionaries"
             )
-        here = {"store": self.store.id, "site": str(subject.site), "step": step}
+        made = check_output(self)
+        here = {
+            "store": self.store.id, "site": str(subject.site), "step": step,
+            "padding_counted": made.get("padding"), "active_above": made.get("active_above"),
+        }  # fmt: skip
         for key, value in here.items():
             if found.get(key) != value:
                 raise MismatchError(
@@ -211,7 +226,7 @@ def dictionary_identity(dictionary: Dictionary) -> str:
     for name, tensor in sorted(dictionary.state_dict().items()):
         values = tensor.detach().cpu().contiguous().numpy()
         digest.update(f"{name} {values.dtype} {values.shape}".encode())
-        digest.update(values.tobytes())
+        digest.update(values.reshape(-1).view(np.uint8))
     return digest.hexdigest()
 
 
@@ -234,17 +249,28 @@ def _steps(store: Store, text: str) -> tuple[int, ...]:
 
 
 def claim_output(analysis: Analysis, choices: dict[str, Any]) -> None:
-    """Mark OUT as the analysis of this store with these choices, or refuse an OUT that holds another (see `check_output`)."""
-    wanted = {"format": RUN_FORMAT, "version": RUN_VERSION, "store": analysis.store.id, **choices}
-    path = analysis.out / "run.json"
-    if path.exists():
-        check_output(analysis, wanted)
-    elif analysis.out.exists() and any(analysis.out.iterdir()):
+    """Mark OUT as the analysis of this store with these choices; refuses what `check_claim` refuses.  Nobody else may do so meanwhile."""
+    check_claim(analysis, choices)
+    record, images = analysis.out / "run.json", analysis.out / "images.parquet"
+    for path in (record, images):
+        for leftover in analysis.out.glob(f".{path.name}.*.tmp"):  # of a process that was killed
+            leftover.unlink()
+    if not record.exists():
+        write_json(record, _record(analysis, choices))
+    if not images.exists():
+        write_table(images, _images(analysis.store))
+
+
+def check_claim(analysis: Analysis, choices: dict[str, Any]) -> None:
+    """Refuse an OUT that holds something else, or an analysis of another store or of other choices (see `check_output`)."""
+    if (analysis.out / "run.json").exists():
+        check_output(analysis, _record(analysis, choices))
+    elif analysis.out.exists() and not all(is_temporary(p) or p.name == UNFINISHED for p in analysis.out.iterdir()):
         raise UsageError(f"{analysis.out} is not empty and holds no analysis: choose another --out")
-    else:
-        write_json(path, wanted)
-    if not (analysis.out / "images.parquet").exists():
-        write_table(analysis.out / "images.parquet", _images(analysis.store))
+
+
+def _record(analysis: Analysis, choices: dict[str, Any]) -> dict[str, Any]:
+    return {"format": RUN_FORMAT, "version": RUN_VERSION, "store": analysis.store.id, **choices}
 
 
 def check_output(analysis: Analysis, wanted: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -7,10 +7,6 @@ statistics, histograms and top images, and writes everything.  Least work: 2 * d
 
 import contextlib
 import io
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -129,42 +125,6 @@ def random_store(path: Path, n_images: int, tokens: int, d_model: int) -> Path:
     return path
 
 
-PEAK = """
-import json, sys
-from pathlib import Path
-from bench import scores
-from store.packing.crew import peak_memory
-store, dictionaries, more = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
-scores.score(store, dictionaries, **more)
-print(peak_memory())
-"""
-
-
-def peaks(images: tuple[int, ...] = (1024, 10_240), tokens: int = 4, n_features: int = 4096) -> list[int]:
-    """The greatest memory of a process, bytes, that scores a store of so many images, Python and its libraries included."""
-    found = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        dictionary = random_dictionary(CASES[0], 64, n_features)
-        save_dictionary(folder / "d" / dictionary.name, dictionary, None, [])
-        for count in images:
-            store = random_store(folder / f"{count}", count, tokens, 64)
-            words = [sys.executable, "-c", PEAK, str(store), str(folder / "d"), json.dumps({"workers": 2})]
-            done = subprocess.run(words, capture_output=True, text=True, check=True, env=os.environ)
-            found.append(int(done.stdout))
-    return found
-
-
-def peak_line() -> str:
-    """What `peaks` measured, in a line; with S as it would be in memory."""
-    few, many = peaks()
-    return (
-        f"peak memory of scores, 4,096 features: {human_size(few)} at 1,024 images, {human_size(many)} at 10,240 "
-        f"(S and tokens of all: {human_size(10_240 * 4096 * 8)}); ratio {many / few:.2f}"
-    )
-
-
 if __name__ == "__main__":
     for comparison in comparisons():
         print(comparison.line(), flush=True)
-    print(peak_line())

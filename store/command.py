@@ -24,6 +24,14 @@ OF_THE_DISK = {
     errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY, errno.EIO, errno.ESTALE, errno.EFBIG,
 }  # fmt: skip
 """Errors of the file system that a user can do something about; anything else is a bug of ours and shows its traceback."""
+REMEDIES = {
+    errno.EISDIR: "that is a folder where a file is to be: name a file",
+    errno.ENOTDIR: "that is a file where a folder is to be: name another",
+    errno.EACCES: "choose a place that you may read and write",
+    errno.EPERM: "choose a place that you may read and write",
+    errno.EROFS: "choose a place that can be written to",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
 
 
 @dataclass(frozen=True)
@@ -100,8 +108,8 @@ def guarded(work: Callable[[], Any]) -> int:
             raise
         return _fail(
             GranaryError(
-                f"{error.strerror}: {error.filename or 'while writing'}. What was committed is safe: make room or "
-                "choose another folder, then run the same command again."
+                f"{error.strerror}: {error.filename or 'while writing'}. What was committed is safe: "
+                f"{REMEDIES.get(error.errno, 'make room or choose another folder')}, then run the same command again."
             )
         )
     finally:

@@ -122,10 +122,11 @@ def small_part(
     values: dict[tuple[Site, int, Point], np.ndarray],
     words: Sequence[str],
     truths: Sequence[str] | None = None,
+    lengths: Sequence[int] | None = None,
 ) -> Part:
-    """One part of a small store: text lengths run from 3 to 8, pictures are flat grey."""
+    """One part of a small store: text lengths (of all images) run from 3 to 8 unless given, pictures are flat grey."""
     images = meta.part_images(part)
-    lengths = [3 + i % 6 for i in images]
+    lengths = [3 + i % 6 if lengths is None else lengths[i] for i in images]
     positions = {
         (stream, step): np.stack(
             [

@@ -114,6 +114,7 @@ def _write_step(analysis: Analysis, subject: Subject, step: int, table: pa.Table
         {
             "format": FORMAT, "version": VERSION, "store": analysis.store.id, "dictionary": subject.identity,
             "dictionary_name": subject.dictionary.name, "site": str(subject.site), "step": step, "lower_bounds": False,
+            "padding_counted": False, "active_above": ACTIVE_ABOVE,
         }
     )  # fmt: skip
     shape = (analysis.store.n_images, subject.n_features)

@@ -1,13 +1,17 @@
-"""The pass over a store against a slow one in NumPy, exactly: activations are small whole numbers, so that ties abound."""
+"""The pass over a store against a slow one in NumPy, exactly, on small whole numbers, so that ties abound.
+
+Where bytes are compared activations and weights are random floats, so that the order of a sum can be seen in its last bit.
+"""
 
 import contextlib
+import fcntl
 import math
 import shutil
 import subprocess
 import sys
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,11 +21,12 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from analyze.inputs import Subject, open_analysis
-from analyze.scoring import announcing, cluster, encoding, matrices, plan, scores
+from analyze.scoring import announcing, cluster, encoding, matrices, plan, scores, work
+from analyze.scoring.findings import Findings
 from analyze.scoring.matrices import ScoreMatrix
 from analyze.scoring.reduction import Pane, maxima, row_blocks
 from analyze.scoring.settings import ScoresSettings
@@ -29,7 +34,7 @@ from analyze.scoring.statistics import HISTOGRAM_EDGES, interest
 from analyze.scoring.work import Hands
 from bench.scores import CASES, random_dictionary, random_store
 from store import Store, files, open_store
-from store.errors import MismatchError, NonFiniteError, StoreError, UsageError
+from store.errors import DamagedError, MismatchError, NonFiniteError, StoreError, UsageError
 from store.format import StreamTokens
 from store.sites import Site
 from store.split import normalise
@@ -44,20 +49,28 @@ D_MODEL, FEATURES = 8, 22
 ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu")
 
 
-def whole_store(path: Path, seed: int = 0, n_images: int = 11, **changes: Any) -> Store:
-    """A store whose activations are whole numbers from -3 to 3, of few different prompts."""
+def whole_store(
+    path: Path,
+    seed: int = 0,
+    n_images: int = 11,
+    lengths: Sequence[int] | None = None,
+    rough: bool = False,
+    **changes: Any,
+) -> Store:
+    """A store whose activations are whole numbers from -3 to 3, or `rough`, of few different prompts."""
     rng = np.random.default_rng(seed)
     meta = small_meta(n_images, d_model=D_MODEL, pictures="none", seed=seed, **changes)
     words = [str(rng.choice(["a", "A ", "b", "c --ar 16:9", "c"])) for _ in range(n_images)]
     values = {
-        (site, step, point): rng.integers(-3, 4, (n_images, meta.tokens[site.stream].kept, D_MODEL)).astype(meta.carrier.logical)
+        (site, step, point): (rng.normal(size=shape) if rough else rng.integers(-3, 4, shape)).astype(meta.carrier.logical)
         for site in meta.site_objects
         for step in meta.steps
         for point in meta.points
+        for shape in [(n_images, meta.tokens[site.stream].kept, D_MODEL)]
     }  # fmt: skip
     writer = StoreWriter.open_or_create(path, meta)
     for part in writer.missing():
-        writer.write_part(part, small_part(meta, part, values, words))
+        writer.write_part(part, small_part(meta, part, values, words, None, lengths))
     assert writer.seal()
     return open_store(path)
 
@@ -87,6 +100,14 @@ def whole_dictionary(
         if dictionary.config.activation == "jumprelu":
             dictionary.log_threshold.fill_(float(np.log(2.5 + 1 / 2048)))
     return frozen(dictionary)
+
+
+def rough_dictionary(*words: Any, **changes: Any) -> Dictionary:
+    """The same with random encoder weights, which are no whole numbers."""
+    dictionary = whole_dictionary(*words, **changes)
+    with torch.no_grad():
+        dictionary.encoder.weight.normal_(generator=torch.Generator().manual_seed(0))
+    return dictionary
 
 
 def slow_z(dictionary: Dictionary, x: np.ndarray) -> np.ndarray:
@@ -141,7 +162,9 @@ def slow(store: Store, subject: Subject, step: int, options: ScoresSettings) -> 
             for feature in np.flatnonzero(z > options.active_above) if subject.site.stream == "txt" and real else ():
                 piece = prompt["text_pieces"][position]
                 words[feature][piece] = max(words[feature].get(piece, 0.0), float(z[feature]))
-    return Slow(best, token, slow_table(np.asarray(rows), best, token, words, prompts, subject, options))
+    return Slow(
+        best, token, slow_table(np.asarray(rows).reshape(-1, n_features), best, token, words, prompts, subject, options)
+    )
 
 
 def slow_table(
@@ -161,7 +184,7 @@ def slow_table(
             groups.setdefault(normalise(prompts[image]["prompt"]), int(image))
         top, unique = order[: options.top], list(groups.values())[: options.top]
         row = {
-            "rows_active": len(active), "density": len(active) / len(z), "images_active": len(order),
+            "rows_active": len(active), "density": len(active) / max(len(z), 1), "images_active": len(order),
             "image_share": len(order) / len(best), "alive": bool(order),
             "mean_active": active.mean() if len(active) else 0, "deviation_active": active.std() if len(active) else 0,
             "max": best[:, feature].max(), "histogram": np.histogram(active, edges)[0].tolist(),
@@ -200,7 +223,7 @@ TEXT = {"all": StreamTokens("all", 8, 8), "real": StreamTokens("real+0", 8, 8), 
 
 
 @settings(
-    max_examples=5,
+    max_examples=3,
     deadline=None,
     phases=(Phase.explicit, Phase.reuse, Phase.generate),
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -209,15 +232,19 @@ TEXT = {"all": StreamTokens("all", 8, 8), "real": StreamTokens("real+0", 8, 8), 
     seed=st.integers(0, 2**16), n_images=st.integers(1, 11), sampled=st.booleans(), text=st.sampled_from(sorted(TEXT)),
     activation=st.sampled_from(ACTIVATIONS), difract_on_images=st.booleans(), padding=st.booleans(),
     above=st.sampled_from([0.0, 1.5, 2.0]), top=st.integers(1, 6), workers=st.integers(1, 2),
-    dtype=st.sampled_from(["float32", "bfloat16"]),
+    dtype=st.sampled_from(["float32", "bfloat16"]), lengths=st.lists(st.integers(0, 8), min_size=11, max_size=11),
+)  # fmt: skip
+@example(
+    seed=0, n_images=11, sampled=False, text="all", activation="jumprelu", difract_on_images=False, padding=False, above=0.0, top=4,
+    workers=1, dtype="float32", lengths=[0, 0, 0, 0, 2, 1, 3, 2, 4, 5, 3],
 )  # fmt: skip
 def test_every_figure_equals_a_slow_reading_of_the_store(
     tmp_path_factory: pytest.TempPathFactory, seed: int, n_images: int, sampled: bool, text: str, activation: str,
-    difract_on_images: bool, padding: bool, above: float, top: int, workers: int, dtype: Any,
+    difract_on_images: bool, padding: bool, above: float, top: int, workers: int, dtype: Any, lengths: list[int],
 ) -> None:  # fmt: skip
     folder = tmp_path_factory.mktemp("scores")
     images = StreamTokens("sample", 5, 12) if sampled else StreamTokens("all", 12, 12)
-    whole_store(folder / "s", seed, n_images, store_dtype=dtype, image_tokens=images, text_tokens=TEXT[text])
+    whole_store(folder / "s", seed, n_images, lengths, store_dtype=dtype, image_tokens=images, text_tokens=TEXT[text])
     sites = ("img_0", "txt_0") if difract_on_images else ("txt_0", "img_0")
     difract = whole_dictionary(
         sites[0], seed, activation=activation, time_embed_dim=8, **({"k": 3} if "topk" in activation else {})
@@ -237,6 +264,7 @@ def test_every_figure_equals_a_slow_reading_of_the_store(
         for step in analysis.steps:
             expected, matrix = slow(analysis.store, subject, step, options), analysis.matrix(subject, step)
             assert (matrix.scores() == expected.scores).all()
+            assert not np.signbit(matrix.scores()).any()
             assert (matrix.tokens() == expected.tokens).all()
             table = matrix.features().to_pydict()
             assert set(table) - set(expected.table) == {"feature", "density_category", "image_category"}
@@ -251,8 +279,8 @@ def test_every_figure_equals_a_slow_reading_of_the_store(
 def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
     """A store, two dictionaries of one site, and the bytes of their scores, computed by one thread in one go."""
     folder = tmp_path_factory.mktemp("scored")
-    whole_store(folder / "s", n_images=11, steps=(0,), sites=("txt_0",))
-    for dictionary in (whole_dictionary("txt_0", 0, activation="topk", k=3), whole_dictionary("txt_0", 1, "sae")):
+    whole_store(folder / "s", n_images=11, rough=True, steps=(0,), sites=("txt_0",))
+    for dictionary in (rough_dictionary("txt_0", 0, activation="topk", k=3), rough_dictionary("txt_0", 1, "sae")):
         save_dictionary(folder / "d" / dictionary.name, dictionary, None, [])
     with pytest.MonkeyPatch.context() as patch:
         small_pieces(patch)
@@ -405,8 +433,8 @@ def test_float16_halves_the_scores_and_refuses_what_it_does_not_hold(
     whole, half = (ScoreMatrix.open(place / "sae_txt_0" / "step.0") for place in (folder / "alone", tmp_path / "half"))
     assert zarr.open_array(half.folder / "scores", mode="r").dtype == np.float16
     assert half.scores().dtype == np.float32
-    np.testing.assert_allclose(half.scores(), whole.scores(), rtol=1e-3)
-    assert half.features().equals(whole.features())
+    assert (half.scores() == whole.scores().astype(np.float16).astype(np.float32)).all()
+    assert (half.tokens() == whole.tokens()).all()
     dictionary = whole_dictionary("txt_0", 1, "sae")
     with torch.no_grad():
         dictionary.encoder.weight.mul_(1e5)
@@ -417,6 +445,274 @@ def test_float16_halves_the_scores_and_refuses_what_it_does_not_hold(
         scores.run(replace(options_of(folder, tmp_path / "out", dtype="float16"), dictionaries=tmp_path / "d"))
     with pytest.raises(UsageError, match="holds another run \\(dtype 'float16', now 'float32'\\)"):
         scores.run(options_of(folder, tmp_path / "half"))
+
+
+def test_with_float16_the_table_says_what_the_matrix_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_pieces(monkeypatch)
+    whole_store(tmp_path / "s", rough=True, steps=(0,), sites=("txt_0",))
+    dictionary = rough_dictionary("txt_0", 1, "sae")
+    with torch.no_grad():
+        dictionary.encoder.weight[0] *= 1e-9  # below all that float16 holds
+        dictionary.encoder.weight[1] *= 1e-7  # so small that many are equal
+        dictionary.encoder.bias[:2] = 0
+    save_dictionary(tmp_path / "d" / dictionary.name, dictionary, None, [])
+    scores.run(options_of(tmp_path, "out", dtype="float16", top=11))
+    matrix = ScoreMatrix.open(tmp_path / "out/txt_0/step.0")
+    found, table = matrix.scores(), matrix.features().to_pydict()
+    assert table["rows_active"][0] > 0 and not table["alive"][0]
+    assert 0 < len(np.unique(found[:, 1])) < 11
+    assert table["images_active"] == (found > 0).sum(axis=0).tolist()
+    assert table["max"] == found.max(axis=0).tolist()
+    for feature in range(FEATURES):
+        best = [i for i in np.lexsort((np.arange(11), -found[:, feature])) if found[i, feature] > 0]
+        assert table["top_image"][feature] == best
+        assert table["top_score"][feature] == found[best, feature].tolist()
+
+
+@pytest.mark.parametrize("sizes", [(4, 5, 3), (4, 4, 4), (1, 3, 2, 6), (12,)])
+def test_the_maximum_and_its_token_are_found_in_segments_of_any_lengths(sizes: tuple[int, ...]) -> None:
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    position = np.arange(12, dtype=np.int32)
+    (block,) = row_blocks(owner, position, None, 256)
+    assert block.alike == (len(set(sizes)) == 1)
+    for row in range(12):  # each has the maximum once
+        z = torch.zeros(12, 1)
+        z[row] = 9
+        sparse, dense = (Pane(len(sizes), 1, 0.0, None, lambda _values: None) for _ in range(2))
+        sparse.add(z, block)
+        dense._dense(z, block, maxima(z, block))
+        for pane in (sparse, dense):
+            pane.finish()
+            first = np.concatenate(([0], np.cumsum(sizes)[:-1]))
+            assert pane.scores[:, 0].tolist() == [9 if image == owner[row] else 0 for image in range(len(sizes))]
+            assert pane.tokens[:, 0].tolist() == [row if image == owner[row] else first[image] for image in range(len(sizes))]  # fmt: skip
+
+
+def test_a_zero_that_jumprelu_leaves_has_no_sign() -> None:
+    (block,) = row_blocks(np.zeros(3, np.int64), np.arange(3, dtype=np.int32), None, 256)
+    pane = Pane(1, 2, 0.0, None, lambda _values: None)
+    pane.add(torch.tensor([[-0.0, -0.0]] * 3), block)
+    pane.finish()
+    assert not np.signbit(pane.scores).any()
+
+
+def test_a_missing_chunk_or_a_nan_is_damage_not_a_figure(scored: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
+    folder, _ = scored
+    for name in ("scores", "argmax_token"):
+        place = tmp_path / name
+        shutil.copytree(folder / "alone/sae_txt_0/step.0", place)
+        (place / name / "c/1/2").unlink()  # images 4 to 7, features 12 to 17
+        matrix = ScoreMatrix.open(place)
+        read = matrix.scores if name == "scores" else matrix.tokens
+        for features in (12, slice(17, 19), slice(None)):
+            with pytest.raises(DamagedError, match=rf"{name} is damaged \(its chunk c/1/2 is missing\): delete"):
+                read(features)
+        with pytest.raises(DamagedError):
+            matrix.images(slice(4, 5))
+        assert read(11).shape == (11,) and read(slice(18, 22)).shape == (11, 4)
+        matrix.images(slice(8, 11))
+    zarr.open_array(tmp_path / "argmax_token/scores", mode="r+")[3, 3] = np.nan
+    with pytest.raises(DamagedError, match="scores is damaged \\(it holds NaN\\)"):
+        ScoreMatrix.open(tmp_path / "argmax_token").scores()
+
+
+def test_a_chunk_and_its_names_are_on_the_disk_before_its_block_is_said_to_be_done_and_there_at_the_end(
+    scored: tuple[Path, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = scored
+    small_pieces(monkeypatch)
+    synced: list[Path] = []
+    save, finish = Findings.save, Hands.finish
+
+    def saved(self: Findings, path: Path) -> None:
+        for name in ("scores", "argmax_token"):
+            chunks = [p for p in (path.parents[1] / "matrix" / name).rglob("*") if not p.name.startswith("zarr")]
+            assert len(chunks) > 2 and set(chunks) <= set(synced)
+        save(self, path)
+
+    def finished(self: Hands, subject: Subject, step: int) -> None:
+        (tmp_path / "out/unfinished" / subject.name / f"step.{step}" / "matrix/argmax_token/c/2/1").unlink()
+        finish(self, subject, step)
+
+    monkeypatch.setattr(matrices, "fsync_file", synced.append)
+    monkeypatch.setattr(Findings, "save", saved)
+    monkeypatch.setattr(Hands, "finish", finished)
+    with pytest.raises(DamagedError, match=r"c/2/1 was written and is not there any more: delete .*unfinished"):
+        scores.run(options_of(folder, tmp_path / "out", workers=1))
+    assert not list((tmp_path / "out").glob("*/step.0"))
+
+
+def test_a_dictionary_that_is_replaced_during_a_run_is_refused(
+    scored: tuple[Path, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = scored
+    small_pieces(monkeypatch)
+    shutil.copytree(folder / "d", tmp_path / "d")
+    options = replace(options_of(folder, tmp_path / "out", workers=1), dictionaries=tmp_path / "d")
+    claim = scores.claim_output
+
+    def claimed(*words: Any) -> None:
+        claim(*words)
+        shutil.rmtree(tmp_path / "d/sae_txt_0")
+        save_dictionary(tmp_path / "d/sae_txt_0", whole_dictionary("txt_0", 5, "sae"), None, [])
+
+    monkeypatch.setattr(scores, "claim_output", claimed)
+    with pytest.raises(MismatchError, match="sae_txt_0 holds another dictionary than when this command began"):
+        scores.run(options)
+    assert not list((tmp_path / "out").glob("*/step.0"))
+
+
+def test_a_lock_that_is_taken_while_its_folder_goes_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = work.held(tmp_path / "out"), work.held(tmp_path / "out")
+    first.__enter__()
+    flock = fcntl.flock
+
+    def late(file: int, how: int) -> None:
+        monkeypatch.setattr(work.fcntl, "flock", flock)
+        first.__exit__(None, None, None)  # between the second one's open and its lock
+        assert not (tmp_path / "out/unfinished").exists()
+        flock(file, how)
+
+    monkeypatch.setattr(work.fcntl, "flock", late)
+    with second, pytest.raises(StoreError, match="another process computes scores"), work.held(tmp_path / "out"):
+        pass
+    assert not (tmp_path / "out/unfinished").exists()
+
+
+@pytest.mark.parametrize("moment", ["run.json", "last rename"])
+def test_what_a_run_leaves_that_is_killed_at_its_beginning_or_end_is_cleaned_up_by_the_next(
+    scored: tuple[Path, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    folder, expected = scored
+    small_pieces(monkeypatch)
+    out, left = tmp_path / "out", tmp_path / "out/unfinished/sae_txt_0/step.0/findings"
+    if moment == "last rename":
+        shutil.copytree(folder / "alone", out)
+    left.mkdir(parents=True)
+    (out / "unfinished/lock").touch()
+    if moment == "run.json":
+        (out / ".run.json.0badf00d.tmp").write_bytes(b"{")
+    else:
+        (left / "00000.0.found").write_bytes(b"of a result that is there")
+    summary = scores.run(options_of(folder, out))
+    assert summary.computed == (2 if moment == "run.json" else 0)
+    assert digests(out) == expected
+    assert not (out / "unfinished").exists()
+
+
+def test_what_is_left_of_other_dictionaries_stays_to_be_gone_on_with(
+    scored: tuple[Path, dict[str, bytes]], tmp_path: Path
+) -> None:
+    shutil.copytree(scored[0] / "alone", tmp_path / "out")
+    left = tmp_path / "out/unfinished/img_3/step.0/findings/00000.0.found"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    scores.run(options_of(scored[0], tmp_path / "out"))
+    assert left.exists()
+
+
+def test_an_out_is_claimed_under_the_lock_and_a_folder_of_something_else_is_left_alone(
+    scored: tuple[Path, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = scored
+    small_pieces(monkeypatch)
+    with work.held(tmp_path / "out"), pytest.raises(StoreError, match="another process computes scores"):
+        scores.run(options_of(folder, tmp_path / "out"))
+    assert not (tmp_path / "out/run.json").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").touch()
+    with pytest.raises(UsageError, match="is not empty and holds no analysis"):
+        scores.run(options_of(folder, tmp_path / "mine"))
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_scores_of_other_choices_are_refused_where_they_were_carried_into_an_out(
+    scored: tuple[Path, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = scored
+    small_pieces(monkeypatch)
+    changes: dict[str, Any]
+    for number, (changes, match) in enumerate(
+        [
+            ({"padding": True}, "padding_counted: True, expected False"),
+            ({"active_above": 0.5}, r"active_above: 0\.5, expected 0\.0"),
+            ({"dtype": "float16"}, "in float16, expected float32"),
+        ]
+    ):
+        out, other = tmp_path / f"{number}", tmp_path / f"other{number}"
+        shutil.copytree(folder / "alone", out)
+        scores.run(options_of(folder, other, **changes))
+        shutil.rmtree(out / "sae_txt_0")
+        shutil.copytree(other / "sae_txt_0", out / "sae_txt_0")
+        with pytest.raises(MismatchError, match=match):
+            scores.run(options_of(folder, out))
+
+
+def test_what_is_on_the_disk_of_a_run_that_goes_on_need_not_be_free_again(
+    scored: tuple[Path, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = scored
+    options = options_of(folder, tmp_path / "out", plan=True)
+    analysis = open_analysis(options)
+    planned = plan.ScorePlan(analysis, options, [(subject, 0) for subject in analysis.subjects])
+    need = planned.array_bytes + planned.table_bytes + planned.scratch_bytes
+    monkeypatch.setattr(announcing.shutil, "disk_usage", lambda _path: SimpleNamespace(free=need - 5000))
+    with pytest.raises(StoreError, match="are to be written"):
+        scores.run(options)
+    there = tmp_path / "out/unfinished/sae_txt_0/step.0/matrix/scores/c/0/0"
+    there.parent.mkdir(parents=True)
+    there.write_bytes(bytes(5000))
+    scores.run(options)
+    there.write_bytes(bytes(4999))
+    with pytest.raises(StoreError, match="are to be written"):
+        scores.run(options)
+
+
+def test_only_the_encoding_half_is_held_and_counted() -> None:
+    dictionary = whole_dictionary("txt_0", 0, time_embed_dim=8, skip=True)
+    encoder = encoding.Encoder(dictionary, torch.device("cpu"))
+    held = encoder._dictionary.state_dict()
+    assert not [name for name in held if name.startswith(("decoder", "skip"))]
+    assert encoding.weight_bytes(dictionary) == sum(tensor.nbytes for tensor in held.values())
+    every = sum(tensor.nbytes for tensor in dictionary.state_dict().values())
+    assert encoding.weight_bytes(dictionary) + encoding.passing_bytes(dictionary) == every
+    assert {"decoder", "skip"} <= set(dict(dictionary.named_children()))  # what was given is as it was
+    x, sigma = torch.ones(2, D_MODEL), torch.ones(2)
+    found = encoder.pane(encoder.prepared(x, sigma), slice(0, FEATURES), torch.empty(2, FEATURES))
+    assert torch.equal(found, dictionary.encode(x, sigma))
+
+
+def test_a_memory_that_is_too_little_for_several_dictionaries_is_refused_once(tmp_path: Path) -> None:
+    whole_store(tmp_path / "s", steps=(0,), sites=("txt_0",))
+    for kind, n_features in (("sae", 64), ("transcoder", 30_000)):
+        dictionary = whole_dictionary("txt_0", 0, kind, n_features)
+        save_dictionary(tmp_path / "d" / dictionary.name, dictionary, None, [])
+    with pytest.raises(UsageError, match=r"for transcoder_txt_0 \(and for 1 more\): its encoder takes") as refused:
+        scores.run(options_of(tmp_path, "out", memory="1MB", plan=True))
+    enough = str(refused.value).split("use --memory ")[1].split()[0]
+    scores.run(options_of(tmp_path, "out", memory=enough, workers=1, plan=True))
+
+
+def test_groups_that_read_different_points_read_each_once(scored: tuple[Path, dict[str, bytes]]) -> None:
+    options = options_of(scored[0], "x", workers=1)
+    analysis = open_analysis(options)
+    planned = plan.ScorePlan(analysis, options, [(subject, 0) for subject in analysis.subjects])
+    together = planned.read_bytes
+    planned.groups = {subject.site: [((each, (0,)),) for each in analysis.subjects] for subject in analysis.subjects}
+    del planned.read_bytes
+    assert (planned.reads, planned.read_bytes) == (1, together)
+    planned.groups = {subject.site: 2 * groups for subject in analysis.subjects for groups in planned.groups.values()}
+    assert planned.reads == 2
+
+
+def test_a_plan_draws_nothing_from_the_random_numbers_of_the_process(
+    scored: tuple[Path, dict[str, bytes]], tmp_path: Path
+) -> None:
+    before = torch.get_rng_state()
+    scores.run(options_of(scored[0], tmp_path / "out", plan=True))
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_dense_passes_find_what_the_lists_of_active_entries_find() -> None:

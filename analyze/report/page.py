@@ -81,7 +81,10 @@ def tiles(analysis: Analysis, truth: Truth | None, overview: Sequence[dict[str, 
             name = f"median FVU, {STREAM_NAMES[stream]}"
             found.append({"value": f"{statistics.median(values):.3f}", "name": name, "more": more})
     for stream, verdict in truth.table["verdict"].items() if truth else []:
+        judged = len({row["dictionary"] for row in truth.table["by_dictionary"]}) if truth else 0
         more = f"have a feature with AUROC ≥ {truth.threshold:g}" if truth else ""
+        if judged > len(overview):  # the truth table is of more dictionaries than this report shows
+            more += f" in all {judged} dictionaries judged"
         count = f"{verdict['with_feature']} of {verdict['of']}"
         found.append({"value": count, "name": f"attributes, {STREAM_NAMES[stream]}", "more": more})
     return found

@@ -6,6 +6,7 @@ import time
 import torch
 
 from analyze.scoring.encoding import PANE, ROWS
+from analyze.scoring.matrices import UNFINISHED, step_folder
 from analyze.scoring.plan import ScorePlan
 from store.errors import StoreError
 from store.sizes import human_size
@@ -37,7 +38,9 @@ def _duration(plan: ScorePlan) -> str:
     """How long it will take, from the time of one small product here and now."""
     shape = min(PANE, max(subject.n_features for subject, _ in plan.missing))
     rows, d_model = ROWS if plan.device.type == "cpu" else 32 * ROWS, plan.store.meta.d_model
-    x, weight = torch.randn(rows, d_model, device=plan.device), torch.randn(d_model, shape, device=plan.device)
+    random = torch.Generator(plan.device).manual_seed(0)
+    x = torch.randn(rows, d_model, device=plan.device, generator=random)
+    weight = torch.randn(d_model, shape, device=plan.device, generator=random)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -55,10 +58,12 @@ def _timed(x: torch.Tensor, weight: torch.Tensor) -> float:
 
 
 def refuse_small_disk(plan: ScorePlan) -> None:
-    """`StoreError` where OUT's disk has less room than the results take before compression."""
+    """`StoreError` where OUT's disk has less room than the results take before compression, less what a killed run left of them."""
     folder = plan.analysis.out.absolute()
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
-    need = plan.array_bytes + plan.table_bytes + plan.scratch_bytes
+    begun = [step_folder(folder / UNFINISHED, subject.name, step) for subject, step in plan.missing]
+    there = sum(path.stat().st_size for place in begun for path in place.rglob("*") if path.is_file())
+    need = plan.array_bytes + plan.table_bytes + plan.scratch_bytes - there
     if free < need:
         raise StoreError(
             f"{plan.analysis.out}: up to {human_size(need)} are to be written and {human_size(free)} are free on that disk: make "

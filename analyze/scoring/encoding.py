@@ -12,7 +12,7 @@ from torch import Tensor
 
 from store.errors import NonFiniteError
 from train import Dictionary
-from train.learning.kernels import encode_topk
+from train.learning.kernels import greatest  # what is made for training imports the compiler at its first call
 
 PANE = 2048
 """features of a pane: with 256 rows 2 MiB.  A fixed number, since the last bit of a product depends on the shapes"""
@@ -30,12 +30,39 @@ def rows_at_once(device: torch.device) -> int:
     return ROWS if device.type == "cpu" else ROWS_ON_DEVICE
 
 
+DECODING = ("decoder", "skip")
+"""modules that no activation depends on"""
+
+
+def encoding_half(dictionary: Dictionary) -> Dictionary:
+    """The dictionary without what only decodes, sharing the rest; the one that is given stays as it is."""
+    half = copy.copy(dictionary)
+    half._modules = {name: module for name, module in dictionary._modules.items() if name not in DECODING}
+    return half
+
+
+def weight_bytes(dictionary: Dictionary) -> int:
+    """Bytes of what an encoder holds of a dictionary, float32."""
+    return _bytes(encoding_half(dictionary))
+
+
+def passing_bytes(dictionary: Dictionary) -> int:
+    """Bytes of the rest of its weights, which are held while it is read."""
+    return _bytes(dictionary) - weight_bytes(dictionary)
+
+
+def _bytes(dictionary: Dictionary) -> int:
+    return sum(4 * tensor.numel() for tensor in dictionary.state_dict().values())
+
+
 class Encoder:
     """The encoding half of a dictionary on a device; several threads may use it."""
 
     def __init__(self, dictionary: Dictionary, device: torch.device) -> None:
         self.name, self.config, self.device = dictionary.name, dictionary.config, device
-        self._dictionary = dictionary if device.type == "cpu" else copy.deepcopy(dictionary).to(device)
+        self._dictionary = encoding_half(dictionary)
+        if device.type != "cpu":
+            self._dictionary = copy.deepcopy(self._dictionary).to(device)
         self._weight = self._dictionary.encoder.weight.detach()
         self._bias = self._dictionary.encoder.bias.detach()
         self._threshold: Tensor | None = None
@@ -73,9 +100,9 @@ class Encoder:
     ) -> tuple[Int[Tensor, " entry"], Int[Tensor, " entry"], Float[Tensor, " entry"]]:
         """Row, feature and z of what TopK keeps of prepared rows; zeros may be among it."""
         assert self.config.k is not None
-        found = encode_topk(x, self._weight, self._bias, self.config.k)
+        values, features = greatest(torch.addmm(self._bias, x, self._weight.T), self.config.k)  # as `encode_topk` does
         rows = torch.arange(len(x), device=x.device).repeat_interleave(self.config.k)
-        return rows, found.features, found.values
+        return rows, features.flatten(), values.clamp_min_(0).flatten()
 
     def refuse_non_finite(self, values: Tensor) -> None:
         """`NonFiniteError` names the dictionary when an activation is NaN or infinite."""

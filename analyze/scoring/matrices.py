@@ -30,6 +30,10 @@ FORMAT = "granary score matrix"
 VERSION = 2
 FEATURES = "features.parquet"
 SCORES, TOKENS = "scores", "argmax_token"
+CONFIG: Any = {"write_empty_chunks": True}
+"""Of our arrays: a chunk whose every value is the fill value is a file like any other, and one that is not there is missed."""
+UNFINISHED = "unfinished"
+"""Folder of OUT where matrices lie until they are whole."""
 DType = Literal["float32", "float16"]
 
 
@@ -83,23 +87,40 @@ class ScoreWriter:
         scores: Float[np.ndarray, "image feature"],
         tokens: Int[np.ndarray, "image feature"],
     ) -> None:
-        """Put a block of whole chunks onto the disk.  `NonFiniteError` for a score that float16 does not hold."""
+        """Put a block of whole chunks onto the disk, names and all: what is written after it may say that it is there."""
+        for name, values in ((SCORES, self.rounded(scores).astype(self.dtype)), (TOKENS, tokens)):
+            opened: Any = zarr.open_array(self.folder / name, mode="r+")
+            array = opened.with_config(CONFIG)  # which an array that is opened has forgotten
+            array[images, features] = values
+            chunks = self.folder / name / "c"
+            for row in _chunks(images, array.chunks[0]):
+                for column in _chunks(features, array.chunks[1]):
+                    fsync_file(chunks / str(row) / str(column))
+                fsync_file(chunks / str(row))
+            fsync_file(chunks)
+            fsync_file(chunks.parent)
+
+    def rounded(self, scores: Float[np.ndarray, "image feature"]) -> Float[np.ndarray, "image feature"]:
+        """Scores as they will be read again, float32.  `NonFiniteError` for one that float16 does not hold."""
+        if self.dtype == "float32":
+            return scores
         with np.errstate(over="ignore"):
-            stored = scores.astype(self.dtype)
-        if np.isinf(stored).any():
+            found = scores.astype(self.dtype).astype(np.float32)
+        if np.isinf(found).any():
             raise NonFiniteError(
                 f"{self.attributes.get('dictionary_name')} reaches {scores.max():.6g} on this store, and float16 holds "
                 "65504 at most: use --dtype float32, with another --out"
             )
-        for name, values in ((SCORES, stored), (TOKENS, tokens)):
-            array: Any = zarr.open_array(self.folder / name, mode="r+")
-            array[images, features] = values
-            for row in _chunks(images, array.chunks[0]):
-                for column in _chunks(features, array.chunks[1]):
-                    fsync_file(self.folder / name / "c" / str(row) / str(column))
+        return found
 
     def finish(self, folder: Path, features: pa.Table) -> None:
-        """Write the feature table, and make all appear as `folder`."""
+        """Write the feature table, and make all appear as `folder`.  `DamagedError` where a chunk is not there."""
+        for name in (SCORES, TOKENS):
+            chunk = _missing_chunk(self.folder / name, (slice(0, self.n_images), slice(0, self.n_features)))
+            if chunk is not None:
+                raise DamagedError(
+                    f"{chunk} was written and is not there any more: delete {self.folder.parent} and run the same command again"
+                )
         write_table(self.folder / FEATURES, features)
         for path in [*self.folder.rglob("*"), self.folder]:
             if path.suffix in (".partial", ".tmp"):  # of a process that was killed
@@ -113,6 +134,21 @@ class ScoreWriter:
 
 def _chunks(part: slice, size: int) -> range:
     return range(part.start // size, -(-part.stop // size))
+
+
+def _missing_chunk(place: Path, chosen: tuple[slice, slice | int]) -> Path | None:
+    """The first file that is not there of the chunks of an array that hold what is chosen; zarr reads it as the fill value."""
+    array: Any = zarr.open_array(place, mode="r")
+    parts = [
+        slice(part % size, part % size + 1) if isinstance(part, int) else slice(*part.indices(size)[:2])
+        for part, size in zip(chosen, array.shape, strict=True)
+    ]
+    for row in _chunks(parts[0], array.chunks[0]):
+        for column in _chunks(parts[1], array.chunks[1]):
+            chunk = place / "c" / str(row) / str(column)
+            if not chunk.exists():
+                return chunk
+    return None
 
 
 def chunk_shape(n_images: int, n_features: int) -> tuple[int, int]:
@@ -129,7 +165,7 @@ def _create(group: zarr.Group, name: str, shape: tuple[int, int], dtype: str, fi
         fill_value=fill,
         compressors=[ZstdCodec(level=3), Crc32cCodec()],
         dimension_names=["image", "feature"],
-        config={"write_empty_chunks": True},
+        config=CONFIG,
     )
 
 
@@ -141,6 +177,8 @@ class ScoreMatrix:
     attributes: dict[str, Any]
     n_images: int
     n_features: int
+    dtype: str = "float32"
+    """what scores are kept in"""
 
     @classmethod
     def open(cls, folder: Path) -> "ScoreMatrix":
@@ -150,7 +188,8 @@ class ScoreMatrix:
         try:
             group = zarr.open_group(folder, mode="r")
             attributes = dict(group.attrs)
-            shape = group[SCORES].shape  # type: ignore[union-attr]
+            scores: Any = group[SCORES]
+            shape = scores.shape
         except (FileNotFoundError, KeyError, ValueError):
             raise ForeignError(
                 f"{folder} is not a score matrix of ours: choose another --out, or delete that folder"
@@ -158,7 +197,7 @@ class ScoreMatrix:
         if attributes.get("format") != FORMAT or attributes.get("version") != VERSION:
             found = f"{attributes.get('format')} version {attributes.get('version')}"
             raise ForeignError(f"{folder} holds {found}, expected {FORMAT} version {VERSION}: compute it again")
-        return cls(folder, attributes, int(shape[0]), int(shape[1]))
+        return cls(folder, attributes, int(shape[0]), int(shape[1]), str(scores.dtype))
 
     def scores(self, features: slice | int = slice(None)) -> Float[np.ndarray, "..."]:
         """S of the given features over all images, float32: (image, feature), or (image,) for one feature."""
@@ -195,6 +234,10 @@ class ScoreMatrix:
         try:
             array: Any = zarr.open_array(self.folder / name, mode="r")
             values = np.asarray(array[chosen])
+            if (chunk := _missing_chunk(self.folder / name, chosen)) is not None:
+                raise FileNotFoundError(f"its chunk {chunk.relative_to(self.folder / name)} is missing")
+            if name == SCORES and np.isnan(values).any():
+                raise ValueError("it holds NaN")
         except (ValueError, RuntimeError, FileNotFoundError) as error:
             raise DamagedError(
                 f"{self.folder / name} is damaged ({error}): delete {self.folder} and compute it again"

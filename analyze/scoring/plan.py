@@ -5,6 +5,7 @@ memory holds.  A task reads its images once for all of them.
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,12 +14,12 @@ from itertools import pairwise
 import torch
 
 from analyze.inputs import Analysis, Subject
-from analyze.scoring.encoding import PANE, panes_of, rows_at_once
+from analyze.scoring.encoding import PANE, panes_of, passing_bytes, rows_at_once, weight_bytes
 from analyze.scoring.findings import bytes_of_feature
 from analyze.scoring.matrices import IMAGE_BLOCK, chunk_shape
 from analyze.scoring.settings import ScoresSettings
 from store.errors import UsageError
-from store.sites import Site, Stream
+from store.sites import Point, Site, Stream
 from store.sizes import human_size, parse_size
 
 SPAN_VALUES = 1 << 22
@@ -75,6 +76,10 @@ class ScorePlan:
     def _subjects(self) -> set[Subject]:
         return {subject for subject, _ in self.missing}
 
+    @cached_property
+    def _named(self) -> dict[str, Subject]:
+        return {subject.name: subject for subject in self._subjects}
+
     def tasks(self, site: Site, group: Group) -> Iterator[Task]:
         """Everything to be done with a group of a site."""
         for step in self.analysis.steps:
@@ -99,13 +104,14 @@ class ScorePlan:
             rooms = {site: self._room(site, lanes) for site in self.sites}
             if all(self._cost(s, lanes, range(len(panes_of(s.n_features)))) <= rooms[s.site] for s in self._subjects):
                 return lanes, {site: self._groups(site, lanes) for site in self.sites}
+        self._refuse_little_memory()
         return 1, {site: self._groups(site, 1) for site in self.sites}
 
     def _room(self, site: Site, lanes: int) -> int:
         """What is left for weights and panes."""
-        return (
-            self.memory - MARGIN - self.store.n_images * IMAGE - lanes * self.lane_bytes(site) - self._mlp_bytes(site)
-        )
+        passing = max(passing_bytes(subject.outline) for subject in self._subjects if subject.site == site)
+        known = MARGIN + self.store.n_images * IMAGE + passing
+        return self.memory - known - lanes * self.lane_bytes(site) - self._mlp_bytes(site)
 
     def lane_bytes(self, site: Site) -> int:
         """What a thread needs beside the panes: activations that were read, a block of z, what is made of it and of a pane."""
@@ -144,7 +150,7 @@ class ScorePlan:
         images = min(IMAGE_BLOCK, self.store.n_images)
         pool = 3 * 16 * 2 * self.settings.top if subject.site.stream != "img" else 0
         table = 3 * subject.n_features * of_feature
-        return int(weight_bytes(subject) + lanes * sum(widths) * (images * 8 + of_feature + pool) + table)
+        return int(weight_bytes(subject.outline) + lanes * sum(widths) * (images * 8 + of_feature + pool) + table)
 
     def _groups(self, site: Site, lanes: int) -> list[Group]:
         room, taken = self._room(site, lanes), 0
@@ -158,18 +164,26 @@ class ScorePlan:
                 if current and taken + more > room:
                     found.append(tuple((s, tuple(numbers)) for s, numbers in current.items()))
                     current, taken, more = {}, 0, self._cost(subject, lanes, [pane])
-                if more > room:
-                    self._refuse(site, subject, more)
                 current.setdefault(subject, []).append(pane)
                 taken += more
         return [*found, tuple((s, tuple(numbers)) for s, numbers in current.items())]
 
-    def _refuse(self, site: Site, subject: Subject, more: int) -> None:
-        need = self.memory - self._room(site, 1) + more
+    def _refuse_little_memory(self) -> None:
+        """`UsageError` where a thread has no room for a pane of some dictionary; it says how much would do for all."""
+        needs = {
+            subject: self.memory - self._room(subject.site, 1) + self._cost(subject, 1, [0])
+            for subject in self.analysis.subjects
+            if subject in self._subjects
+        }
+        subject = max(needs, key=lambda each: needs[each])
+        if needs[subject] <= self.memory:
+            return
+        others = sum(need > self.memory for need in needs.values()) - 1
+        more = f" (and for {others} more)" if others else ""
         raise UsageError(
-            f"--memory {human_size(self.memory)} is too little for {subject.name}: its weights take "
-            f"{human_size(weight_bytes(subject))}, {min(PANE, subject.n_features)} features of {IMAGE_BLOCK} images with what is "
-            f"read of them the rest; use --memory {-(-need // 10**6)}MB or more"
+            f"--memory {human_size(self.memory)} is too little for {subject.name}{more}: its encoder takes "
+            f"{human_size(weight_bytes(subject.outline))}, {min(PANE, subject.n_features)} features of {IMAGE_BLOCK} images with what "
+            f"is read of them the rest; use --memory {-(-needs[subject] // 10**6)}MB or more"
         )
 
     @cached_property
@@ -218,28 +232,30 @@ class ScorePlan:
     def read_bytes(self) -> int:
         """Bytes of activations that are read of the store, all reads together."""
         meta, total = self.store.meta, 0
-        subjects = {subject.name: subject for subject in self._subjects}
         for site, groups in self.groups.items():
             for share in (
                 share for group in groups for step in self.analysis.steps for share in self._shares(group, step)
             ):
-                read = {subjects[name].point for name, _ in share}
-                points = {point if point in self.store.points else "mlp_in" for point in read}
-                total += len(points) * self.store.n_images * meta.tokens[site.stream].kept * meta.row_bytes
+                total += len(self._points(share)) * self.store.n_images * meta.tokens[site.stream].kept * meta.row_bytes
         return total
 
     @property
     def reads(self) -> int:
-        """How often the site that is read most often is read, at each step."""
-        steps = self.analysis.steps
-        return max(
-            (
-                sum(len(self._shares(group, step)) for group in groups)
-                for groups in self.groups.values()
-                for step in steps
-            ),
-            default=0,
+        """How often the site, step and point that is read most often is read."""
+        count: Counter[tuple[Site, int, Point]] = Counter(
+            (site, step, point)
+            for site, groups in self.groups.items()
+            for step in self.analysis.steps
+            for group in groups
+            for share in self._shares(group, step)
+            for point in self._points(share)
         )
+        return max(count.values(), default=0)
+
+    def _points(self, share: Sequence[tuple[str, int]]) -> set[Point]:
+        """The points of the store that the dictionaries of a task are computed from."""
+        read = {self._named[name].point for name, _ in share}
+        return {point if point in self.store.points else "mlp_in" for point in read}
 
     @cached_property
     def operations(self) -> int:
@@ -263,11 +279,6 @@ class ScorePlan:
             around = self.memory - self._room(site, self.lanes)
             found += [around + sum(self._cost(s, self.lanes, panes) for s, panes in group) for group in groups]
         return max(found)
-
-
-def weight_bytes(subject: Subject) -> int:
-    """Bytes of a dictionary's weights, float32."""
-    return sum(4 * tensor.numel() for tensor in subject.outline.state_dict().values())
 
 
 def chosen_device(settings: ScoresSettings) -> torch.device:

@@ -33,16 +33,13 @@ class RowBlock:
     position: Int[np.ndarray, " row"]
     piece: Int[np.ndarray, " row"] | None
     """number of the text piece, -1 for none"""
+    alike: bool
+    """whether all segments have equally many rows"""
 
     @property
     def count(self) -> int:
         """How many rows there are."""
         return len(self.position)
-
-    @property
-    def alike(self) -> bool:
-        """Whether all segments have equally many rows."""
-        return self.count == len(self.starts) * int(np.diff(self.starts, append=self.count)[0])
 
     def segment_of_row(self) -> Int[np.ndarray, " row"]:
         """The number of each row's segment."""
@@ -67,8 +64,8 @@ def row_blocks(
         rows = slice(first, min(first + size, len(owner)))
         mine = owner[rows]
         starts = np.concatenate(([0], np.flatnonzero(np.diff(mine)) + 1))
-        pieces = None if piece is None else piece[rows]
-        found.append(RowBlock(rows, starts, mine[starts], position[rows], pieces))
+        pieces, sizes = None if piece is None else piece[rows], np.diff(starts, append=len(mine))
+        found.append(RowBlock(rows, starts, mine[starts], position[rows], pieces, bool((sizes == sizes[0]).all())))
     return found
 
 
@@ -170,8 +167,9 @@ class Pane:
         self.tokens[block.images] = np.where(better, tokens, self.tokens[block.images])
 
     def finish(self) -> None:
-        """Give images without a counted row the score 0."""
+        """Give images without a counted row the score 0; and no zero a sign, which JumpReLU leaves."""
         self.scores[np.isneginf(self.scores)] = 0
+        self.scores += 0
 
 
 def maxima(z: Float[Tensor, "row feature"], block: RowBlock) -> Float[Tensor, "segment feature"]:

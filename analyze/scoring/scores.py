@@ -15,10 +15,10 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -26,13 +26,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from analyze.counted import are_lower_bounds
-from analyze.inputs import Analysis, Subject, check_output, claim_output, open_analysis
+from analyze.inputs import Analysis, Subject, check_claim, claim_output, open_analysis
 from analyze.scoring.announcing import announce, refuse_small_disk
-from analyze.scoring.matrices import step_folder
+from analyze.scoring.matrices import UNFINISHED, step_folder
 from analyze.scoring.plan import Group, ScorePlan
 from analyze.scoring.settings import ScoresSettings
 from analyze.scoring.work import Hands, held, writer_of
-from store.errors import GranaryError, NonFiniteError, StoreError
+from store.errors import GranaryError, MismatchError, NonFiniteError, StoreError
 from store.files import write_json
 from store.layout import runs_folder
 from store.packing.crew import Crew, ThreadCrew
@@ -41,6 +41,7 @@ from train.stopping import thread_count
 
 BLOCK_BYTES = 4 * 2**20
 BLOCK_ROWS = 256
+Pairs: TypeAlias = list[tuple[Subject, int]]
 
 
 @dataclass(frozen=True)
@@ -65,22 +66,19 @@ def run(settings: ScoresSettings) -> ScoresSummary:
     """
     started = time.monotonic()
     analysis = open_analysis(settings)
-    if settings.plan and (analysis.out / "run.json").exists():
-        check_output(analysis, settings.choices)
-    elif not settings.plan:
-        claim_output(analysis, settings.choices)
+    check_claim(analysis, settings.choices)
     for note in analysis.notes():
         print(note)
-    missing, found = _missing(analysis)
+    missing, found = _missing(analysis, settings)
     lower = tuple(s for s in analysis.streams() if are_lower_bounds(analysis.store, s, settings.padding))  # type: ignore[arg-type]
     plan = ScorePlan(analysis, settings, missing)
     if missing:
         announce(plan)
         refuse_small_disk(plan)
-    if missing and not settings.plan:
-        with _said_when_full(analysis.out), held(analysis.out):
-            missing, found = _missing(analysis)  # another process may have had the lock
-            _compute(ScorePlan(analysis, settings, missing))
+    elif settings.plan:
+        print(f"plan: nothing to do, all {found} score matrices are in {analysis.out}")
+    if not settings.plan:
+        missing, found = _do(analysis, settings, missing, found)
     computed = 0 if settings.plan else len(missing)
     summary = ScoresSummary(computed, found, analysis.store.n_images, lower, time.monotonic() - started)
     if not settings.plan:
@@ -89,11 +87,31 @@ def run(settings: ScoresSettings) -> ScoresSummary:
     return summary
 
 
-def _missing(analysis: Analysis) -> tuple[list[tuple[Subject, int]], int]:
+def _do(analysis: Analysis, settings: ScoresSettings, missing: Pairs, found: int) -> tuple[Pairs, int]:
+    """Compute what is missing; what that was, and how much was there."""
+    if not missing and (analysis.out / "images.parquet").exists():
+        if (analysis.out / UNFINISHED).exists():
+            with suppress(StoreError), held(analysis.out):  # another process may be at work, and clean up itself
+                pass
+        return missing, found
+    with _said_when_full(analysis.out), held(analysis.out):
+        claim_output(analysis, settings.choices)
+        missing, found = _missing(analysis, settings)  # another process may have had the lock
+        if missing:
+            _compute(ScorePlan(analysis, settings, missing))
+    return missing, found
+
+
+def _missing(analysis: Analysis, settings: ScoresSettings) -> tuple[Pairs, int]:
     pairs = [(subject, step) for subject in analysis.subjects for step in analysis.steps]
     there = [pair for pair in pairs if step_folder(analysis.out, pair[0].name, pair[1]).exists()]
     for subject, step in there:
-        analysis.matrix(subject, step)  # refuses what belongs to another dictionary
+        matrix = analysis.matrix(subject, step)  # refuses what belongs to another dictionary
+        if matrix.dtype != settings.dtype:
+            raise MismatchError(
+                f"{matrix.folder} holds scores in {matrix.dtype}, expected {settings.dtype}: choose another --out, or remove "
+                "that folder"
+            )
     return [pair for pair in pairs if pair not in there], len(there)
 
 

@@ -30,13 +30,6 @@ class RowStatistics:
         self.total = np.zeros(n_features, np.float64)
         self.squares = np.zeros(n_features, np.float64)
 
-    def add(self, z: Float[Tensor, "row feature"], active_above: float = ACTIVE_ABOVE) -> None:
-        """Count a block of activations."""
-        values = z.numpy()
-        row, feature = np.nonzero(values > active_above)
-        self.rows += len(z)
-        self.add_active(feature, values[row, feature])
-
     def add_active(self, feature: Int[np.ndarray, " entry"], value: Float[np.ndarray, " entry"]) -> None:
         """Count active entries, in any order; their rows are counted elsewhere."""
         if not len(feature):
@@ -69,10 +62,6 @@ class RowStatistics:
         """Rows on which each feature is active."""
         return np.asarray(self.histogram.sum(axis=1))
 
-    def density(self) -> Float[np.ndarray, " feature"]:
-        """Share of the rows on which each feature is active."""
-        return np.asarray(self.active / max(self.rows, 1))
-
     def mean_active(self) -> Float[np.ndarray, " feature"]:
         """Mean activation over the rows where the feature is active; 0 where there are none."""
         return np.asarray(self.total / np.maximum(self.active, 1))
@@ -96,13 +85,8 @@ def histogram_bins(square: Tensor) -> Tensor:
     return exponent.clamp_(0, HISTOGRAM_BINS - 1)
 
 
-def category(share: float) -> str:
-    """`dead`, `rare`, `common` or `very common`: how often a feature is active, as a share of rows or of images."""
-    return CATEGORIES[int(np.searchsorted(CATEGORY_EDGES, share, side="right"))]
-
-
 def categories(shares: Float[np.ndarray, " feature"]) -> list[str]:
-    """The category of each share."""
+    """`dead`, `rare`, `common` or `very common`: how often each feature is active, as a share of rows or of images."""
     return [CATEGORIES[place] for place in np.searchsorted(CATEGORY_EDGES, shares, side="right")]
 
 

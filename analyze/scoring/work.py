@@ -13,7 +13,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from analyze.inputs import Analysis, Subject
 from analyze.scoring.encoding import Encoder, panes_of, rows_at_once
 from analyze.scoring.findings import Findings
 from analyze.scoring.images import ImageFacts
-from analyze.scoring.matrices import ScoreWriter, step_folder
+from analyze.scoring.matrices import UNFINISHED, ScoreWriter, step_folder
 from analyze.scoring.plan import ScorePlan, Task
 from analyze.scoring.reduction import Pane, RowBlock, row_blocks
 from analyze.scoring.settings import ScoresSettings
@@ -33,7 +33,6 @@ from analyze.scoring.table import feature_table
 from store.errors import StoreError
 from train.rows.tensors import to_torch
 
-UNFINISHED = "unfinished"
 Advance = Callable[[int], object]
 
 
@@ -118,6 +117,7 @@ class Hands:
         subject, images = self._subjects[name], self.plan.images(task.block)
         features = panes_of(subject.n_features)[number]
         writer = writer_of(self.analysis, self.settings, subject, task.step, self.plan.device)
+        pane.scores = writer.rounded(pane.scores)  # before any of it goes into the table
         writer.write(slice(images.start, images.stop), features, pane.scores, pane.tokens)
         findings = self._findings(subject, number)
         findings.take(pane, images.start)
@@ -204,18 +204,49 @@ def writer_of(
 def held(out: Path) -> Iterator[None]:
     """Nobody else computes scores into `out` meanwhile; `StoreError` when somebody does.  What is killed holds nothing any more."""
     work = out / UNFINISHED
-    work.mkdir(parents=True, exist_ok=True)
-    file = os.open(work / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    file = _locked(work)
     try:
+        yield
+    finally:
+        tidy(out)
+        os.close(file)
+
+
+def _locked(work: Path) -> int:
+    """A descriptor of the lock file, held; made again where the process that had it took the folder away meanwhile."""
+    for _attempt in range(100):
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            file = os.open(work / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        except (FileExistsError, FileNotFoundError):
+            continue
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            os.close(file)
             raise StoreError(
-                f"another process computes scores into {out}: wait until it ends, or choose another --out"
+                f"another process computes scores into {work.parent}: wait until it ends, or choose another --out"
             ) from None
         except OSError as error:
-            print(f"note: {out} cannot be locked ({error.strerror}): start no second run with this --out")
-        yield
-        shutil.rmtree(work, ignore_errors=True)  # all is finished
-    finally:
-        os.close(file)
+            print(f"note: {work.parent} cannot be locked ({error.strerror}): start no second run with this --out")
+            return file
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), (work / "lock").stat()):
+                return file
+        os.close(file)  # of a file that has no name any more: it keeps nobody out
+    raise StoreError(f"{work / 'lock'} cannot be made: remove {work}, or choose another --out")
+
+
+def tidy(out: Path) -> None:
+    """Remove what is of no use in OUT/unfinished: of results that are there; and all of it where nothing else is left.  Under the lock."""
+    work = out / UNFINISHED
+    for step in work.glob("*/step.*"):
+        if (out / step.relative_to(work)).exists():
+            shutil.rmtree(step)
+    for name in work.iterdir():
+        with suppress(OSError):  # a file, or not empty
+            name.rmdir()
+    if [path.name for path in work.iterdir()] == ["lock"]:
+        (work / "lock").unlink()  # from here on another process may hold a lock of its own in this folder
+        with suppress(OSError):
+            work.rmdir()
