@@ -16,20 +16,20 @@ from PIL import Image
 
 from analyze.inputs import open_analysis
 from analyze.labels.book import LabelBook
-from analyze.scan.contrast import contrast_figures, contrast_of
+from analyze.scan.contrast import contrast_figures, contrast_of, sentence
 from analyze.scan.discovery import run
 from analyze.scan.figures import Figures, best_finds
 from analyze.scan.images import Catalogue
 from analyze.scan.kinds import temporal_figures
 from analyze.scan.region import mask_cover, rectangle
-from analyze.scan.replicates import Replicates
+from analyze.scan.replicates import Replicates, most_open
 from analyze.scan.settings import ScanSettings
 from analyze.scoring import scores
 from analyze.scoring.settings import ScoresSettings
 from analyze.settings import Inputs
 from analyze.truth.attributes import ATTRIBUTES, Attribute, Scene, read_scenes
-from store import open_store
-from store.errors import NonFiniteError, UsageError
+from store import Store, open_store
+from store.errors import DamagedError, NonFiniteError, UsageError
 from store.format import StreamTokens
 from tests import analyze_planted
 from tests.analyze_planted import Plan, planted_dictionaries, planted_store
@@ -326,6 +326,102 @@ def test_contrast_figures_are_those_of_plain_loops(matched: bool) -> None:
         assert x[found.image[f], f] == x[side, f].max()
 
 
+def known_images(prompts: list[int], seeds: list[int]) -> Catalogue:
+    names = tuple(f"p{prompt}" for prompt in prompts)
+    return Catalogue(names, names, np.asarray(seeds, np.int64), True)
+
+
+def test_a_seed_that_two_sides_share_by_chance_does_not_throw_the_others_away() -> None:
+    seeds = list(range(40))
+    seeds[30] = 7
+    known, pairs = known_images(list(range(40)), seeds), [(np.arange(20), np.arange(20, 40))]
+    contrast = contrast_of(known, pairs)
+    assert contrast.differences is None
+    assert len(contrast.images) == 40
+    said = sentence(contrast, pairs)
+    assert "not matched: the seeds on both sides cover 1 of the 20 images of the smaller side, less than half" in said
+    forced = contrast_of(known, pairs, "seed")
+    assert forced.differences is not None
+    assert forced.images.tolist() == [7, 30]
+    half = known_images(list(range(40)), [*range(20), *range(10), *range(50, 60)])
+    assert contrast_of(half, pairs).differences is not None
+    left = contrast_of(half, pairs, "none")
+    assert left.differences is None
+    assert left.unmatched == "--match none"
+    # one pair of several with too few is enough, and the smaller side counts
+    two = known_images([0] * 12, [0, 1, 2, 3, 0, 1, 0, 1, 2, 3, 3, 4])
+    assert contrast_of(two, [(np.arange(4), np.arange(4, 6))]).differences is not None
+    assert contrast_of(two, [(np.arange(4), np.arange(4, 6)), (np.arange(6, 9), np.arange(9, 12))]).differences is None
+
+
+def test_a_deviation_over_seeds_is_given_only_where_nothing_but_the_seed_differs() -> None:
+    x = np.asarray([1, 5, 9, 0, 0, 0], np.float32)[:, None]
+    pairs = [(np.arange(3), np.arange(3, 6))]
+    for prompts, deviation, said in (
+        ([0, 1, 2, 3, 4, 5], np.nan, "the images of different seeds are of different prompts: no deviation over seeds"),
+        ([0, 0, 0, 1, 2, 3], np.nan, "the images of different seeds are of different prompts: no deviation over seeds"),
+        ([0, 0, 0, 1, 1, 1], 4.0, "matched by seed: 3 differences of images"),
+    ):
+        known = known_images(prompts, [0, 1, 2, 0, 1, 2])
+        contrast = contrast_of(known, pairs)
+        found = contrast_figures(x, contrast, 0, "difference", "a", 0.0)
+        np.testing.assert_allclose(found.columns["deviation"], [deviation])
+        np.testing.assert_allclose(found.columns["effect"], [5 / 4])
+        assert sentence(contrast, pairs).splitlines()[-1].startswith(said)
+
+
+def test_seeds_that_are_not_known_are_never_matched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    as_planted = analyze_planted._prompts
+
+    def some_seeds(plan: Plan, images: range, *rest: Any) -> pa.Table:
+        table = as_planted(plan, images, *rest)
+        seeds = pa.array([5 if image in (0, 3) else None for image in images], pa.int64())
+        return table.set_column(table.column_names.index("seed"), "seed", seeds)
+
+    plan = Plan(n_images=8, steps=1, sites=("img_0",), pictures=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(analyze_planted, "_prompts", some_seeds)
+        planted_store(tmp_path / "store", plan)
+    planted_dictionaries(tmp_path / "dictionaries", plan)
+    scores.run(ScoresSettings(**where(tmp_path)))
+    asked = {"kind": "contrastive", "images": "0-2", "against": "3-5", "per_image": True}
+    rows = scan(tmp_path, **asked)
+    out = capsys.readouterr().out
+    assert "not matched: the seed of 4 of the images is not known, image 1 the first" in out
+    assert {row["image"]: row["seed"] for row in rows}.items() <= {0: 5, 1: None, 2: None}.items()
+    with (tmp_path / "out" / "scan" / "contrastive.images.csv").open() as lines:
+        assert {row["image"]: row["seed"] for row in csv.DictReader(lines)} == {
+            "0": "5", "1": "", "2": "", "3": "5", "4": "", "5": "",
+        }  # fmt: skip
+    with pytest.raises(UsageError, match="--match seed: the seed of 4 of the images is not known"):
+        scan(tmp_path, **asked, match="seed")
+    scan(tmp_path, kind="contrastive", images="0", against="3", plan=True)
+    assert "matched by seed: 1 differences" in capsys.readouterr().out
+
+
+def test_a_share_counts_where_a_feature_is_active_on_enough_images(planted: Path) -> None:
+    asked = {"kind": "spatial", "region": "0-1:0-4", "sites": "img_0", "best": 96, "every_step": True, "rank": "share"}
+    few, more = scan(planted, **asked, min_images=1), scan(planted, **asked, min_images=30)
+    assert 0 < len(more) < len(few)
+    assert more == [
+        row | {"rank": place} for place, row in enumerate((r for r in few if r["images_active"] >= 30), start=1)
+    ]
+    assert all(row["share_base"] == pytest.approx(10 / 54) for row in few)
+    matrix = open_store(planted / "store")
+    row = few[0]
+    subject = open_analysis(Inputs(**where(planted, sites="img_0"))).subjects[0]
+    weight = subject.dictionary.encoder.weight.detach().numpy().astype(np.float64)[row["feature"]]
+    bias = float(subject.dictionary.encoder.bias[row["feature"]])
+    x = matrix.read(subject.site, row["step"], "mlp_in", 0, 120).astype(np.float64).reshape(120, *PLAN.grid, -1)
+    assert row["images_active"] == ((x[:, :2, :5] @ weight + bias).max(axis=(1, 2)) > 0).sum()
+
+
+def test_the_prompts_that_wait_for_images_of_later_chunks_are_counted() -> None:
+    assert most_open(np.arange(12) // 3, np.arange(12) // 6) == 0
+    assert most_open(np.arange(12) // 3, np.arange(12) // 4) == 1
+    assert most_open(np.arange(12) % 4, np.arange(12) // 4) == 4
+
+
 @example_settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=12), st.integers(1, 5), st.integers(0, 10**6))
 def test_replicates_added_in_any_pieces_are_those_of_plain_loops(labels: list[int], size: int, seed: int) -> None:
@@ -363,6 +459,20 @@ def test_patterns_over_the_steps_are_told_apart() -> None:
     assert only.score[2] == 2
 
 
+def test_a_dip_or_a_peak_lies_between_the_first_and_the_last_step() -> None:
+    means = np.asarray([[3, 1, 2, 0], [0, 2, 1, 3], [3, 1, 2.5, 2], [0, 2, 1, 1.5], [1, 3, 2, 3]], np.float32).T
+    found = temporal_figures(
+        [row[None] for row in means], (0, 1, 2, 3), np.asarray([0]), np.zeros(1, np.int64), "any", 0.0
+    )
+    assert found.columns["pattern"].tolist() == [
+        "mostly falls",
+        "mostly rises",
+        "dips at 1",
+        "peaks at 1",
+        "mostly rises",
+    ]
+
+
 def test_ties_go_to_the_earlier_step_then_to_the_lower_feature(planted: Path) -> None:
     subject = open_analysis(Inputs(**where(planted))).subjects[0]
     nothing = np.zeros(4, np.int64)
@@ -384,6 +494,37 @@ def test_a_mask_is_resampled_by_area(tmp_path: Path, height: int, width: int) ->
     fine = np.kron(mask, np.ones((grid[0], grid[1])))  # every token is a whole number of these pixels
     expected = fine.reshape(grid[0], height, grid[1], width).mean(axis=(1, 3)).ravel()
     np.testing.assert_allclose(mask_cover(tmp_path / "m.png", grid), expected, atol=1e-12)
+
+
+def test_the_bright_half_of_a_mask_is_that_of_its_mode_as_far_as_it_is_opaque(tmp_path: Path) -> None:
+    top = np.arange(8)[:, None].repeat(8, 1) < 4
+    pixels = {
+        "deep": np.where(top, 65535, 200).astype(np.uint16),
+        "clear": np.dstack([np.full((8, 8, 3), 255), np.where(top, 255, 0)]).astype(np.uint8),
+        "plain": np.where(top, 200, 90).astype(np.uint8),
+    }
+    for name, values in pixels.items():
+        Image.fromarray(values).save(tmp_path / f"{name}.png")
+        assert (mask_cover(tmp_path / f"{name}.png", (8, 8)) > 0.5).tolist() == top.ravel().tolist(), name
+    for name, values, said in (
+        ("ones", top.astype(np.uint8), "its brightest pixel is 1 of 255: save it as 0 and 255"),
+        ("bytes", (top * 255).astype(np.uint16), "its brightest pixel is 255 of 65535: save it as 0 and 65535"),
+    ):
+        Image.fromarray(values).save(tmp_path / f"{name}.png")
+        with pytest.raises(UsageError, match=said):
+            mask_cover(tmp_path / f"{name}.png", (8, 8))
+    Image.fromarray(top.astype(np.float32)).save(tmp_path / "floats.tiff")
+    with pytest.raises(UsageError, match="32-bit floats"):
+        mask_cover(tmp_path / "floats.tiff", (8, 8))
+
+
+def test_a_mask_of_other_proportions_than_the_picture_is_noted(
+    planted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for size, noted in (((90, 60), False), ((60, 60), True)):
+        Image.fromarray(np.tri(size[1], size[0], dtype=np.uint8) * 255).save(tmp_path / "m.png")
+        scan(planted, kind="spatial", mask=tmp_path / "m.png", plan=True)
+        assert ("is stretched over the picture, which is 9 : 6 wide to high" in capsys.readouterr().out) == noted
 
 
 def test_rectangles_in_tokens_shares_and_names() -> None:
@@ -458,17 +599,30 @@ def test_in_a_joint_stream_the_text_comes_first(tmp_path: Path) -> None:
         ({"kind": "spatial", "region": "top", "images": "0", "rank": "effect"}, "too few to say"),
         ({"kind": "contrastive", "positive": "red", "rank": "share"}, "not for contrastive scans"),
         ({"kind": "top", "words": "zebra"}, "no piece of any prompt matches"),
-        ({"kind": "top", "words": "red", "images": "0-2", "prompts": "^a blue circle$"}, "none of the images|no prompt"),
+        ({"kind": "top", "words": "red", "images": "0-2", "prompts": "zebra"}, "no prompt of the store matches"),
         ({"kind": "top", "tokens": "3", "words": "red"}, "both choose tokens"),
         ({"kind": "top", "tokens": "54", "sites": "img_0"}, "there is no token 54"),
         ({"kind": "top", "name": "../secret"}, "a file name of letters"),
         ({"kind": "top", "best": 0}, "at least 1 feature"),
         ({"kind": "top", "pattern": "rise"}, "belongs to temporal scans"),
+        ({"kind": "top", "match": "seed"}, "belongs to contrastive scans"),
+        ({"kind": "top", "covered": 0.3}, "--covered says how much of a token a region covers"),
+        ({"kind": "temporal", "covered": 0.3}, "--covered says how much of a token a region covers"),
+        ({"kind": "temporal", "every_step": True}, "--every-step has no effect on --kind temporal"),
+        ({"kind": "spatial", "region": "top", "min_images": 3}, "--rank share"),
+        ({"kind": "spatial", "region": "top", "rank": "share", "min_images": 0}, "at least 1 image"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_asked_is_refused_with_what_to_do(planted: Path, asked: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         scan(planted, **asked)
+
+
+def test_images_whose_prompts_are_others_are_named_where_none_is_left(planted: Path) -> None:
+    prompts = open_store(planted / "store").prompts()["prompt"].to_pylist()
+    other = next(prompt for prompt in prompts if prompt != prompts[0])
+    with pytest.raises(UsageError, match="none of the images 0-2 has a prompt that matches"):
+        scan(planted, kind="top", images="0-2", prompts=f"^{other}$")
 
 
 def test_pairs_that_the_store_has_not_are_refused_by_their_place(planted: Path, tmp_path: Path) -> None:
@@ -506,14 +660,32 @@ def test_one_seed_has_no_deviation_and_says_so(planted: Path, capsys: pytest.Cap
         assert next(csv.DictReader(lines))["deviation"] == ""
 
 
+def test_a_store_without_prompts_is_not_said_to_have_one_seed_a_prompt(
+    planted: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Store.prompts
+    lost = ("prompt", "truth", "text_ids", "text_pieces")
+    monkeypatch.setattr(Store, "prompts", lambda self: whole(self).drop_columns(list(lost)))
+    for asked in ({"kind": "top", "images": "0-5"}, {"kind": "contrastive", "images": "0-2", "against": "3-5"}):
+        scan(planted, **asked, plan=True)
+        out = capsys.readouterr().out
+        assert "this store does not say its prompts, so not which images differ in seed alone" in out
+        assert "one seed a prompt" not in out
+        assert "of 6 prompts" not in out
+
+
 def test_scores_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     plan = Plan(n_images=8, steps=1, sites=("img_0",), pictures=False)
     planted_store(tmp_path / "store", plan)
     planted_dictionaries(tmp_path / "dictionaries", plan)
     scores.run(ScoresSettings(**where(tmp_path)))
     array = zarr.open_array(tmp_path / "out" / "img_0" / "step.0" / "scores", mode="r+")
-    array[2, 5] = np.nan
-    with pytest.raises(NonFiniteError, match=r"step\.0 holds a NaN"):
-        scan(tmp_path, kind="top")
+    for value, error, said in (
+        (np.inf, NonFiniteError, r"step\.0 holds a NaN or an infinite score"),
+        (np.nan, DamagedError, "it holds NaN"),
+    ):
+        array[2, 5] = value
+        with pytest.raises(error, match=said):
+            scan(tmp_path, kind="top")
     with pytest.raises(UsageError, match="run python -m analyze scores"):
         scan(tmp_path, kind="top", out=tmp_path / "elsewhere")

@@ -10,15 +10,19 @@ import pyarrow.parquet as pq
 import pytest
 import zarr
 
+from analyze.inputs import open_analysis
 from analyze.labels.book import LabelBook
 from analyze.scoring import scores
 from analyze.scoring.settings import ScoresSettings
 from analyze.truth import judging as truth
 from analyze.truth.attributes import ATTRIBUTES, Attribute, image_labels, read_scenes, token_labels
 from analyze.truth.halves import halves_of
+from analyze.truth.judges import Judges, choose_judges
 from analyze.truth.settings import TruthSettings
+from analyze.truth.summary import summary
+from analyze.truth.table import Findings
 from analyze.truth.writing import markdown, printed
-from store import open_store
+from store import Store, open_store
 from store.errors import NonFiniteError, UsageError
 from store.format import StreamTokens
 from store.labels import Label
@@ -219,7 +223,10 @@ def test_a_truth_of_ones_own_gives_the_same_table_for_images(
     assert found[0]["overall"]["without"] == ["attribute rings"]
     assert (planted / "out" / "truth.json").read_bytes() == before  # the store's own truth stays
     assert "no feature of any stream stands for attribute rings" in capsys.readouterr().out
-    assert "| colour red | img | img_0/0 step 0 |" in (planted / "out" / "attributes.md").read_text()
+    assert (
+        f"| colour red | {of_red['present']} | img | img_0/0 step 0 |"
+        in (planted / "out" / "attributes.md").read_text()
+    )
 
 
 def test_images_of_which_a_truth_says_nothing_are_left_out_of_that_attribute(planted: Path, tmp_path: Path) -> None:
@@ -234,6 +241,90 @@ def test_images_of_which_a_truth_says_nothing_are_left_out_of_that_attribute(pla
     assert found[1]["present"] + found[1]["absent"] < 50
 
 
+def without_prompts(patch: pytest.MonkeyPatch) -> None:
+    """Stores open as those do that were shared without their prompts."""
+    whole = Store.prompts
+    lost = ("prompt", "truth", "text_ids", "text_pieces")
+    patch.setattr(Store, "prompts", lambda self: whole(self).drop_columns(list(lost)))
+
+
+def test_halves_of_a_store_without_prompts_need_groups_and_keep_them_together(
+    planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = open_store(planted / "store").prompts()["prompt"].to_pylist()
+    plain = own_truth(tmp_path, "plain.csv", [["image", "cat"], *([i, i % 2] for i in range(220))])
+    wide = own_truth(tmp_path, "wide.csv", [["image", "group", "cat"], *([i, f"g{i // 4}", i % 2] for i in range(220))])
+    long = [["image", "attribute", "value", "group"], *([i, "cat", i % 2, f"g{i // 4}"] for i in range(220))]
+    asked = [
+        TruthSettings(**where(planted, images="all", attributes=file))
+        for file in (plain, wide, own_truth(tmp_path, "long.csv", long))
+    ]
+    for settings in asked[1:]:  # with prompts: equal prompts and equal groups stay together
+        judges = choose_judges(open_analysis(settings), settings)
+        assert [str(attribute) for attribute in judges.attributes] == ["attribute cat"]
+        for names in (prompts, [image // 4 for image in range(220)]):
+            sides = [
+                {names[image] for image in judges.images[half]} for half in (judges.halves.choose, judges.halves.score)
+            ]
+            assert not sides[0] & sides[1]
+    without_prompts(monkeypatch)
+    with pytest.raises(UsageError, match=r"the prompts were left out of this store.*add a column group to"):
+        choose_judges(open_analysis(asked[0]), asked[0])
+    judges = choose_judges(open_analysis(asked[1]), asked[1])
+    part = judges.halves.part.reshape(55, 4)
+    assert (part == part[:, :1]).all()
+    assert set(part[:, 0]) == {0, 1, 2}
+
+
+def test_a_verdict_is_about_what_was_selected_however_well_others_score() -> None:
+    kinds = ("image", "image_probe", "image_channel", "token", "probe", "channel")
+    rows = []
+    for stream, step, selection, auroc in (("img", 0, 0.8, 0.95), ("img", 1, 0.9, 0.7), ("txt", 0, 0.85, 0.99)):
+        row: dict[str, Any] = {"dictionary": f"{stream}_0", "site": f"{stream}_0", "stream": stream, "step": step}
+        for kind in kinds:
+            row |= {f"{kind}_selection": selection, f"{kind}_auroc": auroc, f"{kind}_f1": auroc}
+            row |= {f"{kind}_feature": step, f"{kind}_threshold": 0.5}
+        rows.append(row | {"image_channel": "mlp_in 0 max", "channel": 0, "token_auroc_of_image_feature": 0.5})
+    halves = halves_of([str(image) for image in range(8)], seed=0)
+    here = np.ones((8, 1), bool)
+    judges = Judges((Attribute("colour", "red"),), np.arange(8), here, here, halves, 0, None)
+    found = summary(Findings(judges), rows, 0.9)
+    entry = found["attributes"][0]
+    img = entry["streams"]["img"]
+    places = [img["images"], img["images_ceiling"], img["images_floor"]]
+    places += [img["tokens"][key] for key in ("chosen_by_tokens", "ceiling", "floor")]
+    assert [(place["step"], place["auroc"]) for place in places] == [(1, 0.7)] * 6
+    assert (entry["best"]["stream"], entry["best"]["auroc"]) == ("img", 0.7)
+    assert found["verdict"]["img"]["with_feature"] == 0
+    assert found["verdict"]["txt"]["with_feature"] == 1
+    assert found["overall"]["without"] == ["colour red"]  # though the feature of txt would have scored better
+    assert found["overall"]["with_feature"] == 0
+
+
+def test_what_a_table_does_not_show_is_said(table: dict[str, Any]) -> None:
+    books = {"img_0": LabelBook(None), "txt_0": LabelBook(None)}
+    red = table["attributes"][0]
+    text = printed(table, books)
+    assert f"colour red             {red['present']:<4} img_0/0 step 0" in text
+    assert "a linear probe (ridge) on the raw activations, which a feature may" in text
+    assert "so a feature may beat it: it is a reference and no bound." in markdown(table, books)
+    assert "left out here" not in text
+    assert "joint:" not in text
+    lines = [{**table["by_dictionary"][0], "step": step} for step in range(10)]
+    assert "left out here: steps 4, 8; the Markdown file has them all" in printed(
+        {**table, "by_dictionary": lines}, books
+    )
+    entries = [{**entry, "streams": {"joint": entry["streams"]["txt"]}} for entry in table["attributes"]]
+    joint = {**table, "attributes": entries, "verdict": {"joint": table["verdict"]["txt"]}}
+    for told in (printed(joint, books), markdown(joint, books)):
+        assert "joint: no figures over tokens, which are told apart in img streams alone" in told
+
+
+def test_pictures_have_no_say_in_a_truth_of_ones_own(planted: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--any-picture is about pictures of builtin:shapes"):
+        TruthSettings(**where(planted, attributes=tmp_path / "own.csv", any_picture=True))
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -245,6 +336,10 @@ def test_images_of_which_a_truth_says_nothing_are_left_out_of_that_attribute(pla
         ([["picture", "cat"], [0, 1]], "has the columns picture, cat: expected image"),
         ([["image", "cat", "cat"], [0, 1, 0]], "each once"),
         ([["image", "cat"], [0, ""]], "answers nothing"),
+        ([["image", "group"], [0, "a"]], "has the columns image, group: expected image and one column an attribute"),
+        ([["image", "group", "cat"], [0, "a", 1], [0, "b", 1]], "line 3: image 0 is in group 'b', and was in 'a'"),
+        ([["image", "group", "cat"], [0, "", 1], *([i, i, 1] for i in range(1, 40))], "it is empty for image 0"),
+        ([["image", "group", "cat"], *([i, "all", 1] for i in range(220))], r"too few lots of images \(1\)"),
         ([["image", "cat"], *([image, 1] for image in range(5))], "says something about 5"),
         ([], r"has the columns \(none\)"),
     ],

@@ -1,12 +1,13 @@
 """Contrastive scans: the images of side a against those of side b, matched by seed where both sides have the same seeds.
 
 1. A contrast is a list of pairs, each with images on both sides (all seeds of a prompt, or the images that were named).
-2. Where every pair has seeds that both its sides share, a difference is taken for each pair and shared seed, and images of other
-   seeds are left out.  The difference of a feature is the mean over pairs of the mean over seeds, its effect that mean over
-   the deviation of all differences (Cohen's d of matched samples).
+2. Where both sides of every pair share seeds, those of half of the smaller side or more, a difference is taken for each pair and
+   shared seed, and images of other seeds are left out.  The difference of a feature is the mean over pairs of the mean over
+   seeds, its effect that mean over the deviation of all differences (Cohen's d of matched samples).  The deviation over seeds is
+   that of a pair's differences, and known only where each of them is of the same prompts.
 3. Elsewhere the mean of side b (prompts counting once) is taken from that of side a, pair by pair, and the effect is that over the
    deviation of images within their sides (Cohen's d).
-4. AUROC: the chance that an image of side a exceeds one of side b.
+4. AUROC: the chance that an image of side a exceeds one of side b, the images of all pairs taken together.
 
 The score matrices hold all that it needs: the activation of a feature on an image is its maximum over the counted tokens.
 """
@@ -20,9 +21,9 @@ from jaxtyping import Float, Int
 from scipy import sparse
 
 from analyze.scan.figures import Figures
-from analyze.scan.images import Catalogue
+from analyze.scan.images import ONE_SEED, UNTOLD, Catalogue
 from analyze.scan.replicates import ROUNDING, ratio
-from analyze.scan.settings import Direction, Rank, ScanSettings
+from analyze.scan.settings import Direction, Match, Rank, ScanSettings
 from analyze.truth.auroc import auroc
 from store.errors import UsageError
 
@@ -66,11 +67,13 @@ class Contrast:
     """how much each of `images` counts in the mean of each side"""
     differences: sparse.csr_array | None
     """(difference, row): a matched difference is this times the figures of the images; None where seeds do not match"""
-    seeds: Parts
-    """what differs in seed alone: the differences of a pair where matched, else the images of a prompt, side and pair"""
+    seeds: Parts | None
+    """what differs in seed alone: the differences of a pair where matched, else the images of a prompt, side and pair; None: nothing"""
     units: Parts
     """what the effect is measured over: all differences where matched, else the images of a side and pair"""
     pairs: int
+    unmatched: str = ""
+    """why seeds are not matched, where they are not"""
 
 
 def sides_of(known: Catalogue, settings: ScanSettings) -> list[tuple[Images, Images]]:
@@ -136,27 +139,58 @@ def _images_of(known: Catalogue, kind: str, text: str | None, where: str) -> Ima
         raise UsageError(f"{where}: {error}") from None
 
 
-def contrast_of(known: Catalogue, pairs: list[tuple[Images, Images]]) -> Contrast:
-    """The contrast of pairs of image lists, matched by seed where every pair has a seed on both sides."""
+def contrast_of(known: Catalogue, pairs: list[tuple[Images, Images]], match: Match = "auto") -> Contrast:
+    """The contrast of pairs of image lists, matched by seed where every pair shares seeds; `UsageError` where it must and cannot."""
     shared = [np.intersect1d(known.seeds[a], known.seeds[b]) for a, b in pairs]
-    matched = all(len(seeds) for seeds in shared)
+    unmatched = _unmatched(known, pairs, shared, match)
+    matched = not unmatched
     if matched:
         pairs = [
             (a[np.isin(known.seeds[a], seeds)], b[np.isin(known.seeds[b], seeds)])
             for (a, b), seeds in zip(pairs, shared, strict=True)
         ]
     images = np.unique(np.concatenate([side for pair in pairs for side in pair]))
+    groups = known.groups(images)
     places = [(np.searchsorted(images, a), np.searchsorted(images, b)) for a, b in pairs]
     if matched:
-        return _matched(known.seeds[images], images, places, shared)
-    groups = known.groups(images)
+        return _matched(known.seeds[images], images, places, shared, groups)
     weights = [np.mean([_balanced(len(images), pair[side], groups) for pair in places], axis=0) for side in (0, 1)]
     each = [side for pair in places for side in pair]
     rows, side_of = np.concatenate(each), np.repeat(np.arange(len(each)), list(map(len, each)))
     prompts = Parts.of(rows, side_of * (int(groups.max()) + 1) + groups[rows])
     return Contrast(
-        images, _joined(places), (weights[0], weights[1]), None, prompts, Parts.of(rows, side_of), len(pairs)
+        images, _joined(places), (weights[0], weights[1]), None, prompts, Parts.of(rows, side_of), len(pairs), unmatched
     )
+
+
+def _unmatched(known: Catalogue, pairs: list[tuple[Images, Images]], shared: list[np.ndarray], match: Match) -> str:
+    """Why seeds are not matched, empty where they are; `UsageError` where --match seed asks for what cannot be."""
+    if match == "none":
+        return "--match none"
+    some = " of every pair" if len(pairs) > 1 else ""
+    unknown = known.unseeded(np.unique(np.concatenate([side for pair in pairs for side in pair])))
+    if len(unknown):
+        why = f"the seed of {len(unknown)} of the images is not known, image {unknown[0]} the first"
+    elif not all(map(len, shared)):
+        why = f"no seed is on both sides{some}"
+    elif match == "auto" and (few := _thin(known, pairs, shared)):
+        why = f"the seeds on both sides cover {few[0][0]} of the {few[0][1]} images of the smaller side{' of a pair' if some else ''}, "
+        return why + "less than half (--match seed compares those alone)"
+    else:
+        return ""
+    if match == "seed":
+        raise UsageError(f"--match seed: {why}: choose images of the same seeds, or leave the flag out")
+    return why
+
+
+def _thin(known: Catalogue, pairs: list[tuple[Images, Images]], shared: list[np.ndarray]) -> list[tuple[int, int]]:
+    """Of pairs whose shared seeds cover less than half of the smaller side: the images of it that they cover, and all of it."""
+    found = []
+    for pair, seeds in zip(pairs, shared, strict=True):
+        size, covered = min((len(side), int(np.isin(known.seeds[side], seeds).sum())) for side in pair)
+        if 2 * covered < size:
+            found.append((covered, size))
+    return found
 
 
 def _joined(places: list[tuple[Images, Images]]) -> tuple[Images, Images]:
@@ -164,9 +198,13 @@ def _joined(places: list[tuple[Images, Images]]) -> tuple[Images, Images]:
 
 
 def _matched(
-    seeds: Int[np.ndarray, " row"], images: Images, places: list[tuple[Images, Images]], shared: list[np.ndarray]
+    seeds: Int[np.ndarray, " row"],
+    images: Images,
+    places: list[tuple[Images, Images]],
+    shared: list[np.ndarray],
+    groups: Int[np.ndarray, " row"],
 ) -> Contrast:
-    """`seeds` are those of `images`, `shared` those of both sides of each pair: a difference each."""
+    """`seeds` are those of `images`, `groups` their prompts, `shared` the seeds of both sides of each pair: a difference each."""
     counts = np.asarray([len(found) for found in shared])
     first = np.concatenate(([0], np.cumsum(counts)[:-1]))
     pair_of = np.repeat(np.arange(len(places)), counts)
@@ -183,10 +221,19 @@ def _matched(
         means.append(sparse.csr_array((share, (unit, row)), shape=(len(pair_of), len(images))))
     weight = 1 / (len(places) * counts[pair_of])
     every = np.arange(len(pair_of))
+    alike = all(_same_prompts(seeds[side], groups[side]) for pair in places for side in pair)
     return Contrast(
         images, _joined(places), (weight @ means[0], weight @ means[1]), sparse.csr_array(means[0] - means[1]),
-        Parts.of(every, pair_of), Parts.of(every, np.zeros_like(every)), len(places),
+        Parts.of(every, pair_of) if alike else None, Parts.of(every, np.zeros_like(every)), len(places),
     )  # fmt: skip
+
+
+def _same_prompts(seeds: Int[np.ndarray, " image"], groups: Int[np.ndarray, " image"]) -> bool:
+    """Whether the images of every seed are of the same prompts, so that means of seeds differ in seed alone."""
+    seed, group = (np.unique(labels, return_inverse=True)[1].ravel() for labels in (seeds, groups))
+    counts = np.zeros((seed.max() + 1, group.max() + 1), np.int64)
+    np.add.at(counts, (seed, group), 1)
+    return bool((counts == counts[0]).all())
 
 
 def _balanced(count: int, places: Images, groups: Int[np.ndarray, " row"]) -> Float[np.ndarray, " row"]:
@@ -210,7 +257,8 @@ def contrast_figures(
     mean_a, mean_b = contrast.weights[0] @ x, contrast.weights[1] @ x
     difference = mean_a - mean_b
     units = x if contrast.differences is None else contrast.differences @ x
-    deviation, effect = contrast.seeds.deviation(units), ratio(difference, contrast.units.deviation(units))
+    deviation = np.full(x.shape[1], np.nan) if contrast.seeds is None else contrast.seeds.deviation(units)
+    effect = ratio(difference, contrast.units.deviation(units))
     n, agree = len(contrast.units.rows), np.full(x.shape[1], np.nan)
     if contrast.differences is not None:
         agree = np.where(difference >= 0, units > 0, units < 0).mean(axis=0)
@@ -237,15 +285,33 @@ def _strongest(x: np.ndarray, contrast: Contrast, on_b: np.ndarray) -> tuple[np.
     return contrast.images[place], x[place, np.arange(x.shape[1])]
 
 
-def sentence(contrast: Contrast, pairs: list[tuple[Images, Images]]) -> str:
-    """What is compared with what, and whether seeds match."""
+def sentence(contrast: Contrast, pairs: list[tuple[Images, Images]], told: bool = True) -> str:
+    """What is compared with what, whether seeds match, and what cannot be said; `told`: whether the store says its prompts."""
     count = "" if contrast.pairs == 1 else f"{contrast.pairs} pairs, "
     if contrast.differences is not None:
         n = contrast.differences.shape[0]
         left = len(np.unique(np.concatenate([s for pair in pairs for s in pair]))) - len(contrast.images)
         more = f"; {left} images of other seeds are left out" if left else ""
-        return f"{count}matched by seed: {n} differences of images{more}"
-    return (
-        f"{count}{len(np.unique(contrast.sides[0]))} images on side a and {len(np.unique(contrast.sides[1]))} on side b, "
-        "not matched: no seed is on both sides" + (" of every pair" if contrast.pairs > 1 else "")
-    )
+        lines = [f"{count}matched by seed: {n} differences of images{more}"]
+    else:
+        sides = [len(np.unique(side)) for side in contrast.sides]
+        lines = [f"{count}{sides[0]} images on side a and {sides[1]} on side b, not matched: {contrast.unmatched}"]
+    if contrast.pairs > 1:
+        lines.append("auroc compares the images of all pairs together; the other figures go pair by pair")
+    return "\n".join(lines + _without_deviation(contrast, told))
+
+
+def _without_deviation(contrast: Contrast, told: bool) -> list[str]:
+    if contrast.seeds is not None and len(contrast.seeds.rows) > len(contrast.seeds.starts):
+        return []
+    if not told:
+        return [UNTOLD]
+    if contrast.differences is None:
+        return [ONE_SEED]
+    if contrast.seeds is None:
+        return ["the images of different seeds are of different prompts: no deviation over seeds can be given"]
+    return [
+        "one seed on both sides"
+        + (" of a pair" if contrast.pairs > 1 else "")
+        + ": no deviation over seeds can be given"
+    ]

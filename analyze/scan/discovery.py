@@ -131,7 +131,6 @@ def _from_rows(question: Question) -> Iterator[tuple[Subject, list[Figures]]]:
     """Every dictionary with the figures of its steps, all dictionaries of a site from one read of its rows."""
     assert question.choices is not None
     settings, analysis = question.settings, question.analysis
-    kind = Inside if settings.kind == "spatial" else Strongest
     sites = [(site, list(of)) for site, of in groupby(question.subjects, key=lambda subject: subject.site)]
     with tqdm(total=len(sites) * len(analysis.steps), desc="scan", unit="step", mininterval=0.5) as progress:
         for site, subjects in sites:
@@ -139,13 +138,19 @@ def _from_rows(question: Question) -> Iterator[tuple[Subject, list[Figures]]]:
             for step in analysis.steps:
                 images = kept_images(question, site.stream, subjects[0], step)
                 groups = question.known.groups(images)
-                sums = [kind(images, groups, subject.n_features) for subject in subjects]
+                sums = [_sums_of(question, images, groups, subject.n_features) for subject in subjects]
                 for place, chunk in token_pass(analysis, site, subjects, step, images, choice, question.padding):
                     sums[place].add(chunk)
                 for figures, one in zip(found, sums, strict=True):
-                    figures.append(one.figures(step, settings.ranked_by, question.above))
+                    figures.append(one.figures(step, settings.ranked_by))
                 progress.update()
             yield from zip(subjects, found, strict=True)
+
+
+def _sums_of(question: Question, images: np.ndarray, groups: np.ndarray, n_features: int) -> Inside | Strongest:
+    if question.settings.kind == "spatial":
+        return Inside(images, groups, n_features, question.above, question.settings.min_images)
+    return Strongest(images, groups, n_features, question.above)
 
 
 def kept_images(question: Question, stream: Stream, subject: Subject, step: int) -> np.ndarray:

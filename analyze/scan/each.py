@@ -34,7 +34,7 @@ def each_image(
                 rows.append(
                     {
                         "rank": rank, "dictionary": find.subject.name, "feature": find.feature, "step": step, "image": image,
-                        "seed": int(question.known.seeds[image]), "figure": value, "prompt": question.known.prompts[image],
+                        "seed": question.known.seed(image), "figure": value, "prompt": question.known.prompts[image],
                     }
                 )  # fmt: skip
     return COLUMNS, rows

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from analyze.prompts import prompt_texts
 from analyze.scan.settings import ScanSettings
@@ -15,6 +15,8 @@ from store.sites import parse_numbers
 from store.split import normalise
 
 SHOWN = 60
+ONE_SEED = "one seed a prompt: no deviation over seeds can be given"
+UNTOLD = "this store does not say its prompts, so not which images differ in seed alone: no deviation over seeds can be given"
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,19 @@ class Catalogue:
     keys: tuple[str, ...]
     """the prompts normalised (case, spaces, flags): equal for replicates"""
     seeds: Int[np.ndarray, " image"]
+    """0 where it is not known"""
     told: bool
     """whether the store says its prompts at all"""
+    unknown: Bool[np.ndarray, " image"] | None = None
+    """of which images the seed is not known (a store of activations from elsewhere need not say it); None: it is of all"""
+
+    def seed(self, image: int) -> int | None:
+        """The seed of an image, None where it is not known."""
+        return None if self.unknown is not None and self.unknown[image] else int(self.seeds[image])
+
+    def unseeded(self, images: Int[np.ndarray, " row"]) -> Int[np.ndarray, " unknown"]:
+        """Those of the images of which the seed is not known."""
+        return images[:0] if self.unknown is None else images[self.unknown[images]]
 
     def groups(self, images: Int[np.ndarray, " row"]) -> Int[np.ndarray, " row"]:
         """A number for each of the given images, equal for images that share a prompt."""
@@ -68,9 +81,10 @@ class Catalogue:
 def catalogue(store: Store) -> Catalogue:
     """The prompts and seeds of a store."""
     table, prompts = store.prompts(), prompt_texts(store)
-    seeds = np.asarray(table["seed"].to_numpy(), np.int64)
+    unknown = np.asarray(table["seed"].is_null().to_numpy(zero_copy_only=False), bool)
+    seeds = np.asarray(table["seed"].fill_null(0).to_numpy(), np.int64)
     keys = tuple(normalise(prompt) for prompt in prompts)
-    return Catalogue(tuple(prompts), keys, seeds, "prompt" in table.column_names)
+    return Catalogue(tuple(prompts), keys, seeds, "prompt" in table.column_names, unknown)
 
 
 def compiled(pattern: str, flag: str) -> re.Pattern[str]:

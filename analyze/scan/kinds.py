@@ -12,12 +12,25 @@ from analyze.scan.settings import Pattern, Rank
 
 
 class Inside:
-    """A spatial scan: mean activation inside the region against outside, image by image, and the share of heat inside."""
+    """A spatial scan: mean activation inside the region against outside, image by image, and the share of heat inside.
 
-    def __init__(self, images: Int[np.ndarray, " image"], groups: Int[np.ndarray, " image"], n_features: int) -> None:
-        self.images = images
+    The share of a feature says little where it is hardly ever active, so ranking by it takes `min_images` that are active inside;
+    the share that a feature of equal activity everywhere would have stands beside it.
+    """
+
+    def __init__(
+        self,
+        images: Int[np.ndarray, " image"],
+        groups: Int[np.ndarray, " image"],
+        n_features: int,
+        above: float,
+        min_images: int = 1,
+    ) -> None:
+        self.images, self._above, self._min_images = images, above, min(min_images, len(images))
         self._inside, self._outside, self._difference = (Replicates(groups, n_features) for _ in range(3))
         self._heat_in, self._heat = np.zeros(n_features), np.zeros(n_features)
+        self._active = np.zeros(n_features, np.int64)
+        self._tokens_in = self._tokens = 0
         self._best = _Best(n_features)
 
     def add(self, found: ChunkSums) -> None:
@@ -30,9 +43,12 @@ class Inside:
         heat_in = found.sum_in.sum(axis=0, dtype=np.float64)
         self._heat_in += heat_in
         self._heat += heat_in + found.sum_out.sum(axis=0, dtype=np.float64)
+        self._active += (found.max_in > self._above).sum(axis=0)
+        self._tokens_in += int(found.tokens_in.sum())
+        self._tokens += int(found.tokens_in.sum() + found.tokens_out.sum())
         self._best.add(inside - outside, found)
 
-    def figures(self, step: int, rank: Rank, above: float) -> Figures:
+    def figures(self, step: int, rank: Rank) -> Figures:
         """What all images say; only features with more inside than outside are listed."""
         spread = self._difference.result()
         share = np.divide(self._heat_in, self._heat, out=np.zeros_like(self._heat), where=self._heat > 0)
@@ -41,16 +57,21 @@ class Inside:
         columns = {
             "mean_inside": self._inside.result().mean, "mean_outside": self._outside.result().mean, "difference": spread.mean,
             "deviation": spread.deviation, "n": np.full(count, len(self.images)), "effect": spread.effect, "share": share,
+            "share_base": np.full(count, self._tokens_in / self._tokens), "images_active": self._active,
         }  # fmt: skip
-        listed = (spread.mean > 0) & (self._best.height > above)
+        listed = (spread.mean > 0) & (self._best.height > self._above)
+        if rank == "share":
+            listed &= self._active >= self._min_images
         return Figures(np.where(listed, by, np.nan), np.full(count, step), self._best.image, self._best.token, columns)
 
 
 class Strongest:
     """A top scan of chosen tokens: the largest activation over them, image by image."""
 
-    def __init__(self, images: Int[np.ndarray, " image"], groups: Int[np.ndarray, " image"], n_features: int) -> None:
-        self.images = images
+    def __init__(
+        self, images: Int[np.ndarray, " image"], groups: Int[np.ndarray, " image"], n_features: int, above: float
+    ) -> None:
+        self.images, self._above = images, above
         self._level = Replicates(groups, n_features)
         self._best = _Best(n_features)
 
@@ -59,10 +80,12 @@ class Strongest:
         self._level.add(np.searchsorted(self.images, found.images), found.max_in)
         self._best.add(found.max_in, found)
 
-    def figures(self, step: int, _rank: Rank, above: float) -> Figures:
+    def figures(self, step: int, _rank: Rank) -> Figures:
         """What all images say."""
         spread, best = self._level.result(), self._best
-        return _top(spread.mean, spread.deviation, len(self.images), best.height, step, best.image, best.token, above)
+        return _top(
+            spread.mean, spread.deviation, len(self.images), best.height, step, best.image, best.token, self._above
+        )
 
 
 class _Best:
@@ -149,12 +172,17 @@ def temporal_figures(
 def _patterns(
     means: Float[np.ndarray, "step feature"], only: np.ndarray, peak: np.ndarray, steps: Sequence[int]
 ) -> np.ndarray:
-    """In a word what the means do: `only step 2`, `rises`, `falls`, `peaks at 1`, `dips at 1`, `level`."""
+    """In a word what the means do: `only step 2`, `rises`, `falls`, `peaks at 1`, `dips at 1`, `mostly falls`, `level`.
+
+    A peak lies above both the first and the last step, a dip below both; what has neither and still goes up and down rises or
+    falls for the most part.
+    """
     moves, step = np.diff(means, axis=0), np.asarray(steps)
-    lowest = np.argmin(means, axis=0)
-    inner = (peak > 0) & (peak < len(steps) - 1)
-    names = np.where(inner, np.char.add("peaks at ", step[peak].astype(str)),
-                     np.char.add("dips at ", step[lowest].astype(str)))  # fmt: skip
+    highest, lowest = np.argmax(means, axis=0), np.argmin(means, axis=0)
+    ends_high, ends_low = np.maximum(means[0], means[-1]), np.minimum(means[0], means[-1])
+    names = np.where(means[-1] > means[0], "mostly rises", "mostly falls")
+    names = np.where(means.min(axis=0) < ends_low, np.char.add("dips at ", step[lowest].astype(str)), names)
+    names = np.where(means.max(axis=0) > ends_high, np.char.add("peaks at ", step[highest].astype(str)), names)
     names = np.where((moves <= 0).all(axis=0), "falls", np.where((moves >= 0).all(axis=0), "rises", names))
     names = np.where((moves == 0).all(axis=0), "level", names)
     return np.where(only, np.char.add("only step ", step[peak].astype(str)), names)

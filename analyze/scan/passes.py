@@ -1,7 +1,9 @@
 """One pass over the rows of one site and step: sums and maxima over chosen tokens of each image, for all its dictionaries.
 
 Images are read chunk by chunk, rows that do not count are dropped before encoding, and what leaves the pass is a few figures
-a feature and image, so memory is bounded by one chunk of images whatever their number.
+a feature and image, so the pass itself holds one chunk of images whatever their number.  Those who add the figures up hold, on
+top of it, sums of the prompts of which images are still to come (`replicates`): few where the images of a prompt lie together,
+all prompts where each seed was harvested by itself.  `--plan` says how much that is.
 """
 
 from collections.abc import Iterator, Sequence

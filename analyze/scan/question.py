@@ -9,8 +9,10 @@ import numpy as np
 from analyze.inputs import Analysis, Subject, check_output, open_analysis
 from analyze.scan.contrast import Contrast, contrast_of, sides_of
 from analyze.scan.contrast import sentence as contrast_sentence
-from analyze.scan.images import Catalogue, catalogue, chosen_images
+from analyze.scan.images import ONE_SEED, UNTOLD, Catalogue, catalogue, chosen_images
 from analyze.scan.passes import TokenChoice
+from analyze.scan.region import stretched
+from analyze.scan.replicates import most_open
 from analyze.scan.settings import ScanSettings
 from analyze.scan.tokens import token_choices
 from analyze.scoring.statistics import ACTIVE_ABOVE
@@ -49,7 +51,7 @@ def ask(settings: ScanSettings) -> Question:
     contrast, sides = None, []
     if settings.kind == "contrastive":
         sides = sides_of(known, settings)
-        contrast = contrast_of(known, sides)
+        contrast = contrast_of(known, sides, settings.match)
         images = contrast.images
     else:
         images = chosen_images(known, settings)
@@ -77,14 +79,17 @@ def asked(question: Question) -> str:
     settings, lines = question.settings, []
     prompts = len(np.unique(question.groups))
     if question.contrast is not None:
-        lines.append(f"contrastive: {contrast_sentence(question.contrast, question.sides)}")
+        lines.append(f"contrastive: {contrast_sentence(question.contrast, question.sides, question.known.told)}")
     else:
-        lines.append(f"{settings.kind}: {len(question.images)} images of {prompts} prompts")
-    if prompts == len(question.images):
-        lines.append("one seed a prompt: no deviation over seeds can be given")
+        of = f" of {prompts} prompts" if question.known.told else ""
+        lines.append(f"{settings.kind}: {len(question.images)} images{of}")
+        if prompts == len(question.images):
+            lines.append(ONE_SEED if question.known.told else UNTOLD)
     left = [subject.name for subject in question.analysis.subjects if subject not in question.subjects]
     if left:
         lines.append(f"left out, for they have none of these tokens: {', '.join(left)}")
+    if settings.mask is not None and (note := stretched(settings.mask, question.analysis.store.meta.grid)):
+        lines.append(note)
     for stream, choice in (question.choices or {}).items():
         if choice.inside.ndim == 1:
             outside = "" if choice.outside is None else f" against {int(choice.outside.sum())}"
@@ -106,14 +111,19 @@ def plan_line(question: Question) -> str:
     for site, points in sites.items():
         size += len(points) * meta.tokens[site.stream].kept
     size *= len(chunks) * meta.chunk_images * meta.d_model * np.dtype(meta.carrier.stored).itemsize * steps
-    return f"reads rows of {len(sites)} sites x {steps} steps, {len(chunks)} chunks of {meta.chunk_images} images: {human_size(size)}"
+    text = f"reads rows of {len(sites)} sites x {steps} steps, {len(chunks)} chunks of {meta.chunk_images} images: {human_size(size)}"
+    held = most_open(question.groups, question.images // meta.chunk_images) * (
+        3 if question.settings.kind == "spatial" else 1
+    )
+    features = max(sum(s.n_features for s in question.subjects if s.site == site) for site in sites)
+    return text + (f"; holds up to {human_size(8 * held * features)} for prompts in several chunks" if held else "")
 
 
 def record(question: Question, listed: int) -> dict[str, Any]:
     """What was asked, without paths: equal for equal questions."""
     settings, analysis = question.settings, question.analysis
-    said = ("kind", "best", "every_step", "direction", "pattern", "positive", "negative", "prompts", "region", "covered", "tokens",
-            "words")  # fmt: skip
+    said = ("kind", "best", "every_step", "direction", "match", "pattern", "positive", "negative", "prompts", "region", "covered",
+            "min_images", "tokens", "words")  # fmt: skip
     return {
         **{name: getattr(settings, name) for name in said},
         "rank": settings.ranked_by,

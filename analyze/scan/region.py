@@ -14,8 +14,12 @@ NAMED = {
     "left": "0.0-1.0:0.0-0.5", "right": "0.0-1.0:0.5-1.0",
 }  # fmt: skip
 """Regions that have a name, in shares of the picture"""
-BRIGHT = 127
-"""a pixel of a mask is inside above this, of 255"""
+BRIGHT = 127 / 255
+"""a pixel of a mask is inside above this share of full brightness"""
+RANGES = {"I;16": 65535, "I;16B": 65535, "I;16L": 65535, "I;16N": 65535, "I": 65535}
+"""full brightness by mode, where it is not 255; 16-bit PNGs may be read as 32-bit integers"""
+ASPECT = 0.05
+"""a mask whose sides differ in proportion from the picture's by more than this share is stretched visibly"""
 
 
 def rectangle(text: str, grid: tuple[int, int]) -> Float[np.ndarray, " token"]:
@@ -53,14 +57,45 @@ def _side(part: str, size: int, shares: bool, text: str) -> Float[np.ndarray, " 
 
 
 def mask_cover(path: Path, grid: tuple[int, int]) -> Float[np.ndarray, " token"]:
-    """How much of every token the bright pixels of a mask cover, whatever its size; `UsageError` when it is no picture."""
+    """How much of every token the bright pixels of a mask cover, whatever its size; transparent pixels are dark.
+
+    `UsageError` when it is no picture, or none that has a bright half.
+    """
     try:
         with Image.open(path) as picture:
-            inside = (np.asarray(picture.convert("L")) > BRIGHT).astype(np.float64)
+            inside = (_brightness(picture, path) > BRIGHT).astype(np.float64)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise UsageError(f"--mask {path} cannot be read as a picture: {error}") from None
     rows, columns = (_share(size, cells) for size, cells in zip(inside.shape, grid, strict=True))
     return np.asarray((rows @ inside @ columns.T).ravel())
+
+
+def _brightness(picture: Image.Image, path: Path) -> Float[np.ndarray, "row column"]:
+    """Brightness as a share of what the mode can hold, times opacity."""
+    if picture.mode == "F":
+        raise UsageError(
+            f"--mask {path} has pixels of 32-bit floats, which have no full brightness: save it as 0 and 255"
+        )
+    full = RANGES.get(picture.mode, 255)
+    values = np.asarray(picture if picture.mode in RANGES else picture.convert("L"), np.float64)
+    highest = values.max(initial=0)
+    if 0 < highest <= BRIGHT * full:
+        raise UsageError(f"--mask {path}: its brightest pixel is {highest:g} of {full}: save it as 0 and {full}")
+    opaque = (
+        np.asarray(picture.convert("RGBA"), np.float64)[..., 3] / 255
+        if full == 255 and picture.has_transparency_data
+        else 1.0
+    )
+    return np.asarray(values / full * opaque)
+
+
+def stretched(path: Path, grid: tuple[int, int]) -> str | None:
+    """That a mask has other proportions than the picture, which its tokens fill as squares; None when it has the same."""
+    with Image.open(path) as picture:
+        width, height = picture.size
+    if abs(np.log(width * grid[0] / (height * grid[1]))) <= ASPECT:
+        return None
+    return f"the mask of {width} x {height} pixels is stretched over the picture, which is {grid[1]} : {grid[0]} wide to high"
 
 
 def _share(pixels: int, cells: int) -> Float[np.ndarray, "cell pixel"]:

@@ -38,7 +38,10 @@ def ratio(mean: np.ndarray, deviation: np.ndarray) -> Float[np.ndarray, " featur
 
 
 class Replicates:
-    """Adds up the figures of images that come in any order; holds the sums of prompts of which images are still to come."""
+    """Adds up the figures of images that come in any order; holds the sums of prompts of which images are still to come.
+
+    Memory: 8 bytes a feature for each such prompt (`most_open` says how many there are at most), besides 5 sums a feature.
+    """
 
     def __init__(self, groups: Int[np.ndarray, " image"], n_features: int) -> None:
         """`groups`: the prompt number of every image that may come, from 0."""
@@ -88,6 +91,16 @@ def _root(squares: np.ndarray, of: np.ndarray, freedom: int) -> np.ndarray:
     if freedom < 1:
         return np.full(len(squares), np.nan)
     return np.sqrt(np.where(squares > ROUNDING * of, squares, 0.0) / freedom)
+
+
+def most_open(groups: Int[np.ndarray, " image"], chunk: Int[np.ndarray, " image"]) -> int:
+    """Of how many prompts sums are held at once, at most, where images come chunk by chunk; `chunk` ascends."""
+    place = np.unique(chunk, return_inverse=True)[1].ravel()
+    first, last = np.full(int(groups.max()) + 1, len(chunk)), np.zeros(int(groups.max()) + 1, np.int64)
+    np.minimum.at(first, groups, place)
+    np.maximum.at(last, groups, place)
+    begun, done = (np.bincount(ends, minlength=int(place.max()) + 1) for ends in (first, last))
+    return int(np.cumsum(begun - done).max())
 
 
 def spread_of(values: Float[np.ndarray, "row feature"], groups: Int[np.ndarray, " row"]) -> Spread:

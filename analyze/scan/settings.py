@@ -11,6 +11,7 @@ from store.errors import UsageError
 Kind = Literal["contrastive", "spatial", "temporal", "top"]
 Rank = Literal["difference", "effect", "auroc", "share", "change", "level"]
 Direction = Literal["a", "b", "both"]
+Match = Literal["auto", "seed", "none"]
 Pattern = Literal["any", "rise", "fall", "only"]
 
 RANKS: dict[Kind, tuple[Rank, ...]] = {
@@ -20,6 +21,8 @@ RANKS: dict[Kind, tuple[Rank, ...]] = {
     "top": ("level",),
 }
 """What each kind of scan can rank by; the first is the default."""
+
+COVERED, MIN_IMAGES = 0.5, 8
 
 FLAGS: dict[str, tuple[Kind, ...]] = {
     "pairs": ("contrastive",),
@@ -69,12 +72,17 @@ class ScanSettings(Inputs):
     direction: Direction = "a"
     """Which contrastive features to list: those more active on side a, on side b, or both."""
 
+    match: Match = "auto"
+    """Contrastive: compare images of equal seed (seed), or sides as they are (none); auto: seed where sides share half of them."""
+
     region: str | None = None
     """A rectangle of image tokens, rows:columns, 2-5:0-3 in tokens, 0.25-0.75:0.0-0.5 in shares, or centre, top, left, …"""
     mask: Path | None = None
-    """A picture of any size: its bright half is the region."""
-    covered: float = 0.5
+    """A picture of any size: its bright half is the region, as far as it is opaque."""
+    covered: float = COVERED
     """A token lies inside when the region covers at least this share of it."""
+    min_images: int = MIN_IMAGES
+    """With --rank share: list features that are active in the region on at least so many images (all, where there are fewer)."""
     tokens: str | None = None
     """Look only at these tokens of the stream, such as 0-3,7."""
     words: str | None = None
@@ -86,6 +94,10 @@ class ScanSettings(Inputs):
     def __post_init__(self) -> None:
         if self.best < 1:
             raise UsageError(f"--best is {self.best}: list at least 1 feature")
+        if self.min_images < 1:
+            raise UsageError(
+                f"--min-images is {self.min_images}: a feature that is listed is active on at least 1 image"
+            )
         if not 0 < self.covered <= 1:
             raise UsageError(f"--covered is {self.covered}: a share of a token lies above 0 and up to 1")
         if self.name is not None and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", self.name) is None:
@@ -131,7 +143,15 @@ def _check_choice(settings: ScanSettings) -> None:
             given = [flag for flag in ("region", "mask", "tokens", "words") if getattr(settings, flag) is not None]
             if len(given) > 1:
                 raise UsageError(f"--{given[0]} and --{given[1]} both choose tokens: give one of them")
+    if settings.covered != COVERED and settings.region is None and settings.mask is None:
+        raise UsageError("--covered says how much of a token a region covers: it needs --region or --mask")
+    if settings.min_images != MIN_IMAGES and settings.ranked_by != "share":
+        raise UsageError("--min-images belongs to spatial scans with --rank share")
+    if settings.kind == "temporal" and settings.every_step:
+        raise UsageError("--every-step has no effect on --kind temporal, which looks at all steps at once")
     if settings.kind != "temporal" and settings.pattern != "any":
         raise UsageError(f"--pattern belongs to temporal scans, not to --kind {settings.kind}")
     if settings.kind != "contrastive" and settings.direction != "a":
         raise UsageError(f"--direction belongs to contrastive scans, not to --kind {settings.kind}")
+    if settings.kind != "contrastive" and settings.match != "auto":
+        raise UsageError(f"--match belongs to contrastive scans, not to --kind {settings.kind}")

@@ -49,7 +49,7 @@ def rows_of(
                 "feature": find.feature, "rank": rank, "score": find.score, "kind": kind, "dictionary": find.subject.name,
                 "label": books[find.subject.name].text(find.feature) or "",
                 "at": place_of(analysis, find.subject.site.stream, find.image, find.token),
-                "prompt": known.prompts[find.image], "seed": int(known.seeds[find.image]), **find.columns,
+                "prompt": known.prompts[find.image], "seed": known.seed(find.image), **find.columns,
             }
         )  # fmt: skip
     return rows
@@ -67,7 +67,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, An
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return "" if math.isnan(value) else f"{value:.6g}"
-    return str(value)
+    return "" if value is None else str(value)
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:

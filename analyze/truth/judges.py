@@ -5,17 +5,20 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Int
+from scipy import sparse
+from scipy.sparse.csgraph import connected_components
 
 from analyze.inputs import Analysis
 from analyze.prompts import prompt_texts
 from analyze.truth.attributes import ATTRIBUTES, Attribute, Scene, image_labels, read_scenes
 from analyze.truth.halves import Halves, halves_of
-from analyze.truth.own import read_attributes
+from analyze.truth.own import OwnTruth, read_attributes
 from analyze.truth.settings import TruthSettings
 from store.errors import UsageError
 from store.split import normalise
 
 MIN_IMAGES = 20
+MIN_GROUPS = 4
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,9 @@ def _shape_judges(analysis: Analysis, settings: TruthSettings) -> Judges:
 def _own_judges(analysis: Analysis, settings: TruthSettings) -> Judges:
     assert settings.attributes is not None
     store = analysis.store
-    attributes, shown, known = read_attributes(settings.attributes, store.n_images)
+    own = read_attributes(settings.attributes, store.n_images)
     split = np.asarray(store.prompts()["split"].to_pylist())
-    told = known.any(axis=1)
+    told = own.known.any(axis=1)
     images = np.flatnonzero(told & ((split == "val") | (settings.images == "all")))
     if len(images) < MIN_IMAGES:
         which = "images of held-out prompts (split val)" if settings.images == "val" else "images"
@@ -72,9 +75,37 @@ def _own_judges(analysis: Analysis, settings: TruthSettings) -> Judges:
             f"the truth table needs at least {MIN_IMAGES} {which} that {settings.attributes} says something about; it says "
             f"something about {len(images)}{hint}"
         )
-    prompts = prompt_texts(store)
-    halves = halves_of([normalise(prompts[image]) for image in images], settings.seed)
-    return Judges(attributes, images, shown[images], known[images], halves, 0, None)
+    halves = halves_of(_together(analysis, settings, own, images), settings.seed)
+    return Judges(own.attributes, images, own.shown[images], own.known[images], halves, 0, None)
+
+
+def _together(analysis: Analysis, settings: TruthSettings, own: OwnTruth, images: Int[np.ndarray, " row"]) -> list[str]:
+    """A text for each image, equal for those that must not stand in different halves: of one prompt, or of one group of the file."""
+    store = analysis.store
+    prompts = [normalise(text) for text in prompt_texts(store)]
+    if own.groups is None:
+        if "prompt" not in store.prompts().column_names:
+            raise UsageError(
+                "the prompts were left out of this store, so that images of one prompt could be chosen on and scored on, and every "
+                f"figure be too good: add a column group to {settings.attributes}, equal for images that belong together"
+            )
+        return [prompts[image] for image in images]
+    without = [int(image) for image in images if int(image) not in own.groups]
+    if without:
+        raise UsageError(
+            f"{settings.attributes} has a column group, and it is empty for image {without[0]}: give every image one"
+        )
+    named = {name: number for number, name in enumerate(dict.fromkeys(own.groups[int(image)] for image in images))}
+    said = {text: len(named) + number for number, text in enumerate(dict.fromkeys(prompts[image] for image in images))}
+    ends = [named[own.groups[int(image)]] for image in images], [said[prompts[image]] for image in images]
+    links = sparse.coo_array((np.ones(len(images)), ends), shape=(len(named) + len(said),) * 2)
+    count, part = connected_components(links, directed=False)
+    if count < MIN_GROUPS:
+        raise UsageError(
+            f"the column group of {settings.attributes} leaves too few lots of images ({count}) that belong together, by it or by prompt: "
+            f"two halves, one of them in two quarters, need at least {MIN_GROUPS}"
+        )
+    return [str(part[end]) for end in ends[0]]
 
 
 def _too_few(usable: int, held_out: Sequence[Scene], settings: TruthSettings) -> str:

@@ -3,10 +3,10 @@
 1. Held-out images whose picture shows what the prompt says (or of which a user's file says something), in two halves by what
    was asked for, however it was worded.
 2. Over images: the feature whose score S tells best (AUROC) whether the attribute is there, for every dictionary and step,
-   chosen on one half and scored on the other, with the best F1 of a threshold that is chosen likewise; between a ceiling
-   (ridge probe on the pooled activations) and a floor (the best channel, pooled as S is).
+   chosen on one half and scored on the other, with the best F1 of a threshold that is chosen likewise; beside a linear probe
+   on the pooled activations (`ceiling` in the files, though a feature may beat it) and a floor (the best channel, pooled as S is).
 3. Over image tokens, where it is known what is where: the same for z at tokens of objects with the attribute against tokens of
-   other objects, between a ceiling (ridge probe on mlp_in) and a floor (best raw channel).
+   other objects, beside a linear probe on mlp_in and a floor (best raw channel).
 
 Nothing that is reported as a score was chosen on the images that it is computed on.  The store is read once a site and step.
 """

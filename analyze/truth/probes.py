@@ -1,12 +1,17 @@
-"""What could be read off activations without a dictionary: a linear probe as ceiling, the best single channel as floor."""
+"""What could be read off activations without a dictionary: a linear probe, and the best single channel as floor.
+
+Neither bounds a feature: a probe that is fitted on few images can fall short of one that was trained on many.
+"""
+
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from analyze.truth.choosing import Choice, choose_columns, diagonal_auroc, empty_choice, judged
+from analyze.truth.choosing import Choice, best_of, choose_columns, diagonal_auroc, empty_choice, judged
 from analyze.truth.thresholds import best_threshold, f1_of
 
-ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)
 """Ridge penalties in units of the variance of one standardised channel"""
 
 
@@ -64,7 +69,23 @@ def _predictions(
 
 
 def best_channel(
-    x: Float[np.ndarray, "row channel"], shown: Bool[np.ndarray, "row label"], part: Int[np.ndarray, " row"]
+    points: Iterable[Float[np.ndarray, "row _"]],
+    shown: Bool[np.ndarray, "row label"],
+    part: Int[np.ndarray, " row"],
 ) -> Choice:
-    """The single channel that tells each label best, of either sign, chosen on parts 0 and 1, scored on part 2."""
-    return choose_columns(x, shown, part < 2, sign_free=True)
+    """The single channel that tells each label best, of either sign, chosen on parts 0 and 1, scored on part 2.
+
+    `points` come one after another, so that only one is in memory; columns are counted through all of them.
+    """
+    return best_of(_by_point(points, shown, part))
+
+
+def _by_point(
+    points: Iterable[Float[np.ndarray, "row _"]],
+    shown: Bool[np.ndarray, "row label"],
+    part: Int[np.ndarray, " row"],
+) -> Iterator[Choice]:
+    first = 0
+    for x in points:
+        yield choose_columns(x, shown, part < 2, sign_free=True).moved(first)
+        first += x.shape[1]

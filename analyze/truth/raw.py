@@ -39,14 +39,14 @@ class ImageRows:
         point, pool = self._order()[place]
         return f"{point} {channel} {pool}"
 
-    def channels(self) -> Float[np.ndarray, "image column"]:
+    def channels(self) -> list[Float[np.ndarray, "image column"]]:
         """Every channel of every point, by its maximum and by its minimum: what a feature's S is compared with."""
-        return np.concatenate([self.pooled[key] for key in self._order()], axis=1)
+        return [self.pooled[key] for key in self._order()]
 
     def probed(self) -> Float[np.ndarray, "image column"]:
-        """What the ceiling is read off: maximum and mean of mlp_in (of mlp_out in a store of nothing else)."""
-        point = min(point for point, _ in self.pooled)
-        return np.concatenate([self.pooled[point, "max"], self.pooled[point, "mean"]], axis=1)
+        """What the probe reads: all that a channel is chosen from, and the means of the channels."""
+        means = [self.pooled[key] for key in sorted(self.pooled) if key[1] == "mean"]
+        return np.concatenate([*self.channels(), *means], axis=1)
 
     def _order(self) -> list[tuple[Point, str]]:
         points = sorted({point for point, _ in self.pooled})
@@ -117,11 +117,11 @@ def _pool(
 
 
 def image_bounds(rows: ImageRows, judges: Judges) -> tuple[Choice, Choice]:
-    """Ceiling (ridge probe) and floor (best channel, of either sign) of every attribute over images."""
+    """Linear probe and floor (best channel, of either sign) of every attribute over images."""
     probe, channel = empty_choice(len(judges.attributes)), empty_choice(len(judges.attributes))
     x, columns = rows.probed(), rows.channels()
     for labels, known in judges.populations():
         part, shown = judges.halves.part[known], judges.shown[known][:, labels]
         probe.put(labels, ridge_probe(x[known], shown, part))
-        channel.put(labels, best_channel(columns[known], shown, part))
+        channel.put(labels, best_channel((values[known] for values in columns), shown, part))
     return probe, channel

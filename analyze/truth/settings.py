@@ -12,7 +12,9 @@ class TruthSettings(Inputs):
     """For each attribute, the feature that stands for it; the store is one of `builtin:shapes`, or --attributes says what is true."""
 
     attributes: Path | None = None
-    """Your own truth: CSV with image and one column an attribute (1, 0, or empty: not known), or image,attribute,value."""
+    """Your own truth: CSV with image and one column an attribute (1, 0, or empty: not known), or image,attribute,value.
+
+    A column group keeps images together that must not stand in different halves (needed where the store has no prompts)."""
     images: Images = "val"
     """Images to judge on: `val`, those whose prompts no dictionary is trained on, or `all`."""
     any_picture: bool = False
@@ -25,6 +27,10 @@ class TruthSettings(Inputs):
     def __post_init__(self) -> None:
         if not 0.5 < self.threshold <= 1:
             raise UsageError(f"--threshold is {self.threshold}: an AUROC that says anything lies above 0.5 and up to 1")
+        if self.attributes is not None and self.any_picture:
+            raise UsageError(
+                "--any-picture is about pictures of builtin:shapes: with --attributes your file alone says what is true"
+            )
         if self.seed < 0:
             raise UsageError(f"--seed is {self.seed}: seeds start at 0")
 

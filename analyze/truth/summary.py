@@ -81,7 +81,7 @@ def _bound(row: Row | None, kind: str) -> Row | None:
 
 
 def _overall(streams: dict[str, dict[str, Any]]) -> Row | None:
-    """The best feature of any stream over images, beside the ceiling and floor of its stream."""
+    """The best feature of any stream over images, beside the linear probe and floor of its stream."""
     having = [stream for stream, entry in streams.items() if entry["images"] is not None]
     if not having:
         return None
@@ -92,15 +92,14 @@ def _overall(streams: dict[str, dict[str, Any]]) -> Row | None:
 
 
 def _verdict(attributes: list[dict[str, Any]], stream: str | None, threshold: float) -> dict[str, Any]:
-    """How many attributes have a feature of the stream (None: of any stream), and which have none."""
+    """How many attributes have a feature of the stream (None: of any, the one that was selected), and which have none."""
     with_feature, without, untested = 0, [], []
     for entry in attributes:
         name = f"{entry['group']} {entry['value']}"
-        streams = entry["streams"].values() if stream is None else [entry["streams"][stream]]
-        aurocs = [found["images"]["auroc"] for found in streams if found["images"] is not None]
-        if not aurocs:
+        found = entry["best"] if stream is None else entry["streams"][stream]["images"]
+        if found is None:
             untested.append(name)
-        elif max(aurocs) >= threshold:
+        elif found["auroc"] >= threshold:
             with_feature += 1
         else:
             without.append(name)

@@ -21,9 +21,9 @@ class Findings:
     images: dict[tuple[Subject, int], Choice] = field(default_factory=dict)
     tokens: dict[tuple[Subject, int], TokenTruth] = field(default_factory=dict)
     image_bounds: dict[tuple[Site, int], tuple[Choice, Choice]] = field(default_factory=dict)
-    """ceiling and floor over images"""
+    """linear probe and floor over images"""
     token_bounds: dict[tuple[Site, int], tuple[Choice, Choice]] = field(default_factory=dict)
-    """ceiling and floor over tokens"""
+    """linear probe and floor over tokens"""
     channels: dict[tuple[Site, int], Callable[[int], str]] = field(default_factory=dict)
     """what the columns of the floor over images are"""
 

@@ -98,14 +98,18 @@ def dictionary_truth(subject: Subject, rows: TokenRows, parts: list[Part], by_im
 
 
 def token_bounds(rows: TokenRows, parts: list[Part]) -> tuple[Choice, Choice]:
-    """Ceiling (ridge probe on mlp_in) and floor (best channel: mlp_in's channels first, then mlp_out's) for every attribute."""
+    """Linear probe (on mlp_in) and floor (best channel: mlp_in's channels first, then mlp_out's) for every attribute."""
     probe, channel = empty_choice(len(ATTRIBUTES)), empty_choice(len(ATTRIBUTES))
     points = sorted(rows.points)
-    x = np.concatenate([rows.points[point] for point in points], axis=1)
     for part in parts:
         read = rows.points[points[0]][part.member]
         probe.put(part.labels, only(ridge_probe(read, part.shown, part.part), part.enough))
-        channel.put(part.labels, only(best_channel(x[part.member], part.shown, part.part), part.enough))
+        channel.put(
+            part.labels,
+            only(
+                best_channel((rows.points[point][part.member] for point in points), part.shown, part.part), part.enough
+            ),
+        )
     return probe, channel
 
 

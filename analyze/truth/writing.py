@@ -17,6 +17,10 @@ Books: TypeAlias = Mapping[str, LabelBook]
 """the labels of every dictionary, by its name"""
 
 TEXTS = ("dictionary", "site", "stream", "group", "value", "image_channel")
+ABOUT = (
+    "pos.: images of the scored half that show it; probe: a linear probe (ridge) on the raw activations, which a feature may",
+    "beat, for it is fitted on few images: a reference and no bound; floor: the best single channel",
+)
 NUMBERS = ("step", "image_feature", "token_feature", "channel")
 
 
@@ -47,7 +51,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
 
 def printed(result: Mapping[str, Any], books: Books) -> str:
     """The table for a terminal, 120 columns: one for each stream, every dictionary and step in short, and the verdict."""
-    lines = [_judged_on(result)]
+    lines = [_judged_on(result), *ABOUT]
     for stream in result["verdict"]:
         lines += ["", *_stream_lines(result, stream, books)]
     lines += ["", *_dictionary_lines(result), "", *_without(result), verdict_line(result)]
@@ -63,12 +67,14 @@ def _judged_on(result: Mapping[str, Any]) -> str:
 
 def _stream_lines(result: Mapping[str, Any], stream: str, books: Books) -> list[str]:
     tokens = any("tokens" in entry["streams"][stream] for entry in result["attributes"])
-    lines = [f"{stream:<23}{'over images':<56}" + ("over image tokens" if tokens else "")]
-    figures = f"{'AUROC':<7}{'F1':<6}{'ceiling':<8}{'floor':<6}"
-    lines.append(f"{'attribute':<23}{'feature':<28}{figures}" + (f"{'feature':<8}(above) {figures}" if tokens else ""))
+    lines = [f"{stream:<23}{'over images':<57}" + ("over image tokens" if tokens else "")]
+    figures = f"{'AUROC':<6}{'F1':<6}{'probe':<6}{'floor':<6}"
+    lines.append(
+        f"{'attribute':<23}{'pos.':<5}{'feature':<28}{figures}" + (f"{'feature':<8}(above) {figures}" if tokens else "")
+    )
     for entry in result["attributes"]:
         found = entry["streams"][stream]
-        line = f"{entry['group'] + ' ' + entry['value']:<22.22} {feature_name(found['images'], books):<27.27} "
+        line = f"{entry['group'] + ' ' + entry['value']:<22.22} {entry['present']:<4} {feature_name(found['images'], books):<27.27} "
         line += _figures(found["images"], found["images_ceiling"], found["images_floor"])
         if "tokens" in found:
             own = found["tokens"]
@@ -87,7 +93,7 @@ def _figures(
         (ceiling or {}).get("auroc"),
         (floor or {}).get("auroc"),
     ]
-    return "".join(f"{_figure(value):<{width}}" for value, width in zip(values, (7, 6, 8, 6), strict=True))
+    return "".join(f"{_figure(value):<{width}}" for value, width in zip(values, (6, 6, 6, 6), strict=True))
 
 
 def _figure(value: float | None) -> str:
@@ -108,18 +114,24 @@ def _dictionary_lines(result: Mapping[str, Any]) -> list[str]:
     cells = {(line["dictionary"], line["step"]): line for line in result["by_dictionary"]}
     width = max(len("dictionary"), *(len(name) for name, _ in cells)) + 2
     shown = steps if len(steps) <= 8 else [steps[place * (len(steps) - 1) // 7] for place in range(8)]
-    lines = ["attributes with a feature (mean AUROC; mean ceiling) at each step, over images",
+    lines = ["attributes with a feature (mean AUROC; mean of the linear probe) at each step, over images",
              f"{'dictionary':<{width}}" + "".join(f"{'step ' + str(step):<19}" for step in shown)]  # fmt: skip
     for name in dict.fromkeys(name for name, _ in cells):
         row = [cells[name, step] for step in shown]
         texts = [f"{c['with_feature']} ({_figure(c['image_auroc'])}; {_figure(c['image_probe_auroc'])})" for c in row]
         lines.append((f"{name:<{width}}" + "".join(f"{text:<19}" for text in texts)).rstrip())
+    if left := [str(step) for step in steps if step not in shown]:
+        lines.append(
+            f"left out here: step{'s' if len(left) > 1 else ''} {', '.join(left)}; the Markdown file has them all"
+        )
     return lines
 
 
 def _without(result: Mapping[str, Any]) -> list[str]:
     lines = []
     verdicts = {stream: (f"{stream}: no feature", verdict) for stream, verdict in result["verdict"].items()}
+    if result["populations"] and "joint" in verdicts:
+        lines.append("joint: no figures over tokens, which are told apart in img streams alone")
     for stream, (nobody, verdict) in verdicts.items():
         if verdict["without"]:
             lines.append(f"{nobody} stands for {', '.join(verdict['without'])}")
@@ -137,19 +149,24 @@ def markdown(result: Mapping[str, Any], books: Books) -> str:
         "",
         _judged_on(result) + ".",
         "",
+        "Positives are the images of the scored half that show the attribute.  The linear probe (ridge) reads the raw activations and is "
+        "fitted on few images, so a feature may beat it: it is a reference and no bound.  The floor is the best single channel.",
+        "",
         "## The best feature of each attribute, over images",
         "",
     ]
     lines += _markdown_table(
-        ("attribute", "stream", "feature", "AUROC", "F1", "ceiling", "floor"),
+        ("attribute", "positives", "stream", "feature", "AUROC", "F1", "linear probe", "floor"),
         [_best_cells(entry, books) for entry in result["attributes"]],
     )
     lines += ["", *(_without(result) or ["Every attribute has a feature."])]
     for stream in result["verdict"]:
         lines += ["", f"## {stream}", ""]
-        head = ["attribute", "feature", "AUROC", "F1", "ceiling", "floor"]
+        head = ["attribute", "positives", "feature", "AUROC", "F1", "linear probe", "floor"]
         tokens = any("tokens" in entry["streams"][stream] for entry in result["attributes"])
-        head += ["over tokens", "AUROC", "F1", "ceiling", "floor", "AUROC of the feature of images"] if tokens else []
+        head += (
+            ["over tokens", "AUROC", "F1", "linear probe", "floor", "AUROC of the feature of images"] if tokens else []
+        )
         lines += _markdown_table(head, [_stream_cells(entry, stream, tokens, books) for entry in result["attributes"]])
     lines += ["", "## Every dictionary and step: attributes with a feature, means over attributes", ""]
     names = ("image_auroc", "image_f1", "image_probe_auroc", "image_channel_auroc", "token_auroc", "token_f1", "probe_auroc",
@@ -160,11 +177,11 @@ def markdown(result: Mapping[str, Any], books: Books) -> str:
         "with a feature",
         "AUROC",
         "F1",
-        "ceiling",
+        "linear probe",
         "floor",
         "over tokens: AUROC",
         "F1",
-        "ceiling",
+        "linear probe",
         "floor",
     ]
     lines += _markdown_table(head, [
@@ -175,11 +192,11 @@ def markdown(result: Mapping[str, Any], books: Books) -> str:
 
 
 def _best_cells(entry: Mapping[str, Any], books: Books) -> list[str]:
-    best, name = entry["best"], f"{entry['group']} {entry['value']}"
+    best, names = entry["best"], [f"{entry['group']} {entry['value']}", str(entry["present"])]
     if best is None:
-        return [name, "–", "–", "–", "–", "–", "–"]
+        return [*names, "–", "–", "–", "–", "–", "–"]
     return [
-        name,
+        *names,
         best["stream"],
         feature_name(best, books),
         *(_figure(best[key]) for key in ("auroc", "f1", "ceiling", "floor")),
@@ -188,7 +205,7 @@ def _best_cells(entry: Mapping[str, Any], books: Books) -> list[str]:
 
 def _stream_cells(entry: Mapping[str, Any], stream: str, tokens: bool, books: Books) -> list[str]:
     found = entry["streams"][stream]
-    cells = [f"{entry['group']} {entry['value']}", feature_name(found["images"], books)]
+    cells = [f"{entry['group']} {entry['value']}", str(entry["present"]), feature_name(found["images"], books)]
     cells += _figures(found["images"], found["images_ceiling"], found["images_floor"]).split()
     own = found.get("tokens")
     if own is not None:
