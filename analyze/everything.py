@@ -6,6 +6,7 @@
 3. The closing summary says of every part what came out, or why it was left out.
 """
 
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -125,7 +126,8 @@ def _summary(made: Everything, analysis: Analysis, settings: AllSettings) -> str
         "truth": "" if made.truth is None else verdict_line(made.truth),
         "report": f"open {made.report.index} in a browser; the folder can be sent as it is",
     }
-    label = f'python -m analyze label --dictionaries {settings.dictionaries} {analysis.subjects[0].name}/FEATURE "…"'
+    where = shlex.quote(str(settings.dictionaries))
+    label = f'python -m analyze label --dictionaries {where} {analysis.subjects[0].name}/FEATURE "…"'
     lines = [f"all: {made.seconds:.0f} s -> {settings.out}"]
     lines += [f"  {part:<11}{text or 'left out: ' + made.left_out[part]}" for part, text in said.items()]
     return "\n".join([*lines, f"  next       say what you recognise: {label}"])

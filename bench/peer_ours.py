@@ -11,8 +11,9 @@ from torch import Tensor
 from bench.peer import Task, Trainer, main
 from store.shards import open_pack
 from train.distributed import Ranks
-from train.learning.learner import Course, Learner, usual_log_steps
+from train.learning.learner import Course, Learner
 from train.models import models_of
+from train.recipe import usual_log_steps
 from train.rows.loader import Batch, Loader
 from train.rows.means import TrainingMeans
 from train.settings import TrainSettings

@@ -36,6 +36,10 @@ READABLE = (1, 2)
 MANIFEST, MEANS = "manifest.json", "means.safetensors"
 UNFINISHED = "unfinished"
 """the folder of what belongs to the making alone; it goes when the manifest has come"""
+PLAN = "plan.json"
+"""in that folder: what is being made"""
+LIST = "granary-files.json"
+"""what a push leaves at its target: kind and files of what was pushed (`store.sharing.goods`)"""
 JOURNAL = "journal.json"
 """where an unfinished pack of version 1 kept its own"""
 METADATA_KEY = "granary"  # one key alone: the safetensors library writes several in random order
@@ -263,8 +267,25 @@ class Pack:
 def is_pack(path: str | Path) -> bool:
     """Whether a pack lies at a path on this machine, be it unfinished or damaged, and not a store."""
     folder = Path(path)
-    ours = any((folder / name).exists() for name in (MANIFEST, UNFINISHED, JOURNAL))
-    return ours and not (folder / ROOT).exists()
+    if (folder / ROOT).exists():
+        return False
+    return (folder / MANIFEST).exists() or _is_begun(folder) or _is_remnant(folder)
+
+
+def _is_begun(folder: Path) -> bool:
+    """Whether the making of a pack left its plan there."""
+    return (folder / UNFINISHED / PLAN).exists() or (folder / JOURNAL).exists()
+
+
+def _is_remnant(folder: Path) -> bool:
+    """Whether a folder without manifest holds what is left of a pack: shards, or what a push says of it."""
+    if any(folder.glob("*_*/shard-*.safetensors")):
+        return True
+    try:
+        about = json.loads((folder / LIST).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(about, dict) and about.get("kind") == "pack"
 
 
 def open_pack(path: str | Path) -> Pack:
@@ -278,13 +299,17 @@ def open_pack(path: str | Path) -> Pack:
             raise UsageError(f"{path}: a pack is mapped into memory, so it must lie on this machine: pull it first")
         raise UsageError(f"there is no pack at {path}: make one with python -m store pack STORE --out {path}")
     if not (path / MANIFEST).exists():
-        if (path / UNFINISHED).exists() or (path / JOURNAL).exists():
+        if _is_begun(path):
             raise UnfinishedError(
                 f"{path} is not finished: run the same python -m store pack again, it goes on where it was"
             )
         if (path / ROOT).exists():
             raise UsageError(f"{path} is a store: make a pack of it with python -m store pack {path} --out PACK")
+        if _is_remnant(path):
+            raise DamagedError(f"{path} is a pack that lost its {MANIFEST}: nothing vouches for its shards. {REPACK}")
         raise ForeignError(f"{path} is no pack: it has no {MANIFEST}")
+    if (path / MANIFEST).is_dir():
+        raise DamagedError(f"{path / MANIFEST} is a folder, expected the manifest of a pack. {REPACK}")
     manifest = read_self_checked(path / MANIFEST, REPACK)
     if manifest.get("format") != FORMAT or manifest.get("format_version") not in READABLE:
         found = f"format {manifest.get('format')!r} version {manifest.get('format_version')!r}"

@@ -1,7 +1,9 @@
 """Coherence against a loop over all pairs, CLIP against the whole model on pixels prepared by hand, and a cache that mistakes nothing."""
 
 import json
+import os
 import shutil
+import tracemalloc
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -17,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from analyze.features import coherence, embeddings
+from analyze.features import clip, coherence, embeddings
 from analyze.features.clip import TINY_FLUX_CLIP, Clip, clip_for, load_clip
 from analyze.features.coherence import coherence_record, coherence_table, mean_pairwise_cosine, top_lists
 from analyze.features.embeddings import given_embeddings
@@ -68,7 +70,7 @@ def run(folder: Path, **changes: Any) -> coherence.CoherenceSummary:
 lists = st.lists(st.lists(st.integers(0, 8), max_size=6, unique=True), max_size=9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(lists, st.integers(0, 3), st.integers(1, 5))
 def test_coherence_is_the_mean_over_all_pairs(groups: list[list[int]], seed: int, most: int) -> None:
     vectors = unit_vectors(9, seed=seed)
@@ -86,7 +88,39 @@ def test_blocks_of_features_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     images = np.concatenate([np.random.default_rng(f).choice(9, 4, replace=False) for f in range(10)])
     whole = mean_pairwise_cosine(vectors, offsets, images)
     monkeypatch.setattr(coherence, "BLOCK_BYTES", 8 * 6 * 3)
-    np.testing.assert_array_equal(mean_pairwise_cosine(vectors, offsets, images), whole)
+    np.testing.assert_allclose(mean_pairwise_cosine(vectors, offsets, images), whole, rtol=0, atol=1e-14)
+
+
+def test_lengths_divide_the_vectors_of_any_type() -> None:
+    """Lists longer than a block, an empty one and one of a single image among them."""
+    vectors = np.random.default_rng(0).normal(size=(50, 7)).astype(np.float16)
+    exact = vectors.astype(np.float64)
+    lengths = np.linalg.norm(exact, axis=1)
+    offsets, images = np.asarray([0, 50, 50, 51, 60]), np.concatenate((np.arange(50), [3], np.arange(9)))
+    found = mean_pairwise_cosine(vectors, offsets, images, lengths)
+    np.testing.assert_allclose(found, mean_pairwise_cosine(exact / lengths[:, None], offsets, images), atol=1e-14)
+    assert np.isnan(found).tolist() == [False, True, True, False]
+
+
+def test_memory_holds_the_embeddings_as_they_are_and_no_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One copy in float64 alone would be 25 MB."""
+    monkeypatch.setattr(coherence, "BLOCK_BYTES", 2**18)
+    monkeypatch.setattr(embeddings, "BLOCK_BYTES", 2**20)
+    values = np.random.default_rng(0).normal(size=(6_000, 512)).astype(np.float32)
+    np.save(tmp_path / "large.npy", values)
+    safetensors.numpy.save_file({"x": values}, tmp_path / "large.safetensors")
+    del values
+    lists = np.arange(0, 30_001, 10), np.random.default_rng(1).integers(0, 6_000, 30_000)
+    for name in ("large.npy", "large.safetensors"):
+        tracemalloc.start()
+        given_vectors = given_embeddings(str(tmp_path / name), 6_000)
+        mean_pairwise_cosine(given_vectors.values, *lists, given_vectors.lengths)
+        images = np.arange(6_000)
+        mean_pairwise_cosine(given_vectors.values, np.asarray([0, 6_000]), images, given_vectors.lengths)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        workers = len(os.sched_getaffinity(0))
+        assert peak < 6e6 + workers * 4 * coherence.BLOCK_BYTES, f"{name}: {peak / 1e6:.0f} MB"
 
 
 def test_the_table_has_every_step_and_feature_and_says_what_it_is_made_from(
@@ -131,9 +165,34 @@ def test_equal_runs_give_equal_bytes_and_steps_may_come_one_by_one(case: Path) -
     for step in ("1", "0"):
         run(case, embeddings=given_file, steps=step)
     assert {path: path.read_bytes() for path in whole} == whole
+
+
+def test_where_the_embeddings_lie_is_nowhere_in_the_table(case: Path) -> None:
+    run(case, embeddings=str(case / "given.npy"), steps="0")
+    safetensors.numpy.save_file({"any": unit_vectors(PLAN.n_images)}, case / "elsewhere.safetensors")
+    run(case, embeddings=str(case / "elsewhere.safetensors"), steps="1")  # the same numbers: step 0 stays
+    split = {path: path.read_bytes() for path in sorted((case / "out").glob("*/coherence.parquet"))}
+    run(case, embeddings=str(case / "given.npy"))
+    assert {path: path.read_bytes() for path in split} == split
+    assert {tuple(pq.read_table(path)["step"].unique().to_pylist()) for path in split} == {(0, 1)}
+
+
+def test_steps_made_otherwise_are_discarded_and_it_is_said_why(case: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def steps() -> set[tuple[int, ...]]:
+        paths = (case / "out").glob("*/coherence.parquet")
+        return {tuple(pq.read_table(path)["step"].unique().to_pylist()) for path in paths}
+
     np.save(case / "other.npy", unit_vectors(PLAN.n_images, seed=1))
-    run(case, embeddings=str(case / "other.npy"), steps="1")  # of other embeddings: nothing old stays beside them
-    assert {tuple(pq.read_table(path)["step"].unique().to_pylist()) for path in whole} == {(1,)}
+    run(case, embeddings=str(case / "given.npy"))
+    assert "note" not in capsys.readouterr().out
+    run(case, embeddings=str(case / "other.npy"), steps="1")
+    assert "held steps 0 too, made from other embeddings: discarded" in capsys.readouterr().out
+    assert steps() == {(1,)}
+    run(case, embeddings=str(case / "other.npy"), steps="0", top_m=3)
+    assert "held steps 1 too, made with --top-m 4: discarded" in capsys.readouterr().out
+    assert steps() == {(0,)}
+    run(case, embeddings=str(case / "given.npy"))  # all steps: nothing is lost
+    assert "note" not in capsys.readouterr().out
 
 
 def test_given_embeddings_may_lie_in_either_format_and_any_float_and_length(tmp_path: Path) -> None:
@@ -141,8 +200,11 @@ def test_given_embeddings_may_lie_in_either_format_and_any_float_and_length(tmp_
     np.save(tmp_path / "a.npy", (3 * vectors).astype(np.float32))
     safetensors.numpy.save_file({"mine": vectors.astype(np.float16)}, tmp_path / "one.safetensors")
     safetensors.numpy.save_file({"x": vectors, "image_embedding": -vectors}, tmp_path / "two.safetensors")
-    np.testing.assert_allclose(given_embeddings(str(tmp_path / "a.npy"), 5).values, vectors, atol=1e-6)
-    np.testing.assert_allclose(given_embeddings(str(tmp_path / "one.safetensors"), 5).values, vectors, atol=2e-3)
+    for name, error in (("a.npy", 1e-6), ("one.safetensors", 2e-3)):
+        found = given_embeddings(str(tmp_path / name), 5)
+        np.testing.assert_allclose(found.values / found.lengths[:, None], vectors, atol=error)
+        np.testing.assert_allclose(found.lengths, 3 if name == "a.npy" else 1, atol=error)
+        assert found.values.dtype == (np.float32 if name == "a.npy" else np.float16)
     named, chosen = (given_embeddings(f"{tmp_path}/two.safetensors{key}", 5) for key in ("", "#x"))
     np.testing.assert_allclose(named.values, -vectors)
     np.testing.assert_allclose(chosen.values, vectors)
@@ -167,6 +229,12 @@ def test_embeddings_that_cannot_be_these_images_are_refused(tmp_path: Path) -> N
     refused(vectors[:4], MismatchError, "has 4 rows, the store has 5 images")
     refused(spoilt, NonFiniteError, "embedding of image 3 holds a NaN")
     refused(without, NonFiniteError, "embedding of image 1 holds only zeros")
+    refused(
+        1e200 * vectors,
+        NonFiniteError,
+        r"image 0 holds numbers too great .* \(the greatest is 6\.9e\+199\), and 4 more",
+    )
+    refused(1e-200 * vectors, NonFiniteError, "image 0 holds numbers too small for a length in float64")
     refused(vectors[0], UsageError, r"of shape \(6,\): expected floating-point numbers, \(image, dim\)")
     refused(np.ones((5, 2), int), UsageError, "is int64")
     refused(np.asarray([{}, {}]), ForeignError, "cannot be read as .npy")  # a pickle
@@ -276,6 +344,47 @@ def test_a_folder_that_is_no_clip_model_is_refused(tmp_path: Path) -> None:
     refused("half", "the image encoder is not whole, visual_projection.weight is missing")
 
 
+def divided(folder: Path) -> Path:
+    """tiny-flux's CLIP model with its weights in two files and an index."""
+    shutil.copytree(TINY_FLUX_CLIP, folder, ignore=shutil.ignore_patterns("model.safetensors"))
+    tensors = safetensors.numpy.load_file(TINY_FLUX_CLIP / "model.safetensors")
+    shard = {name: f"model-0000{1 + place % 2}-of-00002.safetensors" for place, name in enumerate(sorted(tensors))}
+    for file in set(shard.values()):
+        part = {name: values for name, values in tensors.items() if shard[name] == file}
+        safetensors.numpy.save_file(part, folder / file, {"format": "pt"})
+    index = {"metadata": {"total_size": sum(values.nbytes for values in tensors.values())}, "weight_map": shard}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_weights_may_be_divided_into_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = divided(tmp_path / "divided")
+    whole = load_clip(str(TINY_FLUX_CLIP), "cpu")
+    assert load_clip(str(folder), "cpu").identity == whole.identity
+    asked: list[str] = []
+
+    def fetch(place: str, names: tuple[str, ...]) -> Path:
+        """A hub that has this model: only what was asked for is in the cache."""
+        asked.append(place)
+        (tmp_path / "cache").mkdir(exist_ok=True)
+        for name in names:
+            if (folder / name).exists():
+                shutil.copy(folder / name, tmp_path / "cache" / name)
+        return tmp_path / "cache"
+
+    monkeypatch.setattr(clip, "fetch", fetch)
+    assert load_clip("somebody/divided", "cpu").identity == whole.identity
+    assert set(asked) == {"hf://somebody/divided"}
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(
+        ForeignError, match=r"model-00002-of-00002.safetensors, which its .*index.json names, is not there"
+    ):
+        load_clip(str(folder), "cpu")
+    (folder / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(ForeignError, match=r"index\.json names no weights"):
+        load_clip(str(folder), "cpu")
+
+
 def test_tiny_flux_has_a_model_of_its_own_and_others_are_asked_for_one(case: Path) -> None:
     store = open_store(case / "store")
     with pytest.raises(UsageError, match="which CLIP model is to embed the pictures of planted"):
@@ -292,8 +401,9 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_embedded(case: Pa
         run(case, top_m=1)
     with pytest.raises(UsageError, match="leave one of them out"):
         run(case, clip="a", embeddings="b")
-    with pytest.raises(UsageError, match="--device nonsense"):
-        run(case, clip=str(TINY_FLUX_CLIP), device="nonsense")
+    for device in ("nonsense", "meta", "cpu:0", "cuda:", "mps", ""):
+        with pytest.raises(UsageError, match=f"--device {device}: expected cpu, cuda or cuda:N"):
+            load_clip(str(TINY_FLUX_CLIP), device)
     bare = tmp_path / "bare"
     planted_store(bare / "store", replace(PLAN, n_images=4, pictures=False))
     planted_dictionaries(bare / "dictionaries", PLAN)

@@ -56,13 +56,15 @@ def test_a_part_that_the_store_does_not_allow_is_left_out_and_the_reason_is_said
 ) -> None:
     plan = Plan(n_images=6, steps=1, pictures=False, truth=False, sites=("txt_0",))
     planted_store(tmp_path / "store", plan)
-    planted_dictionaries(tmp_path / "dictionaries", plan)
-    found = everything.run(settings(tmp_path, tmp_path / "out"))
+    dictionaries = tmp_path / "my dictionaries; true"
+    planted_dictionaries(dictionaries, plan)
+    found = everything.run(settings(tmp_path, tmp_path / "out", dictionaries=dictionaries))
     assert found.coherence is None and found.truth is None
     assert set(found.left_out) == {"coherence", "truth"}
     said = capsys.readouterr().out
     assert said.startswith("all: no coherence: ") and "holds no pictures to embed" in said.split("\n")[0]
     assert "truth      left out: what is in the pictures is known only in stores of --prompts builtin:shapes" in said
+    assert f"label --dictionaries '{dictionaries}' " in said
 
 
 def test_other_pictures_have_no_coherence_unless_a_clip_is_named(made: Path, tmp_path: Path) -> None:

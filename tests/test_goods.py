@@ -135,3 +135,18 @@ def test_a_list_that_names_files_outside_is_refused(tmp_path: Path) -> None:
     write_json(tmp_path / "shelf" / "granary-files.json", self_checked(content))
     with pytest.raises(ForeignError):
         fetched(str(tmp_path / "shelf"), tmp_path / "back")
+
+
+@pytest.mark.parametrize("of_a_push", [True, False])
+def test_a_list_that_lists_labels_is_refused(tmp_path: Path, of_a_push: bool) -> None:
+    one, shelf = dictionary(tmp_path / "one", b"1"), tmp_path / "shelf"
+    sent(one, str(shelf))
+    place, name = (shelf, "granary-files.json") if of_a_push else (one, "config.json")
+    content = read_self_checked(place / name)
+    data = b'{"format": "granary labels", "labels": [], "version": 1}'
+    content["files"]["labels.json"] = {"bytes": len(data), "sha256": sha256_bytes(data)}
+    (place / "labels.json").write_bytes(data)
+    write_json(place / name, self_checked(content))
+    with pytest.raises(ForeignError, match=r"lists labels\.json, and labels are on no list"):
+        fetched(str(place), tmp_path / "back")
+    assert not (tmp_path / "back").exists()

@@ -3,17 +3,19 @@
 import io
 import shutil
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from analyze.labels.book import LabelBook
 from analyze.labels.command import Books, books_of, run
 from analyze.labels.settings import LabelSettings
-from store.errors import GranaryError, UsageError
-from store.files import write_json
-from store.labels import read_labels
+from store.errors import GranaryError, MismatchError, UsageError
+from store.files import json_bytes, write_json
+from store.labels import KINDS, LAST_TIME, add_labels, parse_labels, read_labels
 from tests.object_server import tree
 from tests.test_labels import ENTRY, HEAD, said
 from tests.toy_dictionaries import random_dictionary
@@ -97,7 +99,7 @@ def test_what_is_merged_is_checked_as_a_whole_before_anything_is_written(folder:
         ({**right, "dictionary": "img_9"}, "there is no dictionary img_9 here; there are transcoder_img_3"),
         ({**right, "feature": 99}, "what is merged names feature 99"),
         ({**right, "time": "noon"}, "label 2: time is 'noon'"),
-        ({"dictionary": "img_3", "feature": 1}, "label 2 has no "),
+        ({"dictionary": "img_3", "feature": 1}, "label 2 has no .*: write it again with --export or from the report"),
     ):
         write_json(tmp_path / "all.json", {**HEAD, "labels": [right, wrong]})
         with pytest.raises(GranaryError, match=message):
@@ -116,6 +118,8 @@ def test_what_is_merged_is_checked_as_a_whole_before_anything_is_written(folder:
     ("words", "more", "message"),
     [
         (("img_3/24", "a"), {}, "has no feature 24: it has 0 to 23"), (("img_9/1", "a"), {}, "no dictionary img_9"),
+        (("img_3/" + "1" * 5000, "a"), {}, "^.{,300}$"), (("x" * 5000 + "/1", "a"), {}, "^.{,300}$"),
+        (("img_3/1", "\u200b"), {}, "something that can be seen"),
         (("img_3/red", "a"), {}, "names no feature"), (("img_3", "a"), {}, "names no feature"),
         (("img_3/1", " "), {}, "say --remove"), (("img_3/1",), {"remove": True}, "nothing to remove"),
         (("img_3/1", "a\nb"), {}, "one line of text"), (("img_3/1", "a"), {"remove": True}, "leave one out"),
@@ -136,3 +140,57 @@ def test_what_cannot_be_done_is_refused(
 def test_nothing_is_written_into_the_cache_of_the_hub() -> None:
     with pytest.raises(UsageError, match="lies on the hub"):
         labelled(Path("hf://owner/name"), "img_3/1", "a")
+
+
+def test_an_export_is_written_over_by_the_next_and_nothing_else_is(folder: Path, tmp_path: Path) -> None:
+    labelled(folder, "img_3/1", "a")
+    target, own = tmp_path / "all.json", folder / "transcoder_img_3" / "labels.json"
+    labelled(folder, export=target)
+    labelled(folder, "img_3/2", "b")
+    labelled(folder, export=target)
+    assert b'"text": "b"' in target.read_bytes()
+    shutil.copy(own, tmp_path / "labels.json")
+    (tmp_path / "notes.txt").write_text("to mother")
+    (tmp_path / "link").symlink_to(folder)
+    before = tree(tmp_path)
+    for name, message in (
+        ("labels.json", "exists and is no such export"), ("notes.txt", "exists and is no such export"),
+        ("dictionaries/transcoder_img_3/labels.json", "lies among the dictionaries"),
+        ("dictionaries/new.json", "lies among the dictionaries"), ("link/new.json", "lies among the dictionaries"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=message):
+            labelled(folder, export=tmp_path / name)
+    assert tree(tmp_path) == before
+
+
+def test_a_label_at_the_end_of_time_is_refused_and_not_counted_on_from(folder: Path) -> None:
+    with pytest.raises(UsageError, match="before the year 9999"):
+        run(LabelSettings("img_3/1", "a", dictionaries=folder, author="ada"), lambda: datetime.max.replace(tzinfo=UTC))
+    add_labels(folder / "transcoder_img_3" / "labels.json", [replace(said(1, "a"), time=LAST_TIME)])
+    with pytest.raises(UsageError, match="before the year 9999"):
+        labelled(folder, "img_3/1", "b")
+
+
+def test_labels_of_features_that_a_dictionary_has_not_stay_in_the_file_and_are_not_used(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "transcoder_img_3" / "labels.json"
+    beyond = [said(feature, "b") for feature in range(24, 31)]
+    add_labels(path, [said(1, "a"), *beyond])
+    (book,) = labelled(folder, "img_3/2", "red").values()
+    assert book.texts() == {1: "a", 2: "red"} == LabelBook.of(path.parent, 24).texts()
+    assert read_labels(path) == {said(1, "a"), said(2, "red"), *beyond}
+    note = capsys.readouterr().err
+    assert str(path) in note and "(24, 25, 26, 27, 28 and 2 more; it has 0 to 23)" in note
+    with pytest.raises(MismatchError, match="labels of another dictionary"):
+        book.merge([said(24, "b")])
+
+
+@pytest.mark.parametrize("name", [*KINDS, "format", "version", pytest.param("x" * 10**6, id="other")])
+def test_what_is_said_of_a_label_file_is_short_however_long_its_words_are(name: str) -> None:
+    entry: dict[str, Any] = dict(ENTRY)
+    content = {**HEAD, "labels": [entry]}
+    (content if name in HEAD else entry)[name] = "\n" * 10**6
+    with pytest.raises(GranaryError) as refused:
+        parse_labels(json_bytes(content), "labels.json")
+    assert len(str(refused.value)) < 400

@@ -21,7 +21,7 @@ from analyze.inputs import Subject, dictionary_identity
 from analyze.labels.book import LabelBook, name_of
 from analyze.labels.command import run
 from analyze.labels.settings import LabelSettings
-from store.errors import DamagedError, ForeignError, GranaryError, MismatchError, UnreachableError, UsageError
+from store.errors import DamagedError, ForeignError, GranaryError, UnreachableError, UsageError
 from store.files import json_bytes, write_json
 from store.labels import Label, add_labels, labels_bytes, labels_file, latest, parse_labels, read_labels
 from store.places import Folder, Place
@@ -29,7 +29,7 @@ from store.sharing import goods
 from store.sites import Site
 from tests.object_server import Bucket, fetched, one_in, sent, tree
 from tests.small_training import Packs, digests, small_run
-from tests.toy_dictionaries import N_FEATURES, random_dictionary
+from tests.toy_dictionaries import random_dictionary
 from train import load_dictionaries, load_dictionary
 from train.dictionaries.checkpoint import save_dictionary
 from train.dictionaries.published import ExportSettings, ImportSettings, import_file, run_export, run_import
@@ -167,7 +167,7 @@ HEAD = {"format": "granary labels", "version": 1}
         ({"labels": []}, ForeignError, "no label file of ours"),
         ({**HEAD, "version": 2}, ForeignError, "version 2, this Granary reads 'granary labels' version 1"),
         (HEAD, DamagedError, "holds no list of labels"),
-        ({**HEAD, "labels": [ENTRY, {**ENTRY, "rank": 1}]}, DamagedError, "label 2 has rank, expected feature, text, author, time only"),
+        ({**HEAD, "labels": [ENTRY, {**ENTRY, "rank": 1}]}, DamagedError, "label 2 has 'rank', expected feature, text, author, time only"),
         ({**HEAD, "labels": [{**ENTRY, "feature": "1"}]}, DamagedError, "label 1: feature is '1'"),
         ({**HEAD, "labels": [{**ENTRY, "feature": True}]}, DamagedError, "feature is True"),
         ({**HEAD, "labels": [{**ENTRY, "text": "a\nb"}]}, DamagedError, "one line of text"),
@@ -175,7 +175,11 @@ HEAD = {"format": "granary labels", "version": 1}
         ({**HEAD, "labels": [{**ENTRY, "author": ""}]}, DamagedError, "author is empty"),
         ({**HEAD, "labels": [{**ENTRY, "time": "2026-01-31T12:00:00+01:00"}]}, DamagedError, "expected UTC to the second"),
         ({**HEAD, "labels": [{**ENTRY, "time": "2026-02-31T12:00:00Z"}]}, DamagedError, "expected UTC to the second"),
-        ({**HEAD, "labels": [{**ENTRY, "feature": N_FEATURES}]}, MismatchError, "labels of another dictionary"),
+        ({**HEAD, "labels": [{**ENTRY, "time": "9999-12-31T23:59:59Z"}]}, DamagedError, "a moment before the year 9999"),
+        ({**HEAD, "labels": [{**ENTRY, "text": "safe\u202egnihton"}]}, DamagedError, "turn the direction of the text"),
+        ({**HEAD, "labels": [{**ENTRY, "author": "a\u2066b"}]}, DamagedError, "turn the direction of the text"),
+        ({**HEAD, "labels": [{**ENTRY, "text": "\u200b\u3164"}]}, DamagedError, "something that can be seen"),
+        ({**HEAD, "labels": [{**ENTRY, "feature": 2**31}]}, DamagedError, "that a dictionary can have"),
     ],
 )  # fmt: skip
 def test_a_damaged_or_foreign_label_file_is_refused_and_left_as_it_is(
@@ -188,6 +192,44 @@ def test_a_damaged_or_foreign_label_file_is_refused_and_left_as_it_is(
         run(LabelSettings("img_3/2", "red", dictionaries=folder, author="ada"))
     assert str(path) in str(refused.value)
     assert path.read_bytes() == before
+
+
+def test_a_folder_in_the_place_of_a_label_file_is_said_to_be_one(folder: Path, tmp_path: Path) -> None:
+    (folder / "transcoder_img_3" / "labels.json").mkdir()
+    for work in (
+        lambda: LabelBook.of(folder / "transcoder_img_3"),
+        lambda: goods.goods_at(Folder(folder), True).read_labels(Folder(folder)),
+        lambda: run_export(ExportSettings(folder / "transcoder_img_3", tmp_path / "d.pt")),
+    ):
+        with pytest.raises(ForeignError, match=r"labels\.json is a folder, .* move it away"):
+            work()
+    assert not (tmp_path / "d.pt").exists()
+
+
+def test_adding_labels_says_how_many_are_new(tmp_path: Path) -> None:
+    path = tmp_path / "labels.json"
+    assert add_labels(path, [said(1, "a"), said(2, "b")]).new == 2
+    assert add_labels(path, [said(2, "b"), said(3, "c")]) == (frozenset({said(1, "a"), said(2, "b"), said(3, "c")}), 1)
+    book = LabelBook(path)
+    book.merge([said(3, "c"), said(4, "d")])
+    assert book.save() == 1
+
+
+def test_labels_that_lie_where_a_dictionary_is_made_are_said_to_name_its_features(
+    packs: Packs, tmp_path: Path, without_pictures: None, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note = "is there from before, with 1 label: what it says will name the features of the new dictionary"
+    places = tmp_path / "out" / "transcoder_img_0", tmp_path / "back" / "transcoder_img_3", tmp_path / "p"
+    for place in places:
+        add_labels(place / "labels.json", [said(1, "a")])
+    small_run(packs, tmp_path / "out", rows=512)
+    assert f"{places[0] / 'labels.json'} {note}" in capsys.readouterr().out
+    small_run(packs, tmp_path / "out", rows=512)
+    run_export(ExportSettings(folder / "transcoder_img_3", tmp_path / "transcoder_img_3.pt"))
+    assert note not in capsys.readouterr().out
+    for _ in range(2):
+        run_import(ImportSettings(tmp_path / "transcoder_img_3.pt", tmp_path / "back"))
+    assert capsys.readouterr().out.count(f"{places[1] / 'labels.json'} {note}") == 1
 
 
 def test_labels_are_no_part_of_a_dictionary(folder: Path, tmp_path: Path) -> None:

@@ -214,7 +214,10 @@ def test_a_manifest_that_was_edited_or_is_of_another_version_is_refused(pack_sto
     with pytest.raises(UsageError, match="order: there None, asked for 'granary-pack-2'"):
         make(pack_store, pack.path)
     manifest.unlink()
-    with pytest.raises(ForeignError, match="is no pack"):
+    with pytest.raises(DamagedError, match=r"is a pack that lost its manifest\.json"):
         open_pack(pack.path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ForeignError, match="is no pack"):
+        open_pack(tmp_path / "empty")
     with pytest.raises(UsageError, match="there is no pack"):
         open_pack(tmp_path / "none")

@@ -8,8 +8,10 @@ import pytest
 
 from store.__main__ import COMMANDS
 from store.command import program
-from store.errors import DamagedError, UnfinishedError
+from store.errors import DamagedError, UnfinishedError, UsageError
+from store.files import read_self_checked, self_checked, write_json
 from store.shards import Pack
+from tests.object_server import sent
 from tests.small_packs import make
 
 
@@ -79,6 +81,82 @@ def test_a_pack_without_a_whole_manifest_is_told_from_a_store(
         assert code == DamagedError.exit_code
         assert "damaged or edited. Take it from a copy, or remove the pack and make it again" in err
     manifest.unlink()
-    (path / "unfinished").mkdir()
+    (path / "unfinished").mkdir()  # as an analysis has one: nothing says that a pack is being made
+    for command in ("info", "verify"):
+        code, _, err = said(capsys, command, str(path))
+        assert code == DamagedError.exit_code and f"{path} is a pack that lost its manifest.json" in err
+    (path / "unfinished" / "plan.json").touch()
     code, _, err = said(capsys, "verify", str(path))
     assert code == UnfinishedError.exit_code and "is not finished: run the same python -m store pack again" in err
+
+
+def test_what_a_push_says_of_a_pack_is_verified_with_it(
+    pack: Pack, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "p"
+    sent(pack.path, str(path))
+    assert said(capsys, "verify", str(path))[0] == 0
+    whole = read_self_checked(path / "granary-files.json")
+    name = "img_0/means.safetensors"
+    for files, detail in (
+        ({**whole["files"], name: {**whole["files"][name], "bytes": 1}}, f"has another length of {name}"),
+        ({each: entry for each, entry in whole["files"].items() if each != name}, "does not list the files that"),
+        ({**whole["files"], "manifest.json": whole["files"][name]}, "is that of another manifest.json"),
+        ({**whole["files"], name: 3}, "does not say length and SHA-256"),
+    ):
+        write_json(path / "granary-files.json", self_checked({**whole, "files": files}))
+        code, out, err = said(capsys, "verify", str(path))
+        assert code == 1 and f"damaged  granary-files.json {detail}" in out
+        assert f"remove {path}/granary-files.json, by which a pull goes, and push the pack again" in err
+    (path / "granary-files.json").write_text("{")
+    (path / name).unlink()
+    code, out, err = said(capsys, "verify", str(path))
+    assert "granary-files.json differs from the checksum that it carries" in out
+    assert "take these files from a copy" in err and "; then remove " in err
+
+
+def test_only_files_that_were_read_are_counted_and_folders_and_links_are_named(
+    pack: Pack, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(shutil.copytree(pack.path, tmp_path / "p"))
+    instead, cut, gone = (path / f"{site}/means.safetensors" for site in ("img_0", "img_1", "txt_0"))
+    for file in (instead, gone):
+        file.unlink()
+    instead.mkdir()
+    cut.write_bytes(cut.read_bytes()[:-1])
+    (path / "img_1").rename(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "mine.txt").touch()
+    (path / "img_1").symlink_to(tmp_path / "elsewhere")
+    (path / "round").symlink_to(path)
+    code, out, _ = said(capsys, "verify", str(path), "--json")
+    report = json.loads(out)
+    assert code == 1 and (report["files"], report["unread"]) == (len(pack.files) - 3, 0)
+    assert {(each["kind"], each["name"]): each["detail"] for each in report["findings"]} == {
+        ("damaged", "img_0/means.safetensors"): "is a folder",
+        ("damaged", "img_1/means.safetensors"): f"has {cut.stat().st_size:,} bytes where {cut.stat().st_size + 1:,} were written",
+        ("missing", "txt_0/means.safetensors"): "is missing",
+        ("unlisted", "round"): "is a link to a folder, of which manifest.json lists nothing",
+        ("unlisted", "img_1/mine.txt"): "is not listed by manifest.json",
+    }  # fmt: skip
+
+
+def test_commands_for_stores_say_that_a_pack_is_one_even_without_its_manifest(
+    pack: Pack, pack_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost, pushed = Path(shutil.copytree(pack.path, tmp_path / "lost")), tmp_path / "pushed"
+    (lost / "manifest.json").unlink()
+    sent(pack.path, str(pushed))
+    for path in (pushed / "manifest.json", *pushed.glob("*/shard-*.safetensors")):
+        path.unlink()
+    for path in (pack.path, lost, pushed):
+        for words in (
+            ("repair", path),
+            ("rm", path, "--parts", "0"),
+            ("diff", path, pack_store),
+            ("diff", pack_store, path),
+        ):
+            code, _, err = said(capsys, *map(str, words))
+            assert code == UsageError.exit_code and f"{path} is a pack, and {words[0]} is for stores" in err
+    (lost / "manifest.json").mkdir()
+    code, _, err = said(capsys, "verify", str(lost))
+    assert code == DamagedError.exit_code and "manifest.json is a folder" in err

@@ -12,7 +12,8 @@ import safetensors.torch
 import torch
 
 import train.dictionaries.checkpoint
-from store.errors import ForeignError, UsageError
+from store.errors import DamagedError, ForeignError, UsageError
+from store.labels import Label, add_labels
 from store.sites import Site
 from tests.test_objective import FLUX
 from tests.toy_dictionaries import random_dictionary, recipe_of, rows
@@ -267,3 +268,30 @@ def test_a_nested_dictionary_is_exported_as_the_whole_that_it_is() -> None:
     plain.load_state_dict(state)
     x, sigma = rows(12)
     assert torch.equal(plain(x, sigma), nested(x, sigma))
+
+
+def test_an_export_reads_labels_before_it_writes_and_lets_no_labels_name_another_dictionary(tmp_path: Path) -> None:
+    for name, seed in (("one", 1), ("two", 2)):
+        dictionary = random_dictionary()
+        dictionary.load_state_dict({key: value + seed for key, value in dictionary.state_dict().items()})
+        save_dictionary(tmp_path / name, dictionary, None, [])
+    out, beside, own = tmp_path / "d.pt", tmp_path / "d.labels.json", tmp_path / "one" / "labels.json"
+    for damaged in (own, beside):
+        damaged.write_text("{")
+        with pytest.raises(DamagedError, match=damaged.name):
+            run_export(ExportSettings(tmp_path / "one", out))
+        assert not out.exists()
+        damaged.unlink()
+    with pytest.raises(UsageError, match=r"d\.bin is no \.pt file"):
+        ExportSettings(tmp_path / "one", tmp_path / "d.bin")
+    add_labels(own, [Label(1, "2026-01-31T12:00:00Z", "ada", "a")])
+    for _ in range(2):
+        run_export(ExportSettings(tmp_path / "one", out, force=True))  # the same again: its own labels
+    before = out.read_bytes(), beside.read_bytes()
+    with pytest.raises(UsageError, match=r"holds another dictionary, whose labels .* move both away"):
+        run_export(ExportSettings(tmp_path / "two", out, force=True))
+    assert (out.read_bytes(), beside.read_bytes()) == before
+    beside.write_text("{")
+    with pytest.raises(DamagedError):
+        run_import(ImportSettings(out, tmp_path / "back", site="img_3", kind="transcoder"))
+    assert not (tmp_path / "back").exists()

@@ -13,7 +13,7 @@ from store.files import read_self_checked, self_checked, write_json
 from store.pack import PackSettings
 from store.pack import run as make_pack
 from store.shards import open_pack
-from tests.small_training import Packs, command_line, digests, small_run
+from tests.small_training import Packs, command_line, digests, killed_after, small_run
 from tests.toy_stores import toy_store
 from train import TrainSettings, load_dictionary
 from train.__main__ import COMMANDS
@@ -267,3 +267,30 @@ def test_lambda_decides_how_many_features_a_jumprelu_has_active(packs: Packs, tm
     few, many = small_run(packs, tmp_path, activation="jumprelu", k=None, l1="0.1,0.0001", epochs=6)
     assert few.metrics is not None and many.metrics is not None
     assert few.metrics["l0"] < 0.8 * many.metrics["l0"]
+
+
+def test_the_steps_between_two_lines_of_the_log_are_recorded_and_may_be_spelled_out(
+    packs: Packs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_pictures: None
+) -> None:
+    (whole,) = small_run(packs, tmp_path / "whole")  # 104 steps: usually every second has a line
+    assert whole.config.training is not None and whole.config.training["log_steps"] == 2
+    assert killed_after(monkeypatch, lambda: small_run(packs, tmp_path / "killed", checkpoint_steps=10), 60)
+    with pytest.raises(UsageError, match="--log-steps: there 2, asked for 1"):
+        small_run(packs, tmp_path / "killed", log_steps=1)
+    small_run(packs, tmp_path / "killed", log_steps=2)
+    assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
+    path = tmp_path / "whole" / "transcoder_img_0" / "config.json"
+    content = read_self_checked(path)
+    write_json(path, self_checked({**content, "training": {**content["training"], "log_steps": None}}))  # as of before
+    for asked in (None, 2):
+        small_run(packs, tmp_path / "whole", log_steps=asked)
+    with pytest.raises(UsageError, match="--log-steps: there 2, asked for 1"):
+        small_run(packs, tmp_path / "whole", log_steps=1)
+
+
+def test_the_command_line_takes_none_for_no_conditioning(packs: Packs, tmp_path: Path) -> None:
+    flags = command_line(packs, tmp_path, rows=256, time_embed_dim="none")
+    assert program("train", COMMANDS, flags, default="train") == 0
+    dictionary = load_dictionary(tmp_path / "transcoder_img_0")
+    assert dictionary.config.time_embed_dim is None
+    assert not [name for name in dictionary.state_dict() if name.startswith(("time_mlp", "mod_linear"))]

@@ -297,6 +297,8 @@ def test_seeds_of_one_setting_have_a_line_with_mean_and_deviation() -> None:
 def test_points_that_differ_in_more_than_seeds_have_a_label_that_says_so() -> None:
     (panel,) = _panels([made(l0=4), made(l0=5, lr=1e-3, project=True), made(l0=6, lr=1e-3, project=True, seed=1)])
     assert [point.label for point in panel.points] == ["λ 3e-4", *["λ 3e-4, lr 1e-3, project"] * 2]
+    (panel,) = _panels([made(l0=4, weight_decay=0.0), made(l0=5, weight_decay=0.1)])
+    assert [point.label for point in panel.points] == ["λ 3e-4, weight decay 0", "λ 3e-4, weight decay 0.1"]
 
 
 # the sweep

@@ -18,7 +18,7 @@ from store.errors import UsageError
 from store.shards import Pack
 from store.sites import Point, Site, Stream, choose_sites
 from train.dictionaries.config import DictionaryConfig, Parent
-from train.recipe import COUNTED, DEFAULTS, L1_OF_RECORD, Autocast, Recipe, idle
+from train.recipe import COUNTED, DEFAULTS, L1_OF_RECORD, Autocast, Recipe, idle, usual_log_steps
 from train.settings import SWEPT, TrainSettings, coerced, combinations, flag, listed
 
 UNNAMED: Mapping[str, Any] = MappingProxyType({**DEFAULTS, "l1": None})
@@ -58,10 +58,11 @@ def models_of(settings: TrainSettings, pack: Pack, world: int = 1) -> tuple[Mode
     device = device_of(settings)
     models = []
     for site in sites:
+        steps = steps_of(settings, pack, site, world)
         for place, entry, label in zip(places, entries, labels, strict=True):
             with _said_where(place):
                 recipe = recipe_of(entry, site.stream, device)
-                config = config_of(recipe, pack, site, training_of(settings, recipe, device, world))
+                config = config_of(recipe, pack, site, training_of(settings, recipe, device, world, steps))
             models.append(Model(site, recipe, Path(label) / config.name, config))
     _refuse_twins(models)
     return tuple(models)
@@ -177,9 +178,19 @@ def device_of(settings: TrainSettings, rank: int = 0) -> torch.device:
     return torch.device("cuda", index)
 
 
-def training_of(settings: TrainSettings, recipe: Recipe, device: torch.device, world: int) -> dict[str, Any]:
-    """What `config.json` says of the training: all that decides the weights beside pack and site; no paths."""
-    run = {name: getattr(settings, name) for name in ("batch", "rows", "epochs", "order_seed", "log_steps")}
+def steps_of(settings: TrainSettings, pack: Pack, site: Site, world: int) -> int:
+    """Steps that every model of a site takes; a batch never crosses a shard.  0 where a shard has fewer rows than a batch."""
+    batches = sum(rows // settings.batch for rows in pack.shard_rows(site.stream))
+    steps = settings.epochs * batches // world
+    return steps if settings.rows is None else min(steps, -(-settings.rows // (settings.batch * world)))
+
+
+def training_of(
+    settings: TrainSettings, recipe: Recipe, device: torch.device, world: int, steps: int
+) -> dict[str, Any]:
+    """What `config.json` says of the training: all that decides weights and log beside pack and site; no paths."""
+    run = {name: getattr(settings, name) for name in ("batch", "rows", "epochs", "order_seed")}
+    run["log_steps"] = settings.log_steps or usual_log_steps(steps)
     threads = settings.threads or torch.get_num_threads()
     return {**recipe.to_json(), **run, "threads": threads, "world": world, "device": device.type}
 

@@ -111,6 +111,15 @@ class Recipe:
         return {**values, "nested": list(self.nested)}
 
 
+LOG_STEPS, LEAST_LINES = 50, 50
+"""steps between two lines of the log unless somebody says otherwise; fewer where a run would have fewer lines than that"""
+
+
+def usual_log_steps(steps: int) -> int:
+    """Steps between two lines of the log of a run of so many, by default."""
+    return max(1, min(LOG_STEPS, steps // LEAST_LINES))
+
+
 DEFAULTS: Mapping[str, Any] = MappingProxyType({f.name: f.default for f in fields(Recipe)})
 """the recipe of record"""
 

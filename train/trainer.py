@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from store.errors import Interrupted, MismatchError, NonFiniteError, UsageError
 from store.labels import FILE as LABELS
+from store.labels import note_leftover
 from store.shards import Pack, open_pack
 from store.sites import Point, Site
 from store.sizes import many
@@ -44,9 +45,10 @@ from train.dictionaries.checkpoint import (
 from train.dictionaries.dictionary import Dictionary
 from train.distributed import Parallel, Ranks
 from train.learning.kernels import release_buffers
-from train.learning.learner import Course, Group, Learner, usual_log_steps
-from train.models import Model, device_of, models_of, points_of
+from train.learning.learner import Course, Group, Learner
+from train.models import Model, device_of, models_of, points_of, steps_of
 from train.plan import announce, check_rows
+from train.recipe import usual_log_steps
 from train.results import sweep
 from train.results.evaluate import check_packs, check_sigmas, check_site, evaluate
 from train.results.logs import Logs
@@ -209,24 +211,21 @@ class Training:
 
     def _group(self, models: Sequence[Model]) -> Group:
         settings, sharers, site = self.settings, self.ranks.sharers, models[0].site
-        rows = settings.batch * sharers
-        steps = settings.epochs * len(self.loaders[site]) // sharers
-        if settings.rows is not None:
-            steps = min(steps, -(-settings.rows // rows))
+        steps = steps_of(settings, self.pack, site, sharers)
         if steps == 0:
             raise UsageError(
                 f"{site} has {len(self.loaders[site])} batches of {settings.batch} rows for {sharers} ranks: use a smaller --batch"
             )
         return Group(
             site, tuple(models),
-            Course(steps, rows, settings.log_steps or usual_log_steps(steps), self.device, self.ranks),
+            Course(steps, settings.batch * sharers, settings.log_steps or usual_log_steps(steps), self.device, self.ranks),
         )  # fmt: skip
 
     def _finished(self, model: Model) -> bool:
         """Whether the same training ended already; `UsageError` when another one lies there, begun or ended."""
-        folder = self.settings.out / model.folder
+        folder, asked = self.settings.out / model.folder, self.settings.log_steps is not None
         if (folder / CONFIG).exists():
-            refuse_other(folder, read_config(folder), model.config, ended=True)
+            refuse_other(folder, read_config(folder), model.config, ended=True, log_steps_asked=asked)
             check_whole(folder)
             measured = (outline(folder).metrics or {}).get("pack")
             if self.val is not None and measured != self.val.id:
@@ -240,10 +239,11 @@ class Training:
         if not there <= {RESUME, *COVERED, LABELS}:
             raise UsageError(f"{folder} exists and is no dictionary of ours: choose another --out, or remove it")
         if RESUME in there:
-            with contextlib.suppress(
-                FileNotFoundError
-            ):  # of a training that ends just now; `claimed` says so if it does not
-                check_progress(folder, model.config)
+            # it is gone where a training ends just now; `claimed` says so if it does not
+            with contextlib.suppress(FileNotFoundError):
+                check_progress(folder, model.config, asked)
+        if LABELS in there and self.ranks.first:
+            note_leftover(folder / LABELS)
         return False
 
 

@@ -8,6 +8,7 @@
 The file and the rule by which two of them are merged are `store.labels`: labels travel with push and pull.
 """
 
+import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -31,15 +32,27 @@ class LabelBook:
     def of(cls, source: Subject | Path, n_features: int | None = None) -> "LabelBook":
         """The labels of a subject, or of the dictionary at a place (its folder, or its `.pt` file); empty where there are none.
 
-        `n_features`: how many features a place's dictionary has, where that is to be checked.  `DamagedError`, `ForeignError`
-        for a file that holds no labels of ours, `MismatchError` for one that names features that the dictionary has not.
+        `n_features`: how many features a place's dictionary has, where that is to be checked.  Labels of features that it has
+        not stay in the file and are left out here, with a note.  `DamagedError`, `ForeignError` for a file that holds no
+        labels of ours.
         """
         if isinstance(source, Path):
             path: Path | None = labels_file(source)
         else:
             n_features = source.n_features
             path = None if source.place is None else labels_file(source.place)
-        return cls(path, n_features, () if path is None else read_labels(path))
+        if path is None:
+            return cls(None, n_features)
+        there = read_labels(path)
+        own = frozenset(_own(there, n_features))
+        if beyond := sorted({label.feature for label in there - own}):
+            named = ", ".join(map(str, beyond[:5])) + (f" and {len(beyond) - 5:,} more" if beyond[5:] else "")
+            print(
+                f"note: {path} names features that the dictionary has not ({named}; it has 0 to {(n_features or 0) - 1}): "
+                "they stay in the file and are not used; if all of it is of another dictionary, move it there",
+                file=sys.stderr,  # what is exported goes to standard output
+            )
+        return cls(path, n_features, own)
 
     @property
     def labels(self) -> list[Label]:
@@ -79,12 +92,16 @@ class LabelBook:
         self._add(other.labels if isinstance(other, LabelBook) else other, where)
         return len(self._labels) - before
 
-    def save(self) -> None:
-        """Add everything to the file; what others wrote there since is kept, and is in this book then too."""
+    def save(self) -> int:
+        """Add everything to the file; returns how many labels were new there.
+
+        What others wrote there since is kept, and is in this book then too.
+        """
         if self.path is None:
             raise UsageError("these labels belong to a dictionary that lies in no folder: save it first")
-        self._labels, self._texts = add_labels(self.path, self._labels), None
-        self._refuse_beyond(self._labels, str(self.path))
+        there, new = add_labels(self.path, self._labels)
+        self._labels, self._texts = frozenset(_own(there, self.n_features)), None
+        return new
 
     def _shown(self) -> dict[int, str]:
         if self._texts is None:
@@ -103,6 +120,11 @@ class LabelBook:
                 f"{where} names feature {highest}, and the dictionary has features 0 to {self.n_features - 1}: "
                 "these are labels of another dictionary; put them beside that one, or move the file away"
             )
+
+
+def _own(labels: Iterable[Label], n_features: int | None) -> Iterable[Label]:
+    """The labels of features that a dictionary of so many has."""
+    return (label for label in labels if n_features is None or label.feature < n_features)
 
 
 def name_of(subject: Subject, feature: int, book: LabelBook | None) -> str:

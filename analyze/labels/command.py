@@ -17,14 +17,15 @@ from pathlib import Path
 
 from analyze.labels.book import LabelBook
 from analyze.labels.settings import LabelSettings
-from store.errors import UsageError
+from store.errors import StoreError, UsageError
 from store.files import json_bytes, write_bytes
-from store.labels import FORMAT, LONGEST, VERSION, Label, label_of, parse_entries
+from store.labels import FEATURES, FORMAT, LONGEST, VERSION, Label, label_of, parse_entries, shown
 from train.dictionaries.collection import outline_dictionaries
 from train.dictionaries.hub import on_hub
 
 STREAM = "-"
 """standard input, or output"""
+EXPORT_AGAIN = "write it again with --export or from the report's page, or mend it by hand; nothing was merged"
 
 Books = dict[str, LabelBook]
 """the labels of every dictionary, by its name"""
@@ -51,7 +52,7 @@ def run(settings: LabelSettings, clock: Callable[[], datetime] = now) -> Books:
     if settings.merge is not None:
         _merge(books, settings.merge)
     elif settings.export is not None:
-        _export(books, settings.export)
+        _export(books, settings.export, settings.dictionaries)
     elif settings.feature is None:
         _list(books)
     elif "/" not in settings.feature and not writes:
@@ -75,14 +76,16 @@ def dictionary_named(books: Books, said: str) -> str:
         return fitting[0]
     if fitting:
         raise UsageError(f"{said} has {len(fitting)} dictionaries here: say which, {' or '.join(fitting)}")
-    raise UsageError(f"there is no dictionary {said} here; there are {', '.join(books)}")
+    name = said if len(said) <= LONGEST else shown(said)
+    raise UsageError(f"there is no dictionary {name} here; there are {', '.join(books)}")
 
 
 def _one(books: Books, settings: LabelSettings, clock: Callable[[], datetime]) -> None:
     assert settings.feature is not None
     said, _, number = settings.feature.rpartition("/")
-    if not said or not number.isdecimal() or not number.isascii():
-        raise UsageError(f"{settings.feature} names no feature: expected a dictionary and a number, such as img_3/12")
+    if not said or not number.isdecimal() or not number.isascii() or len(number.lstrip("0")) > len(str(FEATURES)):
+        asked = settings.feature if len(settings.feature) <= LONGEST else shown(settings.feature)
+        raise UsageError(f"{asked} names no feature: expected a dictionary and a number, such as img_3/12")
     name, feature = dictionary_named(books, said), int(number)
     book = books[name]
     if book.n_features is not None and feature >= book.n_features:
@@ -137,9 +140,7 @@ def _merge(books: Books, source: Path) -> None:
     where = "standard input" if str(source) == STREAM else str(source)
     found = parse_transported(_read(source), where, books)
     added = {name: books[name].merge(labels) for name, labels in found.items()}  # all are checked before one is written
-    for name, count in added.items():
-        if count:
-            books[name].save()
+    added = {name: books[name].save() if count else 0 for name, count in added.items()}
     total = sum(len(labels) for labels in found.values())
     print(f"labels: {sum(added.values())} of {total} in {where} are new; they lie beside {len(added)} dictionaries")
 
@@ -150,7 +151,7 @@ def parse_transported(data: bytes, where: str, books: Books) -> Mapping[str, lis
     A label file of one dictionary is read as well where there is one dictionary only.
     """
     found: dict[str, list[Label]] = {}
-    for number, entry in enumerate(parse_entries(data, where), start=1):
+    for number, entry in enumerate(parse_entries(data, where, EXPORT_AGAIN), start=1):
         said = entry.get("dictionary")
         if said is None and len(books) > 1:
             raise UsageError(
@@ -158,7 +159,7 @@ def parse_transported(data: bytes, where: str, books: Books) -> Mapping[str, lis
                 "name the folder of one dictionary with --dictionaries"
             )
         name = next(iter(books)) if said is None else dictionary_named(books, str(said))
-        found.setdefault(name, []).append(label_of(entry, number, where))
+        found.setdefault(name, []).append(label_of(entry, number, where, EXPORT_AGAIN))
     return found
 
 
@@ -171,7 +172,7 @@ def _read(source: Path) -> bytes:
         raise UsageError(f"there is no file {source}: --merge reads what the report's page or --export wrote") from None
 
 
-def _export(books: Books, target: Path) -> None:
+def _export(books: Books, target: Path, dictionaries: Path) -> None:
     entries = [{"dictionary": name, **asdict(label)} for name, book in books.items() for label in book.labels]
     content = json_bytes({"format": FORMAT, "version": VERSION, "labels": entries})
     if str(target) == STREAM:
@@ -179,5 +180,22 @@ def _export(books: Books, target: Path) -> None:
         return
     if target.is_dir():
         raise UsageError(f"--export {target} is a folder: name a file in it")
+    if target.resolve().is_relative_to(dictionaries.resolve()):
+        raise UsageError(
+            f"--export {target} lies among the dictionaries of {dictionaries}: name a file beside that folder"
+        )
+    if target.exists() and not _is_transported(target):
+        raise UsageError(f"--export {target} exists and is no such export: choose another name, or remove it")
     write_bytes(target, content)
     print(f"labels: {len(entries)} of {len(books)} dictionaries -> {target}")
+
+
+def _is_transported(path: Path) -> bool:
+    """Whether a file holds nothing but labels that each say their dictionary: an older export, which may be written over."""
+    try:
+        entries = parse_entries(path.read_bytes(), str(path))
+        for number, entry in enumerate(entries, start=1):
+            label_of(entry, number, str(path))
+    except (StoreError, OSError):
+        return False
+    return all(isinstance(entry.get("dictionary"), str) for entry in entries)

@@ -21,11 +21,12 @@ import tyro
 from tqdm import tqdm
 
 from store.care.findings import Costs, costs_of, costs_text, spans
+from store.care.packs import refuse_pack
 from store.errors import MismatchError
 from store.files import json_bytes
 from store.format import part_name, to_float32
 from store.opening import leaves
-from store.places import Place
+from store.places import Place, place_of
 from store.reader import Store
 from store.sites import Point, Site
 
@@ -98,6 +99,8 @@ def run(settings: DiffSettings) -> Difference:
 
 def diff(a: str | Path | Place, b: str | Path | Place, values: bool = False) -> Difference:
     """Where two stores differ; either may be unfinished.  Errors: `ForeignError`, `DamagedError`, `UnreachableError`."""
+    for place in (a, b):
+        refuse_pack(place_of(place), "diff")
     first, second = Store.open(a, unfinished=True), Store.open(b, unfinished=True)
     found = Difference()
     if first.finished and second.finished and first.id == second.id:

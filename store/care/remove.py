@@ -14,6 +14,7 @@ import tyro
 
 from store import layout
 from store.care.findings import spans
+from store.care.packs import refuse_pack
 from store.care.survey import Survey, remaking
 from store.care.verify import threads_for
 from store.errors import DamagedError, MismatchError, UsageError
@@ -58,11 +59,12 @@ def run(settings: RemoveSettings) -> int:
 
 
 def local_folder(place: Place, command: str) -> Path:
-    """The folder of a store on this machine; `UsageError` for any other."""
+    """The folder of a store on this machine; `UsageError` for any other, and for a pack."""
     if place.local is None:
         raise UsageError(
             f"{place} is not on this machine: {command} changes folders only. Pull it, {command} that, and push it again"
         )
+    refuse_pack(place, command)
     return place.local
 
 

@@ -21,10 +21,9 @@ from store.errors import DamagedError, ForeignError, MismatchError, UnfinishedEr
 from store.files import READ_BLOCK, is_temporary, json_bytes, parse_self_checked, read_self_checked, self_checked
 from store.labels import Label
 from store.places import Place
-from store.shards import MANIFEST, open_pack
+from store.shards import LIST, MANIFEST, open_pack
 from store.sharing.cargo import Batch, Cargo, File
 
-LIST = "granary-files.json"
 FORMAT, VERSION = "granary files", 1
 CONFIG, RESUME = "config.json", "resume.safetensors"
 SWEEP = "sweep.json"
@@ -70,7 +69,7 @@ class Goods(Cargo):
     def read_labels(self, place: Place) -> dict[str, frozenset[Label]]:
         """The labels that lie at a place, by file; `DamagedError`, `ForeignError` for a file that holds none of ours."""
         with ThreadPoolExecutor(QUESTIONS) as pool:
-            found = zip(self.label_files, pool.map(partial(_read, place.read), self.label_files), strict=True)
+            found = zip(self.label_files, pool.map(partial(_read_labels, place), self.label_files), strict=True)
         return {name: labels.parse_labels(data, place.where(name)) for name, data in found if data is not None}
 
     def merge_labels(self, target: Place) -> int:
@@ -97,7 +96,7 @@ def goods_at(source: Place, with_list: bool) -> Goods:
             raise ForeignError(
                 f"{source.where(LIST)} is of another version than this Granary reads ({FORMAT} {VERSION})"
             )
-        return Goods(source, str(found["kind"]), found["files"], with_list)
+        return _without_labels(Goods(source, str(found["kind"]), found["files"], with_list), source.where(LIST))
     if source.local is None:
         raise UsageError(
             f"there is nothing of Granary at {source}: neither {layout.ROOT} of a store nor {LIST} of a push"
@@ -107,7 +106,16 @@ def goods_at(source: Place, with_list: bool) -> Goods:
     kind = kind_of(source.local)
     if kind is None:
         raise ForeignError(f"{source} is nothing that travels: it is not {KINDS}. What others made, import first.")
-    return Goods(source, kind, _entries(source.local, kind), with_list)
+    return _without_labels(Goods(source, kind, _entries(source.local, kind), with_list), str(source))
+
+
+def _without_labels(goods: Goods, where: str) -> Goods:
+    """The same goods; `ForeignError` where a label file is among the files, which would be put in the place of another."""
+    if listed := [name for name in goods.label_files if name in goods.files]:
+        raise ForeignError(
+            f"{where} lists {listed[0]}, and labels are on no list, because they are merged: it was not written by Granary"
+        )
+    return goods
 
 
 def kind_of(folder: Path) -> str | None:
@@ -137,9 +145,7 @@ def _add_labels(target: Place, name: str, new: frozenset[Label]) -> int:
     between.  What such a push still overwrites is at its own source, and is merged again by the next push.
     """
     if target.local is not None:
-        before = labels.read_labels(target.local / name)
-        labels.add_labels(target.local / name, new)
-        return len(new - before)
+        return labels.add_labels(target.local / name, new).new
     missing = None
     for _ in range(WRITINGS):
         data = _read(target.read, name)
@@ -279,3 +285,10 @@ def _read(read: Callable[[str], bytes], name: str) -> bytes | None:
         return read(name)
     except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def _read_labels(place: Place, name: str) -> bytes | None:
+    try:
+        return _read(place.read, name)
+    except IsADirectoryError:
+        raise labels.folder_instead(place.where(name)) from None

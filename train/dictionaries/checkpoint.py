@@ -35,7 +35,7 @@ from store.files import (
 from train.dictionaries.config import DictionaryConfig
 from train.dictionaries.dictionary import Dictionary, build
 from train.dictionaries.provenance import model_name
-from train.recipe import Recipe
+from train.recipe import Recipe, usual_log_steps
 
 CONFIG, WEIGHTS, METRICS, LOG, RESUME = (
     "config.json",
@@ -208,10 +208,10 @@ def load_progress(
         raise DamagedError(f"{path} {_START_AGAIN.format(error)}") from None
 
 
-def check_progress(folder: Path, asked: DictionaryConfig) -> dict[str, Any]:
+def check_progress(folder: Path, asked: DictionaryConfig, log_steps_asked: bool = False) -> dict[str, Any]:
     """What the unfinished training in `folder` says of itself, its weights unread; the errors of `load_progress`.
 
-    `FileNotFoundError` where there is none (any more).
+    `log_steps_asked` as for `refuse_other`.  `FileNotFoundError` where there is none (any more).
     """
     path = folder / RESUME
     try:
@@ -225,7 +225,7 @@ def check_progress(folder: Path, asked: DictionaryConfig) -> dict[str, Any]:
             f"{path} is the state of a training by another version of Granary (version {version}, expected "
             f"{RESUME_VERSION}): finish it with that version, or remove the file to train from the start"
         )
-    refuse_other(folder, DictionaryConfig.from_json(config, str(path)), asked)
+    refuse_other(folder, DictionaryConfig.from_json(config, str(path)), asked, log_steps_asked=log_steps_asked)
     return dict(about)
 
 
@@ -234,17 +234,28 @@ def progress_bytes(dictionary: Dictionary) -> int:
     return sum(3 * value.numel() * value.element_size() for value in dictionary.state_dict().values())
 
 
-def refuse_other(folder: Path, found: DictionaryConfig, asked: DictionaryConfig, ended: bool = False) -> None:
+def refuse_other(
+    folder: Path,
+    found: DictionaryConfig,
+    asked: DictionaryConfig,
+    ended: bool = False,
+    log_steps_asked: bool = False,
+) -> None:
     """`UsageError` naming every difference, unless both are the same training; `MismatchError` where the packs differ.
 
     A setting that a record does not name was added since, and is at its default there.  With `ended` it does not matter how
-    often the training wrote a line of its log, unless that is asked for.
+    often the training wrote a line of its log, unless that is asked for (`log_steps_asked`).  Records of before say null of
+    it for the default: of a training that ended its steps tell what that was, and one that goes on has it still.
     """
     there, here = (config.trained(0, 0).to_json() for config in (found, asked))
     if isinstance(there["training"], dict) and isinstance(here["training"], dict):
         added = {key: value for key, value in _DEFAULTS.items() if key in here["training"]}
-        unasked = {"log_steps": None} if ended and here["training"].get("log_steps") is None else {}
-        there["training"] = {**added, **there["training"], **unasked}
+        there["training"] = {**added, **there["training"]}
+        usual = there["training"].get("log_steps", 0) is None
+        if (ended or usual) and not log_steps_asked:
+            there["training"]["log_steps"] = here["training"].get("log_steps")
+        elif usual and found.steps:
+            there["training"]["log_steps"] = usual_log_steps(found.steps)
     if there["parent"] != here["parent"]:
         raise MismatchError(
             f"{folder} was trained on {_parent_name(found)}; now asked for is {_parent_name(asked)}: train on the same "

@@ -47,6 +47,10 @@ class ExportSettings:
     force: bool = False
     """write over a file that is there"""
 
+    def __post_init__(self) -> None:
+        if self.out.suffix != ".pt":
+            raise UsageError(f"--out {self.out} is no .pt file: name one, such as transcoder_img_6.pt")
+
 
 @dataclass(frozen=True)
 class ImportSettings:
@@ -68,12 +72,29 @@ def is_published_name(name: str) -> bool:
 
 
 def run_export(settings: ExportSettings) -> None:
-    """Write `settings.out`; nothing is written when it is there already, or the layout cannot say what the dictionary is."""
-    if settings.out.exists() and not settings.force:
-        raise UsageError(f"{settings.out} exists: choose another --out, or say --force to write over it")
+    """Write `settings.out`, and the labels beside it.
+
+    Nothing is written when it is there already, when the layout cannot say what the dictionary is, or when labels cannot be
+    read or lie there for another dictionary.
+    """
+    out = settings.out
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder: choose another --out")
+    if out.exists() and not settings.force:
+        raise UsageError(f"{out} exists: choose another --out, or say --force to write over it")
     dictionary = load_dictionary(settings.dictionary)
-    write_bytes(settings.out, to_bytes(dictionary))
-    _take_labels(settings.dictionary, settings.out)
+    content, beside = to_bytes(dictionary), labels.labels_file(out)
+    found = _labels_for(settings.dictionary, out)
+    if out.exists() and beside.exists() and out.read_bytes() != content:
+        raise UsageError(
+            f"{out} holds another dictionary, whose labels {beside} would name the features of this one: move both away, "
+            "or choose another --out"
+        )
+    if beside.exists() and not out.exists():
+        labels.note_leftover(beside)
+    write_bytes(out, content)
+    if found:
+        labels.add_labels(beside, found)
     print(f"{settings.out}: {dictionary.name} in the layout of {dictionary.config.family}")
 
 
@@ -83,10 +104,14 @@ def run_import(settings: ImportSettings) -> None:
     folder = settings.out / dictionary.name
     if folder.exists() and not _begun(folder) and not _same(folder, dictionary):
         raise UsageError(f"{folder} exists and holds something else: choose another --out, or remove it")
+    found, beside = _labels_for(settings.file, folder), labels.labels_file(folder)
+    if beside.exists() and not (folder / CONFIG).exists():
+        labels.note_leftover(beside)
     for leftover in folder.glob(".*.tmp"):  # of an import that was killed while it wrote
         leftover.unlink()
     save_dictionary(folder, dictionary, None, [])
-    _take_labels(settings.file, folder)
+    if found:
+        labels.add_labels(beside, found)
     config = dictionary.config
     print(
         f"{folder}: d_model {config.d_model}, {config.n_features} features, {config.activation}, "
@@ -94,11 +119,10 @@ def run_import(settings: ImportSettings) -> None:
     )
 
 
-def _take_labels(source: Path, target: Path) -> None:
-    """Add the labels of the dictionary at one place to those of the same dictionary at another."""
-    found = labels.read_labels(labels.labels_file(source))
-    if found:
-        labels.add_labels(labels.labels_file(target), found)
+def _labels_for(source: Path, target: Path) -> frozenset[labels.Label]:
+    """The labels of a dictionary at one place, which those at another will be merged with; both can be read."""
+    labels.read_labels(labels.labels_file(target))
+    return labels.read_labels(labels.labels_file(source))
 
 
 def to_bytes(dictionary: Dictionary) -> bytes:

@@ -23,19 +23,11 @@ from train.learning.objective import Objective, Terms, learning_rate
 from train.models import Model
 from train.rows.loader import Batch
 
-LOG_STEPS, LEAST_LINES = 50, 50
-"""steps between two lines of the log unless somebody says otherwise; fewer where a run would have fewer lines than that"""
 _DIVERGED = "the training diverged: use a lower --lr, or a longer --lr-warmup-rows"
-
 
 THRESHOLD_SPEED = 50.0
 """jumprelu: log thresholds learn so many times as fast as weights.  A step of AdamW moves them by about the learning rate, and
 from 0.001 to the size of pre-activations it is a factor of e seven times: 35,000 steps at the rate of the weights"""
-
-
-def usual_log_steps(steps: int) -> int:
-    """Steps between two lines of the log of a run of so many, by default."""
-    return max(1, min(LOG_STEPS, steps // LEAST_LINES))
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ class Point:
         words = [
             name if value is True else f"{name} {shown(value)}"
             for name, value in others
-            if value not in (None, False, ())
+            if value is not None and value is not False and value != ()
         ]
         return ", ".join(word for word in (sparsity_of(self.dictionary).replace("l1", "λ"), *words) if word)
 
