@@ -17,6 +17,8 @@ from tests.toy_stores import toy_store
 from train.dictionaries.checkpoint import save_dictionary
 
 D_MODEL, N_FEATURES, TOKENS, SITE = 16, 4096, 16, "img_0"
+DIM = 512
+"""of the embeddings, as CLIP ViT-B/32 has it; `coherence` holds images x dim x 4 B of them, mapped from their file"""
 FEW = IMAGE_BLOCK + IMAGE_BLOCK // 4
 """images of the small store: more than a block, so that it takes what a block takes"""
 MORE = 10
@@ -53,11 +55,11 @@ def peaks() -> Iterator[Peaks]:
             )
             np.save(
                 folder / f"embeddings-{images}.npy",
-                np.random.default_rng(0).normal(size=(images, 64)).astype(np.float32),
+                np.random.default_rng(0).normal(size=(images, DIM)).astype(np.float32),
             )
-        for command, flags in (("scores", ()), ("coherence", ("--embeddings",))):
+        for command, flags, around in (("scores", (), ""), ("coherence", ("--embeddings",), f", {DIM} dims")):
             few, many = (_peak(folder, images, command, flags) for images in (FEW, MORE * FEW))
-            yield Peaks(f"{command}: {FEW:,} and {MORE * FEW:,} images x {N_FEATURES:,} features", few, many)
+            yield Peaks(f"{command}: {FEW:,} and {MORE * FEW:,} images x {N_FEATURES:,} features{around}", few, many)
 
 
 def _peak(folder: Path, images: int, command: str, flags: tuple[str, ...]) -> int:

@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ from train.dictionaries.hub import fetch, may_be_on_hub, on_hub
 TINY_FLUX = "tiny-flux"
 TINY_FLUX_CLIP = Path(__file__).parents[2] / "harvest" / "tiny_flux" / "weights" / "clip"
 MODEL_TYPES = ("clip", "clip_vision_model")
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+INDEX = "model.safetensors.index.json"
+"""names the files of weights that are divided into several"""
+WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin")
 SMALL_FILES = ("config.json", "preprocessor_config.json")
 ARCHITECTURE = ("hidden_act", "image_size", "patch_size", "num_attention_heads", "layer_norm_eps", "projection_dim")
 PREPARATION = (
@@ -98,6 +101,8 @@ _WANTED = "name a folder with a whole CLIP model (config.json, preprocessor_conf
 
 
 def _device(asked: str | None) -> torch.device:
+    if asked is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", asked):
+        raise UsageError(f"--device {asked}: expected cpu, cuda or cuda:N, the number of a GPU")
     try:
         device = torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
@@ -114,8 +119,19 @@ def _folder(name: str) -> Path:
     if not (on_hub(name) or may_be_on_hub(name)):
         raise UsageError(f"--clip {name}: there is no such folder, and it is no id of the hub (OWNER/NAME) either")
     place = name if on_hub(name) else f"hf://{name}"
-    folder = fetch(place, (*SMALL_FILES, WEIGHTS[0]))
-    return folder if (folder / WEIGHTS[0]).exists() else fetch(place, (*SMALL_FILES, WEIGHTS[1]))
+    for file in WEIGHTS:
+        folder = fetch(place, (*SMALL_FILES, file))
+        if (folder / file).exists():
+            break
+    return fetch(place, (*SMALL_FILES, INDEX, *_shards(folder, name))) if file == INDEX else folder
+
+
+def _shards(folder: Path, name: str) -> list[str]:
+    """The files that the index of divided weights names."""
+    try:
+        return sorted({str(file) for file in json.loads((folder / INDEX).read_bytes())["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ForeignError(f"--clip {name}: its {INDEX} names no weights ({error!r}): {_WANTED}") from None
 
 
 def _refuse_others(folder: Path, name: str) -> None:
@@ -123,7 +139,10 @@ def _refuse_others(folder: Path, name: str) -> None:
         if not (folder / file).is_file():
             raise ForeignError(f"--clip {name} is no CLIP model: it has no {file}; {_WANTED}")
     if not any((folder / file).is_file() for file in WEIGHTS):
-        raise ForeignError(f"--clip {name} is no CLIP model: it has no weights ({' or '.join(WEIGHTS)}); {_WANTED}")
+        raise ForeignError(f"--clip {name} is no CLIP model: it has no weights ({', '.join(WEIGHTS)}); {_WANTED}")
+    divided = not (folder / WEIGHTS[0]).is_file() and (folder / INDEX).is_file()
+    if lost := [file for file in (_shards(folder, name) if divided else ()) if not (folder / file).is_file()]:
+        raise ForeignError(f"--clip {name}: {lost[0]}, which its {INDEX} names, is not there: {_WANTED}")
     try:
         config = json.loads((folder / "config.json").read_bytes())
         kind = config.get("model_type")
@@ -143,9 +162,9 @@ def _identity(model: Any, processor: Any) -> str:
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=dict).encode())
     for key, tensor in sorted(model.state_dict().items()):
-        values = tensor.detach().cpu().contiguous().numpy()
-        digest.update(f"{key} {values.dtype} {values.shape}".encode())
-        digest.update(values.tobytes())
+        values = tensor.detach().cpu().contiguous().numpy().reshape(-1)
+        digest.update(f"{key} {values.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(values)
     return digest.hexdigest()
 
 

@@ -1,10 +1,12 @@
 """Coherence: how much alike a feature's best pictures are, as the mean cosine between their image embeddings (FLUX-SAE).
 
-1. Each image has a unit vector: of a CLIP model, cached beside the results, or given (`embeddings`).
+1. Each image has an embedding: of a CLIP model, cached beside the results, or given (`embeddings`).
 2. A feature's images are its top M with unique prompts, which `scores` left in the feature table; only images it is active on.
 3. The mean over all pairs of n unit vectors is (|their sum|^2 - n) / (n (n - 1)), so one sum a feature is enough: the lists of all
-   features are a sparse (feature, image) matrix of ones, and its product with the embeddings, block of features by block, is
-   all sums.  In float64, because the sum of unlike pictures nearly cancels n.
+   features are a sparse (feature, image) matrix of 1 / length, and its product with the embeddings, block of features by block, is
+   all sums.  In float64, because the sum of unlike pictures nearly cancels n; only the vectors of a block are made float64.
+
+Memory beside libraries and tables: the embeddings as they are, O(images x dim x 4 B), and some MiB a thread.
 
 A feature with fewer than 2 such images has no coherence (null).  `OUT/<name>/coherence.parquet` has one row a step and feature.
 """
@@ -15,6 +17,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +35,7 @@ from store.split import normalise
 from store.tables import write_table
 
 BLOCK_BYTES = 2 * 2**20
-"""of sums that a thread holds: they stay in its cache, and memory does not grow with the number of features"""
+"""of sums that a thread holds, and as much of embeddings: they stay in its cache, and memory grows neither with features nor lists"""
 FORMAT, VERSION = "granary coherence", 1
 RECORD = b"granary"
 
@@ -61,7 +64,7 @@ def run(settings: CoherenceSettings) -> CoherenceSummary:
     check_top_m(int(check_output(analysis)["top"]), settings.top_m)
     matrices = {(s.name, step): analysis.matrix(s, step) for s in analysis.subjects for step in analysis.steps}
     embeddings = image_embeddings(analysis, settings)
-    baseline = mean_cosine_of_prompts(embeddings.values, prompt_texts(analysis.store))
+    baseline = mean_cosine_of_prompts(embeddings, prompt_texts(analysis.store))
     medians: dict[tuple[str, int], float] = {}
     features = 0
     with tqdm(total=len(matrices), desc="coherence", unit="step", mininterval=0.5) as progress:
@@ -72,7 +75,7 @@ def run(settings: CoherenceSettings) -> CoherenceSummary:
                 tables.append(
                     step_table(
                         step,
-                        embeddings.values,
+                        embeddings,
                         *top_lists(lists, settings.top_m),
                         matrices[subject.name, step].n_features,
                     )
@@ -112,48 +115,52 @@ def mean_pairwise_cosine(
     embeddings: Float[np.ndarray, "image dim"],
     offsets: Int[np.ndarray, " offset"],
     images: Int[np.ndarray, " place"],
+    lengths: Float[np.ndarray, " image"] | None = None,
 ) -> Float[np.ndarray, " feature"]:
     """The mean cosine over all pairs of each list's images (see `top_lists`); NaN for lists of fewer than 2.
 
-    `embeddings`: unit vectors in float64.  Costs one addition of a vector for each image of each list; a thread for each core, with
-    at most 2 MiB each.
+    `embeddings`: vectors of any floating-point type and of these `lengths`, without them unit vectors.  Costs one addition of a vector
+    in float64 for each image of each list; a thread for each core, with at most 6 MiB each.
     """
-    features, (n_images, dim) = len(offsets) - 1, embeddings.shape
+    features, dim = len(offsets) - 1, embeddings.shape[1]
     size = max(1, BLOCK_BYTES // (8 * dim))
     squared = np.empty(features)
 
     def square(start: int) -> None:
         stop = min(start + size, features)
-        part = slice(offsets[start], offsets[stop])
-        pointers = offsets[start : stop + 1] - offsets[start]
-        ones = csr_array((np.ones(part.stop - part.start), images[part], pointers), shape=(stop - start, n_images))
-        sums = ones @ embeddings
+        sums = np.zeros((stop - start, dim))
+        for first in range(offsets[start], offsets[stop], size):
+            some = images[first : min(first + size, offsets[stop])]
+            weights = np.ones(len(some)) if lengths is None else 1 / lengths[some]
+            pointers = np.clip(offsets[start : stop + 1] - first, 0, len(some))
+            matrix = csr_array((weights, np.arange(len(some)), pointers), shape=(stop - start, len(some)))
+            sums += matrix @ embeddings[some].astype(np.float64)
         squared[start:stop] = np.einsum("fd,fd->f", sums, sums)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         list(pool.map(square, range(0, features, size)))
     n = np.diff(offsets)
     return np.where(n >= 2, (squared - n) / np.maximum(n * (n - 1), 1), np.nan)
 
 
-def mean_cosine_of_prompts(embeddings: Float[np.ndarray, "image dim"], prompts: list[str]) -> float:
+def mean_cosine_of_prompts(embeddings: Embeddings, prompts: list[str]) -> float:
     """The mean cosine between the first images of all prompts; NaN for a single prompt."""
     first: dict[str, int] = {}
     for image, prompt in enumerate(prompts):
         first.setdefault(normalise(prompt), image)
     images = np.fromiter(first.values(), np.int64)
-    return float(mean_pairwise_cosine(embeddings, np.asarray([0, len(images)]), images)[0])
+    return float(mean_pairwise_cosine(embeddings.values, np.asarray([0, len(images)]), images, embeddings.lengths)[0])
 
 
 def step_table(
     step: int,
-    embeddings: Float[np.ndarray, "image dim"],
+    embeddings: Embeddings,
     offsets: Int[np.ndarray, " offset"],
     images: Int[np.ndarray, " place"],
     n_features: int,
 ) -> pa.Table:
     """The coherence of every feature of one dictionary at one step: step, feature, coherence (null below 2 images), images."""
-    values = mean_pairwise_cosine(embeddings, offsets, images)
+    values = mean_pairwise_cosine(embeddings.values, offsets, images, embeddings.lengths)
     return pa.table(
         {
             "step": pa.array(np.full(n_features, step, np.int32)),
@@ -200,7 +207,7 @@ def coherence_record(table: pa.Table) -> dict[str, str | int | float | None]:
 def _write(
     analysis: Analysis, subject: Subject, embeddings: Embeddings, top_m: int, baseline: float, tables: list[pa.Table]
 ) -> None:
-    """Publish the table; what it held of other steps stays when it was made from the same embeddings in the same way."""
+    """Publish the table; what it held of other steps stays when it was made from the same embeddings in the same way, else we say so."""
     record = {
         "format": FORMAT,
         "version": VERSION,
@@ -212,13 +219,30 @@ def _write(
         "baseline": None if np.isnan(baseline) else baseline,
     }
     before = coherence_table(analysis, subject)
-    if before is not None and coherence_record(before) == record:
-        others = ~np.isin(before["step"].to_numpy(), analysis.steps)
-        tables = [*tables, before.filter(pa.array(others)).replace_schema_metadata(None)]
+    if before is not None:
+        others = before.filter(pa.array(~np.isin(before["step"].to_numpy(), analysis.steps)))
+        if changed := _changed(coherence_record(before), record):
+            _tell_discarded(analysis, subject, others, changed)
+        else:
+            tables = [*tables, others.replace_schema_metadata(None)]
     table = pa.concat_tables(tables).combine_chunks().sort_by([("step", "ascending"), ("feature", "ascending")])
     write_table(
         coherence_file(analysis, subject), table.replace_schema_metadata({RECORD: json.dumps(record, sort_keys=True)})
     )
+
+
+def _changed(before: dict[str, str | int | float | None], now: dict[str, Any]) -> list[str]:
+    """In what way a table was made otherwise; its dictionary and store are known to be the same."""
+    changed = ["from other embeddings"] if before["embeddings"] != now["embeddings"] else []
+    return changed if before["top_m"] == now["top_m"] else [*changed, f"with --top-m {before['top_m']}"]
+
+
+def _tell_discarded(analysis: Analysis, subject: Subject, others: pa.Table, changed: list[str]) -> None:
+    if steps := others["step"].unique().to_pylist():
+        print(
+            f"note: {coherence_file(analysis, subject)} held steps {', '.join(map(str, steps))} too, made {' and '.join(changed)}: "
+            "discarded; compute them again to compare them with these"
+        )
 
 
 def _sentences(found: CoherenceSummary, embeddings: Embeddings, top_m: int, analysis: Analysis) -> str:

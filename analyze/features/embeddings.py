@@ -2,16 +2,19 @@
 
 A cached file is named after what decides its content, the store's id and the identity of the model, and carries both with a
 checksum: another store's, another model's or a damaged file is never taken for it.
+
+Nothing is copied whole: a file is mapped into memory, in the numbers that it holds, and read block by block of images.  What stays is
+O(images x dim x 4 B) of pages that the system may take back, and, while CLIP embeds, an array of that size.
 """
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
@@ -21,13 +24,18 @@ from analyze.features.settings import CoherenceSettings
 from analyze.inputs import Analysis
 from store import Store
 from store.errors import DamagedError, ForeignError, MismatchError, NonFiniteError, UsageError
-from store.files import json_bytes, sha256_bytes, write_bytes
+from store.files import json_bytes, publish, sha256_bytes
 
 BATCH = 32
 """pictures embedded at once; fixed, because the last bits of a product may depend on it"""
 FORMAT, VERSION = "granary image embeddings", 1
 RECORD = "granary"
 """the one word of a cached file's metadata, for safetensors writes several in any order"""
+BLOCK_BYTES = 4 * 2**20
+"""of embeddings that are looked at at once"""
+LEAST, MOST = 1e-150, 1e150
+"""lengths whose squares are exact in float64"""
+MAPPED = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 KEY = "image_embedding"
 """the array of a safetensors file that is taken when it holds several"""
 
@@ -37,7 +45,9 @@ class Embeddings:
     """Image embeddings of a store, and where they come from."""
 
     values: Float[np.ndarray, "image dim"]
-    """Unit vectors, float64."""
+    """As the model made them or as they were given, of any length and in any floating-point type."""
+    lengths: Float[np.ndarray, " image"]
+    """The length of each, float64; none is 0."""
     id: str
     """Equal exactly for the same embeddings: a hash of store and model, or of the given numbers."""
     source: str
@@ -61,12 +71,10 @@ def image_embeddings(analysis: Analysis, settings: CoherenceSettings) -> Embeddi
     says = {"format": FORMAT, "version": VERSION, "store": analysis.store.id, "model": clip.identity}
     cached = path.exists()
     if not cached:
-        values = _embedded(analysis.store, clip)
-        _unit(values, f"--clip {clip.name}")  # refuses what must not be kept
-        record = json_bytes({**says, "sha256": sha256_bytes(values.tobytes())}).decode()
-        write_bytes(path, safetensors.numpy.save({KEY: values}, {RECORD: record}))
-    unit = _unit(_cached(path, says, analysis.store.n_images), str(path))
-    return Embeddings(unit, f"sha256-{identity}", f"CLIP model sha256-{clip.identity[:16]}", cached)
+        _keep(path, _embedded(analysis.store, clip), says, f"--clip {clip.name}")
+    values = _cached(path, says, analysis.store.n_images)
+    lengths = _lengths(values, str(path))
+    return Embeddings(values, lengths, f"sha256-{identity}", f"CLIP model sha256-{clip.identity[:16]}", cached)
 
 
 def refuse_without_pictures(store: Store) -> None:
@@ -80,7 +88,7 @@ def refuse_without_pictures(store: Store) -> None:
 
 def _embedded(store: Store, clip: Clip) -> Float[np.ndarray, "image dim"]:
     """The embeddings of all pictures, read and embedded batch by batch."""
-    found = []
+    found = np.empty((0, 0), np.float32)
     with tqdm(total=store.n_images, desc="embeddings", unit="image", mininterval=0.5) as progress:
         for start in range(0, store.n_images, BATCH):
             images = range(start, min(start + BATCH, store.n_images))
@@ -89,23 +97,57 @@ def _embedded(store: Store, clip: Clip) -> Float[np.ndarray, "image dim"]:
                 raise UsageError(
                     f"{store.path} holds no picture of some of the images {images.start} to {images.stop - 1}"
                 )
-            found.append(clip.embed(pictures))
+            batch = clip.embed(pictures)
+            if not start:
+                found = np.empty((store.n_images, batch.shape[1]), np.float32)
+            found[images.start : images.stop] = batch
             progress.update(len(images))
-    return np.concatenate(found).astype(np.float32)
+    return found
+
+
+def _keep(path: Path, values: Float[np.ndarray, "image dim"], says: dict[str, Any], what: str) -> None:
+    """Publish embeddings as a safetensors file, without a copy of them; what has no direction is refused and not kept."""
+    _lengths(values, what)
+    record = json_bytes({**says, "sha256": hashlib.sha256(values.data).hexdigest()}).decode()
+    tensor = {"dtype": "F32", "shape": values.shape, "data_offsets": [0, values.nbytes]}
+    head = json.dumps(
+        {"__metadata__": {RECORD: record}, KEY: tensor}, separators=(",", ":"), ensure_ascii=False
+    ).encode()
+    head += b" " * (-len(head) % 8)
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            file.write(len(head).to_bytes(8, "little") + head)
+            file.write(values.data)
+
+    publish(path, write)
 
 
 def _cached(path: Path, says: dict[str, Any], n_images: int) -> Float[np.ndarray, "image dim"]:
     again = f"delete {path} and run this again"
     try:
         with safe_open(path, "np") as file:
-            said, values = json.loads((file.metadata() or {})[RECORD]), file.get_tensor(KEY)
+            said = json.loads((file.metadata() or {})[RECORD])
+        values = _mapped(path, KEY)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise DamagedError(f"{path} holds no embeddings any more ({error}): {again}") from None
     if {key: said.get(key) for key in says} != says:
         raise ForeignError(f"{path} holds the embeddings of another store or model than its name says: {again}")
-    if said.get("sha256") != sha256_bytes(values.tobytes()) or len(values) != n_images:
+    if said.get("sha256") != hashlib.sha256(values.data).hexdigest() or len(values) != n_images:
         raise DamagedError(f"{path} differs from the checksum that it carries: {again}")
-    return np.asarray(values)
+    return values
+
+
+def _mapped(path: Path, key: str) -> np.ndarray:
+    """An array of a safetensors file that `safe_open` has found sound: mapped, not read."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(size))[key]
+    if entry["dtype"] not in MAPPED or 0 in entry["shape"]:
+        with safe_open(path, "np") as tensors:
+            return np.asarray(tensors.get_tensor(key))
+    start = 8 + size + entry["data_offsets"][0]
+    return np.asarray(np.memmap(path, MAPPED[entry["dtype"]], "r", start, tuple(entry["shape"])))
 
 
 def given_embeddings(name: str, n_images: int) -> Embeddings:
@@ -114,7 +156,7 @@ def given_embeddings(name: str, n_images: int) -> Embeddings:
     `UsageError` for a file that is not there or an array of another kind, `ForeignError` for what is neither format, `MismatchError` for
     another number of images, `NonFiniteError` for NaN, an infinity or a vector of length 0.
     """
-    values, file = _given(name)
+    values = _given(name)
     if values.ndim != 2 or values.dtype.kind != "f":
         raise UsageError(
             f"--embeddings {name} is {values.dtype} of shape {values.shape}: expected floating-point numbers, (image, dim)"
@@ -123,14 +165,14 @@ def given_embeddings(name: str, n_images: int) -> Embeddings:
         raise MismatchError(
             f"--embeddings {name} has {len(values)} rows, the store has {n_images} images: one row an image, in the order of the images"
         )
-    unit = _unit(values, f"--embeddings {name}")
-    digest = hashlib.sha256(
-        f"given {values.shape}".encode() + np.ascontiguousarray(values, "<f8").tobytes()
-    ).hexdigest()
-    return Embeddings(unit, f"sha256-{digest}", f"given: {file}")
+    lengths = _lengths(values, f"--embeddings {name}")
+    digest = hashlib.sha256(f"given {values.shape}".encode())
+    for block in _blocks(values):
+        digest.update(np.ascontiguousarray(values[block], "<f8").data)
+    return Embeddings(values, lengths, f"sha256-{digest.hexdigest()}", "given")
 
 
-def _given(name: str) -> tuple[np.ndarray, str]:
+def _given(name: str) -> np.ndarray:
     path, key = Path(name), None
     if "#" in name and not path.exists():
         file, _, key = name.rpartition("#")
@@ -139,11 +181,12 @@ def _given(name: str) -> tuple[np.ndarray, str]:
         raise UsageError(f"--embeddings {name}: there is no file {path}")
     try:
         if path.suffix == ".npy":
-            return np.load(path, allow_pickle=False), path.name
+            return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
         if path.suffix != ".safetensors":
             raise UsageError(f"--embeddings {name}: expected a .npy or a .safetensors file")
         with safe_open(path, "np") as tensors:
-            return tensors.get_tensor(_key(sorted(tensors.keys()), key, name)), path.name
+            chosen = _key(sorted(tensors.keys()), key, name)
+        return _mapped(path, chosen)
     except (SafetensorError, ValueError, EOFError) as error:
         if isinstance(error, UsageError):
             raise
@@ -161,14 +204,32 @@ def _key(there: list[str], asked: str | None, name: str) -> str:
     return wanted
 
 
-def _unit(values: Float[np.ndarray, "image dim"], what: str) -> Float[np.ndarray, "image dim"]:
-    """The rows as unit vectors in float64; `NonFiniteError` names the first image that has no direction."""
-    exact = values.astype(np.float64)
-    length = np.linalg.norm(exact, axis=1, keepdims=True)
-    odd = np.flatnonzero(~np.isfinite(length[:, 0]) | (length[:, 0] == 0))
+def _blocks(values: Float[np.ndarray, "image dim"]) -> Iterator[slice]:
+    size = max(1, BLOCK_BYTES // (8 * max(values.shape[1], 1)))
+    for first in range(0, len(values), size):
+        yield slice(first, first + size)
+
+
+def _lengths(values: Float[np.ndarray, "image dim"], what: str) -> Float[np.ndarray, " image"]:
+    """The length of each row in float64; `NonFiniteError` names the first image that has no direction."""
+    length = np.empty(len(values))
+    with np.errstate(over="ignore", invalid="ignore"):
+        for block in _blocks(values):
+            length[block] = np.linalg.norm(values[block].astype(np.float64), axis=1)
+    odd = np.flatnonzero(~((length >= LEAST) & (length <= MOST)))
     if len(odd):
-        found = "only zeros" if length[odd[0], 0] == 0 else "a NaN or an infinity"
         raise NonFiniteError(
-            f"{what}: the embedding of image {odd[0]} holds {found}, and {len(odd) - 1} more such: make them again"
+            f"{what}: the embedding of image {odd[0]} holds {_oddity(values[odd[0]])}, and {len(odd) - 1} more such: make them again"
         )
-    return np.asarray(exact / length)
+    return length
+
+
+def _oddity(vector: Float[np.ndarray, " dim"]) -> str:
+    if not np.isfinite(vector).all():
+        return "a NaN or an infinity"
+    if not vector.any():
+        return "only zeros"
+    greatest = float(np.abs(vector).max())
+    return (
+        f"numbers too {'great' if greatest > 1 else 'small'} for a length in float64 (the greatest is {greatest:.1e})"
+    )

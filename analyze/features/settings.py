@@ -67,7 +67,7 @@ class CoherenceSettings(Inputs):
     top_m: int = 10
     """How many of a feature's best images are compared, at most one a prompt."""
     device: str | None = None
-    """Where the CLIP model runs, such as cpu or cuda:1; default: cuda where there is one."""
+    """Where the CLIP model runs: cpu, cuda or cuda:N; default: cuda where there is one."""
 
     def __post_init__(self) -> None:
         if self.top_m < 2:

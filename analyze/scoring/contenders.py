@@ -20,6 +20,8 @@ NONE = -1
 BUCKETS = 64
 COLUMNS = 2048
 """features that are worked on at once: what is made of a block of 512 images stays in the cache"""
+SORTED = 1 << 16
+"""entries of two lists that are sorted at once"""
 BYTE = 255
 SHORT = 0.5
 """share of lists that are not full from which it pays to ask the block"""
@@ -173,7 +175,7 @@ def join(
         columns = slice(first, first + COLUMNS)
         mine, theirs = keys[columns], other[columns]
         if groups is not None:
-            mine, theirs = _without_rivals(mine, theirs, groups)
+            mine, theirs = without_rivals(mine, theirs, groups_of(mine, groups), groups_of(theirs, groups))
         table = np.concatenate((mine, theirs), axis=1)
         chosen = np.argsort(table, axis=1)[:, : -rank - 1 : -1]
         lists = np.arange(len(table))[:, None] * (2 * rank)
@@ -182,22 +184,37 @@ def join(
         where[columns] = np.where(keys[columns] == NONE, -1, tokens.reshape(-1)[lists + chosen])
 
 
-def _without_rivals(
-    mine: Int[np.ndarray, "feature rank"], theirs: Int[np.ndarray, "feature rank"], groups: Int[np.ndarray, " all"]
+def without_rivals(
+    mine: Int[np.ndarray, "feature rank"],
+    theirs: Int[np.ndarray, "feature rank"],
+    here: Int[np.ndarray, "feature rank"],
+    there: Int[np.ndarray, "feature rank"],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Both lists, without the lesser of two entries of one group."""
-    here, there = groups_of(mine, groups), groups_of(theirs, groups)
-    known = np.zeros(int(groups.max()) + 2, bool)  # the last one for no entry
+    """Both lists, without the lesser of two entries of one group: `here` and `there` are the groups of `mine` and `theirs`, -1 for none.
+
+    Sorts, some rows at a time, since what compares all pairs grows with the square of a list's length.
+    """
+    known = np.zeros(int(max(here.max(), there.max())) + 2, bool)  # the last one for no entry
     known[here] = True
     known[-1] = False
     rows = np.flatnonzero(known[there].any(axis=1))
     if not len(rows):
         return mine, theirs
-    same = (here[rows, :, None] == there[rows, None, :]) & (here[rows, :, None] >= 0)
-    greater = mine[rows, :, None] > theirs[rows, None, :]
+    rank = mine.shape[1]
     mine, theirs = mine.copy(), theirs.copy()
-    mine[rows] = np.where((same & ~greater).any(axis=2), NONE, mine[rows])
-    theirs[rows] = np.where((same & greater).any(axis=1), NONE, theirs[rows])
+    size = max(1, SORTED // (2 * rank))
+    for first in range(0, len(rows), size):
+        some = rows[first : first + size]
+        keys = np.concatenate((mine[some], theirs[some]), axis=1)
+        groups = np.concatenate((here[some], there[some]), axis=1)
+        order = np.lexsort((-keys, groups))
+        ordered = np.take_along_axis(groups, order, axis=1)
+        again = np.zeros(order.shape, bool)
+        again[:, 1:] = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+        lesser = np.empty_like(again)
+        np.put_along_axis(lesser, order, again, axis=1)
+        keys[lesser] = NONE
+        mine[some], theirs[some] = keys[:, :rank], keys[:, rank:]
     return mine, theirs
 
 
