@@ -287,7 +287,7 @@ CASES: list[tuple[str, Prepare, str, int, str]] = [
     ("OUT with other choices", nothing, f"scores IN --top {TOP + 1}", 2, f"holds another run .top {TOP}, now {TOP + 1}"),
     ("OUT with a record that is none", file("out/run.json", b"{"), "features IN", 1, "is not JSON any more"),
     ("OUT of other dictionaries", other_dictionaries, "features IN", 1, "holds scores of another dictionary"),
-    ("a full disk", fails(errno.ENOSPC, store.files, "_dump"), "scores IN", 1, "refused by the test"),
+    ("a full disk", fails(errno.ENOSPC, store.files, "_dump"), "scores IN", 1, "disk of .* is full.*make room"),
     ("a full disk when scores end", fails(errno.ENOSPC, analyze.scoring.matrices, "fsync_file"), "scores IN", 1, "disk of .*out is full"),
     ("an OUT that cannot be written", fails(errno.EACCES, store.files, "_dump"), "scores IN", 1, "refused by the test"),
     ("a truncated feature table", damaged_table, "features IN", 1, "features.parquet cannot be read.*compute it again"),
