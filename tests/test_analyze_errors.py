@@ -252,9 +252,6 @@ def damaged_table(scene: Scene) -> None:
     truncated("out/img_0/step.0/features.parquet")(scene)
 
 
-ENTRY = {"feature": 48, "text": "a", "author": "ada", "time": "2026-01-31T12:00:00Z"}
-LABELS = {"format": "granary labels", "version": 1, "labels": [ENTRY]}
-
 CASES: list[tuple[str, Prepare, str, int, str]] = [
     # what it is, what is done before, the command, its exit code, what the message says
     ("no command", nothing, "paint IN", 2, "has no command 'paint'; it has: scores"),
@@ -302,7 +299,6 @@ CASES: list[tuple[str, Prepare, str, int, str]] = [
     ("a threshold that is none", nothing, "truth IN --threshold 0.4", 2, "0.4"),
     ("a label file that is damaged", labels(b"{"), "features IN", 1, "labels.json is not JSON any more"),
     ("a label file that is none", labels({"3": "cat"}), "sheet IN --top 4", 1, "no label file of ours"),
-    ("labels of another dictionary", labels(LABELS), "report IN", 1, "names feature 48, and the dictionary has features 0 to 47"),
     ("a label onto damaged labels", labels(b"{"), f"{LABEL} img_0/3 red", 1, "labels.json is not JSON any more"),
     ("a label of a feature that is not there", nothing, f"{LABEL} img_0/48 red", 2, "has no feature 48"),
     ("a label of no dictionary", nothing, f"{LABEL} img_9/3 red", 2, "there are transcoder_img_0, transcoder_txt_0"),

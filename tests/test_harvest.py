@@ -148,6 +148,7 @@ def stopped(out: Path, marker: str, how: signal.Signals) -> int:
     return process.returncode
 
 
+@pytest.mark.slow
 def test_a_harvest_killed_at_any_time_goes_on_and_ends_in_the_same_store(tmp_path: Path) -> None:
     whole = harvest(tmp_path / "whole", **QUICK)
     broken = tmp_path / "broken"
@@ -160,6 +161,7 @@ def test_a_harvest_killed_at_any_time_goes_on_and_ends_in_the_same_store(tmp_pat
     assert tree(broken) == tree(whole.path)
 
 
+@pytest.mark.slow
 def test_processes_that_share_a_store_by_parts_make_the_same_store(tmp_path: Path) -> None:
     whole = harvest(tmp_path / "whole", **QUICK)
     both = [started(tmp_path / "split", "--parts", parts) for parts in ("2", "0-1")]

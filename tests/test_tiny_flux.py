@@ -167,7 +167,7 @@ def test_committed_tokenizers_are_those_of_the_code_and_case_changes_nothing(pip
 # --- the committed weights ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("length", "n"), [(16, 24), (512, 8)])
+@pytest.mark.parametrize(("length", "n"), [(16, 24), pytest.param(512, 8, marks=pytest.mark.slow)])
 def test_committed_weights_draw_what_unseen_prompts_say(pipe: Any, length: int, n: int) -> None:
     rows = [row(pipe, kind, EvaluateSettings(n=n), length) for kind in KINDS]
     assert np.mean([one.right for one in rows]) >= 0.95, [evaluate.line(one) for one in rows]
@@ -246,6 +246,7 @@ class Killed(Exception):
     """Stands for a kill in the middle of a stage."""
 
 
+@pytest.mark.slow
 def test_training_goes_on_after_a_kill_and_ends_in_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
