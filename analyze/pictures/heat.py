@@ -57,12 +57,33 @@ def each_heat(
         shown[~np.isin(np.arange(start, stop), here)] = False
         owner = np.nonzero(shown)[0]
         chunk = analysis.rows.read(subject.site, step, [subject.point], start, stop, shown)[subject.point]
+        together = None
+        if not judged_alone(subject.dictionary):
+            together = _together(subject, to_torch(chunk), sigma[start:stop][owner], owner + start, features_on)
         for image in here.tolist():
-            kept = shown[image - start]
-            rows, features = to_torch(chunk[owner == image - start]), features_on[image]
-            z = _activations(subject, rows, float(sigma[image]), features)
+            kept, features = shown[image - start], features_on[image]
+            if together is not None:
+                z = together.get(image, np.zeros((0, len(features)), np.float32))
+            else:
+                z = _activations(subject, to_torch(chunk[owner == image - start]), float(sigma[image]), features)
             for column, feature in enumerate(features):
                 yield feature, Heat(image, positions[image - start][kept], z[:, column])
+
+
+def _together(
+    subject: Subject,
+    rows: torch.Tensor,
+    sigma: Float[np.ndarray, " row"],
+    image: Int[np.ndarray, " row"],
+    features_on: Mapping[int, list[int]],
+) -> dict[int, Float[np.ndarray, "token feature"]]:
+    """Image -> z of its features, from rows of several images that are encoded at once, in blocks bounded by memory."""
+    found: dict[int, list[np.ndarray]] = {}
+    for block, z in encoded(subject, rows, torch.from_numpy(np.ascontiguousarray(sigma))):
+        for each in np.unique(image[block]).tolist():
+            mine = torch.from_numpy(np.flatnonzero(image[block] == each))
+            found.setdefault(each, []).append(z[mine][:, features_on[each]].float().cpu().numpy())
+    return {each: np.concatenate(parts) for each, parts in found.items()}
 
 
 def _by_image(wanted: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:
@@ -77,14 +98,11 @@ def _by_image(wanted: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:
 def _activations(
     subject: Subject, rows: torch.Tensor, sigma: float, features: list[int]
 ) -> Float[np.ndarray, "token feature"]:
-    """z of these features alone; `NonFiniteError` as `encoded` raises it."""
+    """z of these features alone, of a dictionary that judges each by itself; `NonFiniteError` as `encoded` raises it."""
     if not len(rows):
         return np.zeros((0, len(features)), np.float32)
-    sigmas_of_rows, dictionary = torch.full((len(rows),), sigma), subject.dictionary
-    if not judged_alone(dictionary):
-        blocks = encoded(subject, rows, sigmas_of_rows)
-        return torch.cat([block[:, features] for _, block in blocks]).float().cpu().numpy()
-    z = activations_of(dictionary, features, rows, sigmas_of_rows)
+    dictionary = subject.dictionary
+    z = activations_of(dictionary, features, rows, torch.full((len(rows),), sigma))
     if not bool(torch.isfinite(z).all()):
         Encoder(dictionary, z.device).refuse_non_finite(z)
     return z.numpy()

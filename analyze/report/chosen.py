@@ -15,7 +15,7 @@ from analyze.report.settings import ReportSettings
 
 FEW = 20_000
 """alive features over all dictionaries and steps up to which all get heat by default"""
-MANY = 1_000
+MANY = 250
 """features of each dictionary and step that get heat by default where there are more"""
 
 

@@ -20,7 +20,7 @@ class ReportSettings(Inputs):
     """Images shown with each feature, with different prompts."""
     heat_features: int | None = None
     """Features of each dictionary and step whose images get heat, the most interesting first; by default all where they are few (20,000
-    over all dictionaries and steps), else 1,000."""
+    over all dictionaries and steps), else 250."""
     picture_side: int = 256
     """Pixels of the longer side of a picture; larger ones are scaled down."""
     similar: int = 8
