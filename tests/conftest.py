@@ -47,6 +47,14 @@ def large_pack_store(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, di
     return path, digests(make(path, folder / "p", shard_mb=1).path)
 
 
+@pytest.fixture(scope="session")
+def scored_small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+    """A small store with dictionaries, and the bytes of their scores; never written to."""
+    from tests.small_scoring import scored_store
+
+    return scored_store(tmp_path_factory.mktemp("scored"))
+
+
 @pytest.fixture
 def packs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A train and a val pack to learn from in a second; made once a session, never written to."""
