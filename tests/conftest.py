@@ -55,6 +55,14 @@ def scored_small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[s
     return scored_store(tmp_path_factory.mktemp("scored"))
 
 
+@pytest.fixture(scope="session")
+def planted_scan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A planted store, its dictionaries and scores, to be scanned; what scans write in its OUT has names of their own."""
+    from tests.small_scans import planted_scans
+
+    return planted_scans(tmp_path_factory.mktemp("scan"))
+
+
 @pytest.fixture
 def packs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A train and a val pack to learn from in a second; made once a session, never written to."""
