@@ -2,19 +2,17 @@
 
 1. Each image has an embedding: of a CLIP model, cached beside the results, or given (`embeddings`).
 2. A feature's images are its top M with unique prompts, which `scores` left in the feature table; only images it is active on.
-3. The mean over all pairs of n unit vectors is (|their sum|^2 - n) / (n (n - 1)), so one sum a feature is enough: the lists of all
-   features are a sparse (feature, image) matrix of 1 / length, and its product with the embeddings, block of features by block, is
-   all sums.  In float64, because the sum of unlike pictures nearly cancels n; only the vectors of a block are made float64.
+3. The mean over all pairs of n unit vectors is (|their sum|^2 - n) / (n (n - 1)), so one sum a feature is enough, which torch's
+   `embedding_bag` takes, block of features by block.  In float64, because the sum of unlike pictures nearly cancels n; only the
+   vectors that a block names are made float64, each once.
 
-Memory beside libraries and tables: the embeddings as they are, O(images x dim x 4 B), and some MiB a thread.
+Memory beside libraries and tables: the embeddings as they are, O(images x dim x 4 B), and two blocks.
 
 A feature with fewer than 2 such images has no coherence (null).  `OUT/<name>/coherence.parquet` has one row a step and feature.
 """
 
 import json
-import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from jaxtyping import Float, Int
-from scipy.sparse import csr_array
+from torch.nn.functional import embedding_bag
 from tqdm import tqdm
 
 from analyze.features.embeddings import Embeddings, image_embeddings
@@ -34,8 +33,8 @@ from store.errors import DamagedError, ForeignError, MismatchError, UsageError
 from store.split import normalise
 from store.tables import write_table
 
-BLOCK_BYTES = 2 * 2**20
-"""of sums that a thread holds, and as much of embeddings: they stay in its cache, and memory grows neither with features nor lists"""
+BLOCK_BYTES = 64 * 2**20
+"""of sums that are held, and as much of embeddings at most: memory grows neither with features nor lists"""
 FORMAT, VERSION = "granary coherence", 1
 RECORD = b"granary"
 
@@ -120,27 +119,41 @@ def mean_pairwise_cosine(
     """The mean cosine over all pairs of each list's images (see `top_lists`); NaN for lists of fewer than 2.
 
     `embeddings`: vectors of any floating-point type and of these `lengths`, without them unit vectors.  Costs one addition of a vector
-    in float64 for each image of each list; a thread for each core, with at most 6 MiB each.
+    in float64 for each image of each list; twice `BLOCK_BYTES` of memory, whatever the number of images.
     """
     features, dim = len(offsets) - 1, embeddings.shape[1]
     size = max(1, BLOCK_BYTES // (8 * dim))
     squared = np.empty(features)
-
-    def square(start: int) -> None:
-        stop = min(start + size, features)
-        sums = np.zeros((stop - start, dim))
-        for first in range(offsets[start], offsets[stop], size):
-            some = images[first : min(first + size, offsets[stop])]
-            weights = np.ones(len(some)) if lengths is None else 1 / lengths[some]
-            pointers = np.clip(offsets[start : stop + 1] - first, 0, len(some))
-            matrix = csr_array((weights, np.arange(len(some)), pointers), shape=(stop - start, len(some)))
-            sums += matrix @ embeddings[some].astype(np.float64)
-        squared[start:stop] = np.einsum("fd,fd->f", sums, sums)
-
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        list(pool.map(square, range(0, features, size)))
+    stop = 0
+    while (start := stop) < features:  # as many features as have `size` images, or one that has more
+        full = int(np.searchsorted(offsets, offsets[start] + size, side="right")) - 1
+        stop = min(max(full, start + 1), start + size, features)
+        pieces = (
+            _sums(images[first : min(first + size, offsets[stop])], offsets[start:stop] - first, embeddings, lengths)
+            for first in range(offsets[start], max(offsets[stop], offsets[start] + 1), size)
+        )
+        sums = next(pieces)
+        for piece in pieces:
+            sums += piece
+        squared[start:stop] = torch.linalg.vector_norm(sums, dim=1).square().numpy()
     n = np.diff(offsets)
     return np.where(n >= 2, (squared - n) / np.maximum(n * (n - 1), 1), np.nan)
+
+
+def _sums(
+    images: Int[np.ndarray, " place"],
+    bags: Int[np.ndarray, " feature"],
+    embeddings: Float[np.ndarray, "image dim"],
+    lengths: Float[np.ndarray, " image"] | None,
+) -> Float[torch.Tensor, "feature dim"]:
+    """The sums of unit vectors of lists that begin at `bags`, which may be outside; float64."""
+    distinct, some = np.unique(images, return_inverse=True)
+    vectors = embeddings[distinct].astype(np.float64)
+    if lengths is not None:
+        vectors /= lengths[distinct, None]
+    begins = np.clip(bags, 0, len(some))
+    bags_of = torch.from_numpy(begins)
+    return embedding_bag(torch.from_numpy(some), torch.from_numpy(vectors), bags_of, mode="sum")
 
 
 def mean_cosine_of_prompts(embeddings: Embeddings, prompts: list[str]) -> float:
