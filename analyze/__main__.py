@@ -2,40 +2,64 @@
 
 import sys
 
-from analyze import everything
-from analyze.compare import comparing, mapping
-from analyze.compare.settings import CompareSettings, DirectionsSettings
-from analyze.features import coherence, ranking
-from analyze.features.settings import CoherenceSettings, FeaturesSettings
-from analyze.labels import command as labels
-from analyze.labels.settings import LabelSettings
-from analyze.pictures import sheets
-from analyze.pictures.settings import SheetSettings
-from analyze.report import building as report
-from analyze.report.settings import ReportSettings
-from analyze.scan import discovery
-from analyze.scan.settings import ScanSettings
-from analyze.scoring import scores
-from analyze.scoring.settings import ScoresSettings
-from analyze.settings import AllSettings
-from analyze.truth import judging as truth
-from analyze.truth.settings import TruthSettings
 from store.command import Command, program
 
 COMMANDS = {
-    "scores": Command(ScoresSettings, scores.run, "score matrices and feature statistics of every dictionary and step"),
-    "features": Command(FeaturesSettings, ranking.run, "rank the features of each site and step"),
-    "coherence": Command(CoherenceSettings, coherence.run, "how alike a feature's top images are, by CLIP"),
-    "scan": Command(ScanSettings, discovery.run, "features that tell prompts, places or steps apart"),
-    "truth": Command(
-        TruthSettings, truth.run, "the feature that stands for each attribute, scored (where the truth is known)"
+    "scores": Command(
+        "analyze.scoring.settings:ScoresSettings",
+        "analyze.scoring.scores:run",
+        "score matrices and feature statistics of every dictionary and step",
     ),
-    "sheet": Command(SheetSettings, sheets.run, "contact sheets: top images with the heat of a feature over them"),
-    "compare": Command(CompareSettings, comparing.run, "which features of two layers or steps go together"),
-    "directions": Command(DirectionsSettings, mapping.run, "decoder directions: similarities and a map, drawn"),
-    "label": Command(LabelSettings, labels.run, "name features, list and merge their names"),
-    "report": Command(ReportSettings, report.run, "an HTML report that opens from disk"),
-    "all": Command(AllSettings, everything.run, "scores, coherence, truth where it is known, report"),
+    "features": Command(
+        "analyze.features.settings:FeaturesSettings",
+        "analyze.features.ranking:run",
+        "rank the features of each site and step",
+    ),
+    "coherence": Command(
+        "analyze.features.settings:CoherenceSettings",
+        "analyze.features.coherence:run",
+        "how alike a feature's top images are, by CLIP",
+    ),
+    "scan": Command(
+        "analyze.scan.settings:ScanSettings",
+        "analyze.scan.discovery:run",
+        "features that tell prompts, places or steps apart",
+    ),
+    "truth": Command(
+        "analyze.truth.settings:TruthSettings",
+        "analyze.truth.judging:run",
+        "the feature that stands for each attribute, scored (where the truth is known)",
+    ),
+    "sheet": Command(
+        "analyze.pictures.settings:SheetSettings",
+        "analyze.pictures.sheets:run",
+        "contact sheets: top images with the heat of a feature over them",
+    ),
+    "compare": Command(
+        "analyze.compare.settings:CompareSettings",
+        "analyze.compare.comparing:run",
+        "which features of two layers or steps go together",
+    ),
+    "directions": Command(
+        "analyze.compare.settings:DirectionsSettings",
+        "analyze.compare.mapping:run",
+        "decoder directions: similarities and a map, drawn",
+    ),
+    "label": Command(
+        "analyze.labels.settings:LabelSettings",
+        "analyze.labels.command:run",
+        "name features, list and merge their names",
+    ),
+    "report": Command(
+        "analyze.report.settings:ReportSettings",
+        "analyze.report.building:run",
+        "an HTML report that opens from disk",
+    ),
+    "all": Command(
+        "analyze.settings:AllSettings",
+        "analyze.everything:run",
+        "scores, coherence, truth where it is known, report",
+    ),
 }
 
 

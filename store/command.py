@@ -1,11 +1,13 @@
 """How a program of ours runs: settings from the command line, one message for a failure, an exit code.
 
 Every program is a table of commands, each a frozen dataclass of settings and the function that takes
-it.  `python -m train --pack …` and `train.run(TrainSettings(pack=…))` are the same thing.
+it.  `python -m train --pack …` and `train.run(TrainSettings(pack=…))` are the same thing.  The table names
+them as `module:name`, so that a program imports (torch alone takes seconds) only what the command needs.
 """
 
 import contextlib
 import errno
+import importlib
 import io
 import os
 import signal
@@ -38,9 +40,24 @@ REMEDIES = {
 class Command:
     """One command of a program: its settings class, what runs it, and one line of help."""
 
-    settings: type[Any]
-    run: Callable[[Any], Any]
+    settings: type[Any] | str
+    run: Callable[[Any], Any] | str
     help: str
+
+    def load_settings(self) -> type[Any]:
+        """The settings class; imported now if it is named as `module:name`."""
+        return _imported(self.settings)  # type: ignore[no-any-return]
+
+    def load_run(self) -> Callable[[Any], Any]:
+        """The function; imported now if it is named as `module:name`."""
+        return _imported(self.run)  # type: ignore[no-any-return]
+
+
+def _imported(found: Any) -> Any:
+    if not isinstance(found, str):
+        return found
+    module, name = found.split(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def program(
@@ -59,23 +76,25 @@ def program(
     command = commands[chosen]
     prog = f"python -m {name}" + ("" if chosen == default else f" {chosen}")
     try:
-        settings = _parsed(command, prog, words)
+        settings = _parsed(command.load_settings(), command.help, prog, words)
     except SystemExit as stop:  # tyro has explained itself
         return stop.code if isinstance(stop.code, int) else 2
     except GranaryError as error:  # settings that contradict each other
         return _fail(error)
+    except KeyboardInterrupt:
+        return _fail(Interrupted("interrupted before anything was done"))
     except BrokenPipeError:
         return _nobody_listens()
-    return guarded(lambda: command.run(settings))
+    return guarded(lambda: command.load_run()(settings))
 
 
-def _parsed(command: Command, prog: str, words: list[str]) -> Any:
+def _parsed(settings: type[Any], description: str, prog: str, words: list[str]) -> Any:
     """The settings; a `GranaryError` of theirs comes through as itself, where tyro would draw a box around it."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(
-                command.settings, prog=prog, description=command.help, args=words, config=(tyro.conf.DisallowNone,)
+                settings, prog=prog, description=description, args=words, config=(tyro.conf.DisallowNone,)
             )  # "None" is no word of ours: a flag that is left out has no value
     except SystemExit as stop:
         if isinstance(stop.__context__, GranaryError):

@@ -3,14 +3,23 @@
 import sys
 
 from store.command import Command, program
-from train.dictionaries.published import ExportSettings, ImportSettings, run_export, run_import
-from train.settings import TrainSettings
-from train.trainer import train
 
 COMMANDS = {
-    "train": Command(TrainSettings, train, "train dictionaries from a pack, each site read once (the default)"),
-    "import": Command(ImportSettings, run_import, "turn a published .pt file into a dictionary folder"),
-    "export": Command(ExportSettings, run_export, "write a dictionary as the .pt file that the published code loads"),
+    "train": Command(
+        "train.settings:TrainSettings",
+        "train.trainer:train",
+        "train dictionaries from a pack, each site read once (the default)",
+    ),
+    "import": Command(
+        "train.dictionaries.published:ImportSettings",
+        "train.dictionaries.published:run_import",
+        "turn a published .pt file into a dictionary folder",
+    ),
+    "export": Command(
+        "train.dictionaries.published:ExportSettings",
+        "train.dictionaries.published:run_export",
+        "write a dictionary as the .pt file that the published code loads",
+    ),
 }
 
 if __name__ == "__main__":
