@@ -1,5 +1,9 @@
 """Which stored rows count towards a figure: real text tokens by default, every kept image token, never an empty slot."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
 import numpy as np
 from jaxtyping import Bool, Int
 
@@ -25,6 +29,42 @@ def counted_rows(
         return kept
     real = positions < lengths[:, None]
     return kept & (real | (positions >= text_total) if stream == "joint" else real)
+
+
+@dataclass(frozen=True)
+class CountedChunk:
+    """The images of one chunk of a store, and which of their rows count."""
+
+    start: int
+    stop: int
+    positions: Int[np.ndarray, "image token"]
+    """of all images from `start` to `stop`"""
+    counted: Bool[np.ndarray, "image token"]
+    """none of images that were not asked for"""
+
+    @cached_property
+    def rows(self) -> tuple[Int[np.ndarray, " row"], Int[np.ndarray, " row"]]:
+        """Image (from `start`) and slot of every counted row."""
+        image, slot = np.nonzero(self.counted)
+        return image, slot
+
+    @cached_property
+    def row_positions(self) -> Int[np.ndarray, " row"]:
+        """The position in the stream of every counted row."""
+        return np.asarray(self.positions[self.rows], np.int64)
+
+
+def counted_chunks(
+    store: Store, stream: Stream, step: int, images: Int[np.ndarray, " image"], padding: bool
+) -> Iterator[CountedChunk]:
+    """The chunks that hold some of the images, in order; only positions are read."""
+    lengths = text_lengths(store)
+    for start in (np.unique(images // store.chunk_images) * store.chunk_images).tolist():
+        stop = min(start + store.chunk_images, store.n_images)
+        positions = store.tokens(stream, step, start, stop)
+        counted = counted_rows(positions, stream, lengths[start:stop], store.meta.max_sequence_length, padding)
+        counted[~np.isin(np.arange(start, stop), images)] = False
+        yield CountedChunk(start, stop, positions, counted)
 
 
 def are_lower_bounds(store: Store, stream: Stream, padding: bool) -> bool:

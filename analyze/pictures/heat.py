@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from analyze.counted import counted_rows, text_lengths
+from analyze.counted import counted_chunks
 from analyze.inputs import Analysis, Subject, sigmas
 from analyze.pictures.narrowed import activations_of, judged_alone
 from analyze.scoring.encoding import Encoder
@@ -44,30 +44,25 @@ def each_heat(
 
     On each image only the features asked for there are computed, where the dictionary's activation allows it (all but TopK).
     """
-    store, stream = analysis.store, subject.site.stream
-    lengths = text_lengths(store)
+    store = analysis.store
     sigma = sigmas(store, step)
     features_on = _by_image(wanted)
     images = np.asarray(sorted(features_on), np.int64)
-    for start in (np.unique(images // store.chunk_images) * store.chunk_images).tolist():
-        stop = min(start + store.chunk_images, store.n_images)
-        here = images[(images >= start) & (images < stop)]
-        positions = store.tokens(stream, step, start, stop)
-        shown = counted_rows(positions, stream, lengths[start:stop], store.meta.max_sequence_length, padding=False)
-        shown[~np.isin(np.arange(start, stop), here)] = False
-        owner = np.nonzero(shown)[0]
-        chunk = analysis.rows.read(subject.site, step, [subject.point], start, stop, shown)[subject.point]
-        together = None
-        if not judged_alone(subject.dictionary):
-            together = _together(subject, to_torch(chunk), sigma[start:stop][owner], owner + start, features_on)
-        for image in here.tolist():
-            kept, features = shown[image - start], features_on[image]
-            if together is not None:
-                z = together.get(image, np.zeros((0, len(features)), np.float32))
+    alone = judged_alone(subject.dictionary)
+    for chunk in counted_chunks(store, subject.site.stream, step, images, padding=False):
+        start, owner = chunk.start, chunk.rows[0]
+        read = analysis.rows.read(subject.site, step, [subject.point], start, chunk.stop, chunk.rows)[subject.point]
+        together = {}
+        if not alone:
+            together = _together(subject, to_torch(read), sigma[start + owner], start + owner, features_on)
+        for image in images[(images >= start) & (images < chunk.stop)].tolist():
+            mine, features = owner == image - start, features_on[image]
+            if alone:
+                z = _activations(subject, to_torch(read[mine]), float(sigma[image]), features)
             else:
-                z = _activations(subject, to_torch(chunk[owner == image - start]), float(sigma[image]), features)
+                z = together.get(image, np.zeros((0, len(features)), np.float32))
             for column, feature in enumerate(features):
-                yield feature, Heat(image, positions[image - start][kept], z[:, column])
+                yield feature, Heat(image, chunk.row_positions[mine], z[:, column])
 
 
 def _together(

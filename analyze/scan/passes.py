@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
-from analyze.counted import counted_rows, text_lengths
+from analyze.counted import counted_chunks
 from analyze.inputs import Analysis, Subject, sigmas
 from analyze.scoring.scores import encoded
 from store.sites import Site
@@ -67,16 +67,10 @@ def _chunks(
     analysis: Analysis, site: Site, step: int, images: Int[np.ndarray, " image"], choice: TokenChoice, padding: bool
 ) -> Iterator[tuple[int, int, _Rows]]:
     """Start, stop and wanted rows of every chunk that holds some of the images."""
-    store, lengths = analysis.store, text_lengths(analysis.store)
-    for start in (np.unique(images // store.chunk_images) * store.chunk_images).tolist():
-        stop = min(start + store.chunk_images, store.n_images)
-        positions = store.tokens(site.stream, step, start, stop)
-        counted = counted_rows(positions, site.stream, lengths[start:stop], store.meta.max_sequence_length, padding)
-        counted[~np.isin(np.arange(start, stop), images)] = False
-        image, slot = np.nonzero(counted)
-        position = np.asarray(positions[image, slot], np.int64)
-        inside, wanted = choice.of(image + start, position)
-        yield start, stop, _Rows(image[wanted], slot[wanted], position[wanted], inside[wanted])
+    for chunk in counted_chunks(analysis.store, site.stream, step, images, padding):
+        (image, slot), position = chunk.rows, chunk.row_positions
+        inside, wanted = choice.of(image + chunk.start, position)
+        yield chunk.start, chunk.stop, _Rows(image[wanted], slot[wanted], position[wanted], inside[wanted])
 
 
 def countable(

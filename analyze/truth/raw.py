@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-from analyze.counted import counted_rows, text_lengths
+from analyze.counted import counted_chunks
 from analyze.inputs import Analysis, sigmas
 from analyze.truth.attributes import TokenLabels
 from analyze.truth.choosing import Choice, empty_choice
@@ -86,16 +86,10 @@ def _chunks(
     analysis: Analysis, site: Site, step: int, images: Int[np.ndarray, " row"], padding: bool
 ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray, dict[Point, np.ndarray]]]:
     """Start, stop, and of the counted rows of the images there: image (from start), position, and float32 activations."""
-    store, lengths = analysis.store, text_lengths(analysis.store)
-    for start in (np.unique(images // store.chunk_images) * store.chunk_images).tolist():
-        stop = min(start + store.chunk_images, store.n_images)
-        positions = store.tokens(site.stream, step, start, stop)
-        counted = counted_rows(positions, site.stream, lengths[start:stop], store.meta.max_sequence_length, padding)
-        counted[~np.isin(np.arange(start, stop), images)] = False
-        image, slot = np.nonzero(counted)
-        read = analysis.rows.read(site, step, analysis.rows.points, start, stop, (image, slot))
+    for chunk in counted_chunks(analysis.store, site.stream, step, images, padding):
+        read = analysis.rows.read(site, step, analysis.rows.points, chunk.start, chunk.stop, chunk.rows)
         floats = {point: np.asarray(values, np.float32) for point, values in read.items()}
-        yield start, stop, image, np.asarray(positions[image, slot], np.int64), floats
+        yield chunk.start, chunk.stop, chunk.rows[0], chunk.row_positions, floats
 
 
 def _pool(
