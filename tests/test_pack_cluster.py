@@ -125,9 +125,9 @@ def test_a_job_finds_out_for_itself_that_it_came_to_the_wrong_place(
 ) -> None:
     settings = PackSettings(store=alone[0], out=tmp_path / "p")
     with pytest.raises(MismatchError, match="another version"):
-        cluster._hands(Job(settings, 10**9, "key", "0" * 64))
+        cluster._new_hands(Job(settings, 10**9, "key", "0" * 64))
     with pytest.raises(MismatchError, match="another store"):
-        cluster._hands(Job(settings, 10**9, "key", sources_of(ROOT / "store")))
+        cluster._new_hands(Job(settings, 10**9, "key", sources_of(ROOT / "store")))
 
 
 def test_a_cluster_that_lost_its_workers_is_given_up(
@@ -162,19 +162,19 @@ def test_a_worker_holds_one_room_whatever_its_threads_and_gives_it_back(
 ) -> None:
     settings = PackSettings(store=alone[0], out=tmp_path / "p")
     job = cluster.job_of(PackPlan(open_store(alone[0]), settings), 10**9)
-    hands = cluster._hands(job)
-    rooms = [hands._room(100)]
+    with cluster._held.hands(job) as hands:
+        rooms = [hands._room(100)]
     (other := threading.Thread(target=lambda: rooms.append(hands._room(100)))).start()
     other.join()
-    assert np.shares_memory(*rooms) and cluster._hands(job) is hands
-    with cluster._one_at_a_time:
+    assert np.shares_memory(*rooms)
+    with cluster._held.hands(job) as again:
         cluster.end(job)  # a task is being done: the memory goes with its end
-        assert job in cluster._held
-    cluster._forget_ended()
-    assert not cluster._held
-    cluster._hands(job)
+        assert again is hands and len(cluster._held) == 1
+    assert len(cluster._held) == 0
+    with cluster._held.hands(job) as anew:
+        assert anew is not hands
     cluster.end(job)
-    assert not cluster._held
+    assert len(cluster._held) == 0
 
 
 def start(words: list[str]) -> "subprocess.Popen[str]":

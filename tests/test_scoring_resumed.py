@@ -243,7 +243,7 @@ def test_the_workers_of_a_cluster_write_the_same_bytes(
         settings = options_of(folder, tmp_path / "out", scheduler=there.scheduler_address)
         scores.run(settings)
         assert digests(tmp_path / "out") == expected
-        assert not cluster._held
+        assert len(cluster._held) == 0
         monkeypatch.setattr(cluster, "LOADED", ("another",) * 2)
         job = cluster.job_of(plan.ScorePlan(open_analysis(settings), settings, ()))
         monkeypatch.undo()

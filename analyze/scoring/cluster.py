@@ -3,7 +3,6 @@
 A worker opens store and dictionaries for itself and does one task at a time, with one thread, whatever its threads are.
 """
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from store.errors import MismatchError
 from store.packing.cluster import SOURCES, ClusterCrew
 from store.packing.courier import sources_of
 from store.packing.crew import Progress, peak_memory
+from store.packing.held import Held
 from train.stopping import thread_count
 
 LOADED = tuple(sources_of(Path(package.__file__ or "").parent) for package in (train, analyze))
@@ -51,45 +51,19 @@ def job_of(plan: ScorePlan) -> ScoreJob:
     return ScoreJob(whole, plan.store.id, subjects, plan.device.type, SOURCES, LOADED)
 
 
-_one_at_a_time = threading.Lock()
-_held: dict[ScoreJob, Hands] = {}
-_ended: set[ScoreJob] = set()
-
-
 def work(job: ScoreJob, task: Task) -> tuple[None, str, int]:
     """Do a task in a worker; the process's id and greatest memory."""
     import distributed
 
-    with _one_at_a_time, thread_count(1):
-        try:
-            hands = _hands(job)
-            hands.let_go(keep=[name for name, _ in task.panes])
-            hands.do(task)
-        finally:
-            _forget_ended()
+    with _held.hands(job) as hands, thread_count(1):
+        hands.let_go(keep=[name for name, _ in task.panes])
+        hands.do(task)
     return None, distributed.get_worker().id, peak_memory()
 
 
 def end(job: ScoreJob) -> None:
     """Let a worker give back the memory of a job: at once, or when the task that it does has ended."""
-    _ended.add(job)
-    if _one_at_a_time.acquire(blocking=False):  # the worker's event loop, which asks, must not wait
-        try:
-            _forget_ended()
-        finally:
-            _one_at_a_time.release()
-
-
-def _forget_ended() -> None:
-    while _ended:
-        _held.pop(_ended.pop(), None)
-
-
-def _hands(job: ScoreJob) -> Hands:
-    if job not in _held:
-        _held.clear()
-        _held[job] = _new_hands(job)
-    return _held[job]
+    _held.end(job)
 
 
 def _new_hands(job: ScoreJob) -> Hands:
@@ -110,6 +84,9 @@ def _new_hands(job: ScoreJob) -> Hands:
             "and a machine of one kind"
         )
     return Hands(plan, lambda _count: None)
+
+
+_held: Held[ScoreJob, Hands] = Held(_new_hands)
 
 
 class ScoreCluster(ClusterCrew):

@@ -26,6 +26,7 @@ from store.packing.budget import Budget
 from store.packing.courier import sources_of
 from store.packing.crew import Crew, Progress, peak_memory
 from store.packing.folder import SCRATCH_MARK, Entry, PackFolder, scratch_of
+from store.packing.held import Held
 from store.packing.plan import PackPlan
 from store.packing.settings import PackSettings
 from store.packing.tasks import Hands, Task
@@ -66,44 +67,18 @@ def job_of(plan: PackPlan, memory: int) -> Job:
     return Job(whole, memory, plan.key, SOURCES)
 
 
-_one_at_a_time = threading.Lock()
-_held: dict[Job, Hands] = {}
-"""of one job at most: its hands, and with them the memory for activations"""
-_ended: set[Job] = set()
-
-
 def work(job: Job, task: Task) -> tuple[dict[str, Entry], str, int]:
     """Do a task in a worker; the files it made, and the process's id and greatest memory."""
     import distributed
 
-    with _one_at_a_time:
-        try:
-            files = _hands(job).do(task)
-        finally:
-            _forget_ended()
+    with _held.hands(job) as hands:
+        files = hands.do(task)
     return files, distributed.get_worker().id, peak_memory()
 
 
 def end(job: Job) -> None:
     """Let a worker give back the memory of a job: at once, or when the task that it does has ended."""
-    _ended.add(job)
-    if _one_at_a_time.acquire(blocking=False):  # the worker's event loop, which asks, must not wait
-        try:
-            _forget_ended()
-        finally:
-            _one_at_a_time.release()
-
-
-def _forget_ended() -> None:
-    while _ended:
-        _held.pop(_ended.pop(), None)
-
-
-def _hands(job: Job) -> Hands:
-    if job not in _held:
-        _held.clear()
-        _held[job] = _new_hands(job)
-    return _held[job]
+    _held.end(job)
 
 
 def _new_hands(job: Job) -> Hands:
@@ -116,6 +91,9 @@ def _new_hands(job: Job) -> Hands:
         raise MismatchError(f"a worker finds another store at {job.settings.store}")
     folder = PackFolder(plan, job.settings.out, job.settings.scratch)
     return Hands(plan, Budget(plan, job.memory, lanes=1), folder, lambda _count: None, one_at_a_time=True)
+
+
+_held: Held[Job, Hands] = Held(_new_hands)
 
 
 def courier_code() -> dict[str, Any]:
