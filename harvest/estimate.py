@@ -20,7 +20,8 @@ from store.errors import GranaryError
 from store.format import StoreMeta
 from store.layout import STORE_COMMIT
 from store.sites import Stream
-from store.sizes import human_size
+from store.sites import spans as spans
+from store.sizes import human_size, many
 
 FEW_BATCHES = 16
 """a harvest of fewer batches is not timed beforehand unless `--plan` asks: that would take longer than it tells"""
@@ -55,7 +56,7 @@ def announce(plan: Outline, out: Path | None, missing: Sequence[int], measure: b
 
     With `measure` a batch is drawn and a file is written to tell the time, unless there is little to do.
     """
-    meta, volume = plan.meta, volume_of(plan)
+    meta, volume = plan.meta, volume_of(plan, missing)
     new = bool(missing) and (out is None or not (out / STORE_COMMIT).exists())
     print("\n".join(_head(plan, out, missing)), flush=True)
     if not missing:
@@ -70,13 +71,17 @@ def announce(plan: Outline, out: Path | None, missing: Sequence[int], measure: b
     print(_line("time", _time(plan, volume, disk, missing) if measure else "not measured"), flush=True)
 
 
-def volume_of(plan: Outline) -> Volume:
-    """The files that a plan's store consists of."""
-    policy, files = plan.meta.weights["policy"], plan.meta.weights.get("files", {})
-    count = (len(set(files.values())) or len(plan.meta.sites)) if policy == "copy" else 0
-    prompts = plan.prompts
+def volume_of(plan: Outline, parts: Sequence[int] | None = None) -> Volume:
+    """The files that a plan's store consists of; traces are those of the images of `parts`, or all."""
+    meta, prompts = plan.meta, plan.prompts
+    policy, files = meta.weights["policy"], meta.weights.get("files", {})
+    count = (len(set(files.values())) or len(meta.sites)) if policy == "copy" else 0
     text = TEXT_BYTES if prompts is None else float(np.mean([len(p.text.encode()) for p in prompts.found]))
-    return Volume(plan.meta, text, (plan.weights_file_bytes,) * count)
+    blocks = 0 if meta.traced is None else len(set(meta.traced.weights or meta.traced.blocks))
+    weights = (plan.weights_file_bytes,) * count + (plan.attention_file_bytes,) * blocks
+    chosen = None if parts is None else set(parts)
+    traced = sum(chosen is None or image // meta.chunk_images in chosen for image in meta.traced_images)
+    return Volume(meta, text, weights, traced)
 
 
 def refuse_what_does_not_fit(volume: Volume, disk: Disk, parts: int, new: bool) -> None:
@@ -91,7 +96,7 @@ def refuse_what_does_not_fit(volume: Volume, disk: Disk, parts: int, new: bool) 
             f"--targets recomputed, or a larger disk. What fits: the same command with --plan --budget "
             f"{human_size(disk.free).replace(' ', '')}"
         )
-    inodes = volume.files(parts, new) + (volume.folders if new else 0)
+    inodes = volume.files(parts, new) + (volume.folders if new else 0) + volume.trace_folders
     if disk.inodes is not None and inodes > disk.inodes:
         raise GranaryError(
             f"{inodes:,} files and folders are still to be written and the disk at {disk.folder} has {disk.inodes:,} "
@@ -153,18 +158,27 @@ def _table(volume: Volume, parts: int, new: bool) -> list[str]:
         "all sites", f"{meta.store_dtype}, targets {meta.targets}, codec {meta.codec}{before}",
         human_size(meta.bytes_per_image), human_size(kinds["activations"]),
     ))  # fmt: skip
-    beside = {kind: size for kind, size in kinds.items() if size and kind not in ("activations", "weights")}
+    beside = {kind: size for kind, size in kinds.items() if size and kind not in ("activations", "traces", "weights")}
     rows.append(("beside", f"{', '.join(beside)} (estimated)", "", human_size(sum(beside.values()))))
+    if meta.traced is not None and volume.traced:
+        what = f"{meta.traced.text()}; {many(volume.traced, 'image')} now, their time not measured"
+        rows.append(("traces", what, human_size(kinds["traces"] / volume.traced), human_size(kinds["traces"])))
     if kinds.get("weights"):
-        each_file = f"{len(volume.weights)} of {human_size(volume.weights[0])}"
-        rows.append(
-            ("weights", f"MLP matrices, a file for each that differs: {each_file}", "", human_size(kinds["weights"]))
-        )
-    files, folders = volume.files(parts, new), volume.folders if new else 0
+        rows.append(("weights", _weights(volume), "", human_size(kinds["weights"])))
+    files, folders = volume.files(parts, new), (volume.folders if new else 0) + volume.trace_folders
     inodes = f"{files:,} files in {folders:,} new folders: {files + folders:,} inodes"
     rows.append(("in all", inodes, "", human_size(sum(kinds.values()))))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}".rstrip() for a, b, c, d in rows]
+
+
+def _weights(volume: Volume) -> str:
+    """How many files of matrices, of what and of how many bytes, a file for each that differs."""
+    traced = volume.meta.traced
+    blocks = 0 if traced is None else len(set(traced.weights or traced.blocks))
+    sites, attention = volume.weights[: len(volume.weights) - blocks], volume.weights[len(volume.weights) - blocks :]
+    kinds = {"MLP matrices, a file for each that differs": sites, "attention matrices of traced blocks": attention}
+    return "; ".join(f"{what}: {len(each)} of {human_size(each[0])}" for what, each in kinds.items() if each)
 
 
 def _kept(meta: StoreMeta, stream: Stream) -> str:
@@ -214,17 +228,6 @@ def _time(plan: Outline, volume: Volume, disk: Disk | None, missing: Sequence[in
         f"about {_duration(max(drawing, writing))}, limited by {limit}: {drawn}; files of {human_size(chunk)} were "
         f"written at {human_size(rate)}/s, {_duration(writing)} for these"
     )
-
-
-def spans(numbers: Sequence[int]) -> str:
-    """`0-3,7` for the ascending numbers 0, 1, 2, 3, 7."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _line(name: str, text: str) -> str:

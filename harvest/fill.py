@@ -10,10 +10,12 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -33,6 +35,7 @@ from harvest.remaining import is_extension, missing_parts
 from harvest.rows import picture_table, prompt_table, truth_of
 from harvest.settings import HarvestSettings
 from harvest.tiny_flux.scenes import PIXELS
+from harvest.tracing import Tracer
 from store.errors import LostLeaseError
 from store.format import StoreMeta, part_name
 from store.leases import Lease
@@ -85,11 +88,11 @@ def run(settings: HarvestSettings) -> Summary | None:
             seconds = time.monotonic() - begun
             note(line.images, seconds, finished)
     summary = Summary(out, done, seconds, finished)
-    print(_closing(summary, writer))
+    print(_closing(summary, writer, line.replay))
     return summary
 
 
-def _closing(summary: Summary, writer: StoreWriter) -> str:
+def _closing(summary: Summary, writer: StoreWriter, replay: Mapping[str, float]) -> str:
     rate = f" in {summary.seconds:.1f} s ({summary.images / summary.seconds:.1f} images/s)" if summary.images else ""
     if summary.finished:
         state = f"finished: {writer.meta.n_images} images"
@@ -98,8 +101,10 @@ def _closing(summary: Summary, writer: StoreWriter) -> str:
             f"not finished: {len(writer.missing())} of {writer.meta.n_parts} parts are still missing. "
             f"Go on: python -m harvest --resume {summary.store}"
         )
+    errors = ", ".join(f"{name} {error:.2g}" for name, error in sorted(replay.items()))
+    traces = f"traces are replayed with relative errors of at most: {errors}\n" if errors else ""
     return (
-        f"{summary.store}: {summary.images} images harvested{rate}; the store is {state}.\n"
+        f"{summary.store}: {summary.images} images harvested{rate}; the store is {state}.\n{traces}"
         f"Look at it: python -m store info {summary.store}"
     )
 
@@ -110,6 +115,8 @@ class _Line:
     def __init__(self, plan: Plan, writer: StoreWriter, bar: "tqdm[None]") -> None:
         self.plan, self.writer, self.bar = plan, writer, bar
         self.images = 0
+        self.replay: dict[str, float] = {}
+        """the greatest errors of the traces that were drawn here"""
         self._leases: dict[int, Lease] = {}
         self._writing: tuple[int, Future[None]] | None = None
         self._todo: deque[int] = deque()
@@ -139,11 +146,12 @@ class _Line:
                         self._give_back(part)
                         self.bar.total -= self._count(part)
                         continue
-                    try:
-                        content = fill_part(self.plan, part, self.bar.update)
-                    except torch.OutOfMemoryError as error:
-                        raise too_large(self.plan.meta, self.plan.meta.batch_size, error) from None
+                    content = self._draw(part, lease)
                     self._settle()
+                    if content is None:
+                        continue
+                    for entry in content.traces.values():
+                        self.replay |= {n: max(e, self.replay.get(n, 0.0)) for n, e in entry["replay"].items()}
                     self._writing = part, pool.submit(self.writer.write_part, part, content, lease)
                     del content  # or the part would stay in memory while the one after the next is drawn
             finally:  # a part that is being written is finished; one that is being drawn is dropped
@@ -151,6 +159,22 @@ class _Line:
                 for part in list(self._leases):
                     self._give_back(part)
         return self.images
+
+    def _draw(self, part: int, lease: Lease) -> Part | None:
+        """The content of a part, its traces written already; None when the part was lost meanwhile, and is to be waited for."""
+        before = self.bar.n
+        try:
+            if self.plan.meta.traced is None:
+                return fill_part(self.plan, part, self.bar.update)
+            return fill_part(self.plan, part, self.bar.update, partial(self.writer.put_trace, lease))
+        except torch.OutOfMemoryError as error:
+            raise too_large(self.plan.meta, self.plan.meta.batch_size, error) from None
+        except LostLeaseError as error:
+            self.bar.write(str(error))
+            self.bar.update(before - self.bar.n)
+            self._todo.append(part)
+            self._give_back(part)
+            return None
 
     def _settle(self) -> None:
         """Wait for the part that is being written."""
@@ -189,16 +213,25 @@ class _Line:
         self.writer.leases.give_back(self._leases.pop(part))
 
 
-def fill_part(plan: Plan, part: int, advance: Callable[[int], object] | None = None) -> Part:
-    """The content of one part, drawn batch by batch; `advance` is told the images of each batch as it ends."""
-    return _Filler(plan, part).fill(advance)
+KeepTrace = Callable[[str, bytes, Mapping[str, float]], dict[str, Any]]
+
+
+def fill_part(
+    plan: Plan, part: int, advance: Callable[[int], object] | None = None, keep_trace: KeepTrace | None = None
+) -> Part:
+    """The content of one part, drawn batch by batch; `advance` is told the images of each batch as it ends.
+
+    `keep_trace` writes each trace as it is captured, and gives its entry in the commit; without it nothing is traced.
+    """
+    return _Filler(plan, part, keep_trace).fill(advance)
 
 
 class _Filler:
     """Draws the images of one part and gathers what is kept."""
 
-    def __init__(self, plan: Plan, part: int) -> None:
-        self.plan, self.meta = plan, plan.meta
+    def __init__(self, plan: Plan, part: int, keep_trace: KeepTrace | None) -> None:
+        self.plan, self.meta, self.keep_trace = plan, plan.meta, keep_trace
+        self.traces: dict[str, dict[str, Any]] = {}
         self.images = plan.meta.part_images(part)
         logical = plan.meta.carrier.logical
         count = len(self.images)
@@ -227,6 +260,7 @@ class _Filler:
                 [prompts.prompts[i].text for i in batch],
                 [prompts.seed_of(i, self.meta.seed) for i in batch],
                 lambda step, captured, first=first: self._keep(first, step, captured),  # type: ignore[misc]
+                self._tracer(batch),
             )
             sigma.append(drawn.sigma)
             scheduled.append(drawn.scheduler_sigma)
@@ -234,7 +268,19 @@ class _Filler:
             if advance is not None:
                 advance(len(batch))
         tables = self._tables(np.concatenate(sigma), np.concatenate(scheduled), pictures)
-        return Part(self.activations, self.positions, *tables, self.errors)
+        return Part(self.activations, self.positions, *tables, self.errors, self.traces)
+
+    def _tracer(self, batch: range) -> Tracer | None:
+        """What is traced of a batch."""
+        keep = self.keep_trace
+        if keep is None:
+            return None
+
+        def write(name: str, content: bytes, replay: Mapping[str, float]) -> None:
+            self.traces[name] = keep(name, content, replay)
+
+        images = {row: image for row, image in enumerate(batch) if image in self.meta.traced_images}
+        return Tracer(self.meta, images, write) if images else None
 
     def _tables(
         self, sigma: np.ndarray, scheduled: np.ndarray, pictures: Sequence[Image.Image | None]

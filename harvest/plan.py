@@ -25,7 +25,15 @@ from harvest.prompts import DATASET_MAX_CHARACTERS, IMAGES_DEFAULT, PromptSet, i
 from harvest.sample import Sampler
 from harvest.settings import HarvestSettings
 from harvest.text import Tokenized, tokenize
-from harvest.weights import file_bytes, weights_bytes, weights_files
+from harvest.traced import choose_traced
+from harvest.weights import (
+    attention_bytes,
+    attention_file,
+    attention_file_bytes,
+    file_bytes,
+    weights_bytes,
+    weights_files,
+)
 from store.errors import UsageError
 from store.format import CARRIERS, StoreDtype, StoreMeta, StreamTokens, chunk_images
 from store.sites import POINTS, Point, Site, Stream, parse_numbers
@@ -58,6 +66,11 @@ class Outline:
         """Bytes of a site's weights file, about."""
         return file_bytes(self.meta.d_model, self.meta.dtype)
 
+    @property
+    def attention_file_bytes(self) -> int:
+        """Bytes of a traced block's weights file, about."""
+        return attention_file_bytes(self.meta.d_model, self.meta.dtype)
+
 
 @dataclass(frozen=True)
 class Plan(Outline):
@@ -74,11 +87,15 @@ class Plan(Outline):
 
     @cached_property
     def _site_of_file(self) -> dict[str, Site]:
-        return {name: Site.parse(site) for site, name in self.meta.weights["files"].items()}
+        return {name: Site.parse(site) for site, name in self.meta.weights.get("files", {}).items()}
 
     def weights(self, name: str) -> bytes:
-        """The content of the weights file `name`, one of `meta.weights["files"]`."""
-        return weights_bytes(self.sampler.pipe.transformer, self._site_of_file[name])
+        """The content of the weights file `name`, one of `meta.weights_held`."""
+        transformer = self.sampler.pipe.transformer
+        if name in self._site_of_file:
+            return weights_bytes(transformer, self._site_of_file[name])
+        assert self.meta.traced is not None
+        return attention_bytes(transformer, self.meta.traced.weights.index(name))
 
 
 def make_outline(settings: HarvestSettings) -> Outline:
@@ -139,6 +156,7 @@ def make_plan(settings: HarvestSettings) -> Plan:
         prompts=prompts.source,
         weights=_weights_facts(settings, pipe, sites),
         versions=library_versions(),
+        traces=_traces_facts(meta, pipe),
     )
     sampler = Sampler(
         pipe,
@@ -195,7 +213,8 @@ def _meta(
         weights={},
         versions={},
     )
-    return chunked(meta)
+    traced = choose_traced(settings, meta, geometry)
+    return chunked(meta if traced is None else replace(meta, traces=traced.attributes()))
 
 
 def chunked(meta: StoreMeta) -> StoreMeta:
@@ -293,3 +312,10 @@ def _weights_facts(settings: HarvestSettings, pipe: "FluxPipeline", sites: tuple
     if settings.weights_policy == "none":
         return {"policy": "none"}
     return {"policy": settings.weights_policy, "files": weights_files(pipe.transformer, sites)}
+
+
+def _traces_facts(meta: StoreMeta, pipe: "FluxPipeline") -> dict[str, Any] | None:
+    if meta.traced is None:
+        return None
+    files = tuple(attention_file(pipe.transformer, block) for block in meta.traced.blocks)
+    return replace(meta.traced, weights=files).attributes()

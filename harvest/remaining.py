@@ -7,8 +7,7 @@ from harvest.plan import Outline, Plan
 from harvest.settings import HarvestSettings
 from store import layout
 from store.errors import UsageError
-from store.opening import peek, refuse_other, uncommitted
-from store.writer import refuse_extension
+from store.opening import peek, refuse_extension, refuse_other, uncommitted
 
 
 def is_extension(asked: HarvestSettings, plan: Outline) -> bool:

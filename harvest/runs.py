@@ -21,6 +21,7 @@ from store import layout
 from store.errors import UsageError
 from store.files import write_json
 from store.format import StoreMeta
+from store.sites import spans
 
 OF_THIS_RUN = ("out", "resume", "extend", "plan", "budget", "parts", "worker", "allow_mixed")
 """settings that say how a store is filled now, and nothing about its content"""
@@ -74,6 +75,8 @@ def keep_settings(settings: HarvestSettings, meta: StoreMeta, extending: bool) -
         device = "cpu" if meta.device == "cpu" else settings.device
         decided = {"threads": meta.threads, "dtype": meta.dtype, "images": meta.n_images, "device": device}
         decided["batch_size"] = meta.batch_size
+        if meta.traced is not None:  # the first ten of fewer are not the first ten of more
+            decided["trace_images"] = spans(meta.traced.images)
         write_json(file, {**_plain(settings), **decided})
 
 

@@ -6,6 +6,7 @@ step it was.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from PIL import Image
 
 from harvest.capture import Captured, capture
 from harvest.text import encode
+from harvest.tracing import Tracer, tracing
 from store.sites import Site
 
 if TYPE_CHECKING:
@@ -43,8 +45,15 @@ class Sampler:
     guidance: float
     pictures: bool
 
-    def draw(self, prompts: Sequence[str], seeds: Sequence[int], on_step: Callable[[int, Captured], None]) -> Drawn:
-        """Draw one picture a prompt; `on_step(step, captured)` is called as each denoising step ends."""
+    def draw(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        on_step: Callable[[int, Captured], None],
+        tracer: Tracer | None = None,
+    ) -> Drawn:
+        """Draw one picture a prompt; `on_step(step, captured)` is called as each denoising step ends, `tracer` as blocks end."""
+        transformer = self.pipe.transformer
         embeds, pooled = encode(self.pipe, prompts, self.max_sequence_length)
         sigmas: list[np.ndarray] = []
 
@@ -53,9 +62,12 @@ class Sampler:
             assert taken.sigma is not None, "the transformer ran without a timestep"
             sigmas.append(taken.sigma.cpu().numpy())
             on_step(step, taken)
+            if tracer is not None:
+                tracer.step = step + 1
             return {}
 
-        with capture(self.pipe.transformer, self.sites) as captured, torch.inference_mode():
+        traces = nullcontext() if tracer is None else tracing(transformer, tracer)
+        with capture(transformer, self.sites) as captured, traces, torch.inference_mode():
             output = self.pipe(
                 prompt_embeds=embeds,
                 pooled_prompt_embeds=pooled,

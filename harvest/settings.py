@@ -9,10 +9,12 @@ from store.errors import UsageError
 from store.format import Codec, StoreDtype, Targets
 from store.sites import parse_numbers
 from store.sizes import parse_size
+from store.traces import TraceDtype
 
 TINY_FLUX = "tiny-flux"
 SCHNELL = "black-forest-labs/FLUX.1-schnell"
 DEV = "black-forest-labs/FLUX.1-dev"
+OF_TRACES = ("trace_images", "trace_steps", "trace_blocks", "trace_dtype")
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,16 @@ class HarvestSettings:
     Default: ref, and copy for recomputed targets"""
     pictures: Literal["none", "webp", "png"] = "webp"
     """how the pictures are kept"""
+    trace: bool = False
+    """keep traces of some images as well: what `analyze graph` needs to compute circuits, and it then needs no FLUX"""
+    trace_images: str | None = None
+    """which images are traced, such as 0-9; default: the first 10"""
+    trace_steps: str | None = None
+    """at which of the kept steps, such as 1,3; default: all that are kept"""
+    trace_blocks: str | None = None
+    """which double blocks, from 0 without a gap, such as 0-15; default: up to the highest of --layers"""
+    trace_dtype: TraceDtype | None = None
+    """what traces are written in; default: float32 where the model computes in it, else bfloat16"""
     seed: int = 0
     """image i has noise seed seed + i unless the prompt file gives one; also seeds builtin prompts and token draws"""
     batch_size: int = 8
@@ -114,6 +126,9 @@ class HarvestSettings:
             raise UsageError(
                 f"--targets recomputed needs the MLP matrices in the store: leave out --weights {self.weights}, or say copy"
             )
+        lone = [name for name in OF_TRACES if getattr(self, name) is not None and not self.trace]
+        if lone:
+            raise UsageError(f"--{lone[0].replace('_', '-')} says what to trace: give --trace as well")
         if self.worker is not None:
             self.worker_of()
             if self.parts != "all":

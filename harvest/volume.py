@@ -13,9 +13,10 @@ from typing import Literal
 import numpy as np
 
 from store.chunks import TRAILER
-from store.format import StoreMeta, array_specs, metadata_files, part_files
+from store.format import StoreMeta, array_specs, metadata_files, numbered_files
+from store.traces import TRACE_DTYPES, trace_shapes
 
-Kind = Literal["activations", "tokens", "prompts", "pictures", "statistics", "commits", "metadata", "weights"]
+Kind = Literal["activations", "tokens", "prompts", "pictures", "statistics", "commits", "metadata", "weights", "traces"]
 
 PICTURE_BYTES_A_PIXEL = {"none": 0.0, "webp": 0.35, "png": 1.5}
 TABLE_BYTES = 5_000
@@ -26,6 +27,8 @@ STATISTICS_BYTES = 900
 """of an array beside 16 bytes a channel: counts of norms, names"""
 COMMIT_BYTES, COMMIT_SCALARS = 190, 240
 """a commit's words about a file, and about the statistics of an array"""
+TRACE_HEADER = 80
+"""what a trace's file says of a tensor; and a commit of a trace beside what it says of any file"""
 DOCUMENT_BYTES = 760
 """the metadata of an array"""
 
@@ -39,6 +42,22 @@ class Volume:
     """an average prompt's text"""
     weights: tuple[int, ...]
     """sizes of the weights files that the store holds"""
+    traced: int = 0
+    """traced images in the parts that are to be written"""
+
+    @cached_property
+    def traces(self) -> dict[Kind, Counter[int]]:
+        """{kind: {size of a file: how many}} of the traces of the traced images, and what commits say of them."""
+        traced = self.meta.traced
+        if traced is None or not self.traced:
+            return {}
+        count = self.traced * len(traced.steps)
+        sizes: Counter[int] = Counter()
+        for block in traced.blocks:
+            tensors = trace_shapes(self.meta, block)
+            data = sum(TRACE_DTYPES[dtype].itemsize * prod(shape) for dtype, shape in tensors.values())
+            sizes[data + TRACE_HEADER * (len(tensors) + 2)] += count
+        return {"traces": sizes, "commits": _one((COMMIT_BYTES + TRACE_HEADER) * sizes.total())}
 
     @cached_property
     def part(self) -> dict[Kind, Counter[int]]:
@@ -54,7 +73,7 @@ class Volume:
         if meta.pictures != "none":
             found["pictures"] = _one(TABLE_BYTES + meta.chunk_images * picture)
         found["statistics"] = _one(arrays * (16 * meta.d_model + STATISTICS_BYTES))
-        found["commits"] = _one(COMMIT_BYTES * len(part_files(meta, 0)) + COMMIT_SCALARS * arrays)
+        found["commits"] = _one(COMMIT_BYTES * len(numbered_files(meta, 0)) + COMMIT_SCALARS * arrays)
         return found
 
     @cached_property
@@ -66,24 +85,29 @@ class Volume:
         return {"metadata": small, "weights": Counter(self.weights)}
 
     def by_kind(self, parts: int, new: bool) -> dict[Kind, int]:
-        """Bytes by kind of so many parts; with `new` also of what is written once."""
-        sums = {kind: parts * _total(files) for kind, files in self.part.items()}
-        return sums | {kind: _total(files) for kind, files in self.once.items() if new}
+        """Bytes by kind of so many parts, with the traces; with `new` also of what is written once."""
+        sums = Counter({kind: parts * _total(files) for kind, files in self.part.items()})
+        for kind, files in self.traces.items():
+            sums[kind] += _total(files)
+        return dict(sums) | {kind: _total(files) for kind, files in self.once.items() if new}
 
     def on_disk(self, parts: int, new: bool, block: int) -> int:
         """Bytes in whole blocks of the file system, which is what they take of it."""
         size = sum(_total(files, block) for files in self.part.values()) * parts
+        size += sum(_total(files, block) for files in self.traces.values())
         return size + (sum(_total(files, block) for files in self.once.values()) if new else 0)
 
     def files(self, parts: int, new: bool) -> int:
         """How many files that is, the seal among those that are written once."""
-        return parts * (len(part_files(self.meta, 0)) + 1) + (sum(c.total() for c in self.once.values()) if new else 0)
+        traces = self.traces.get("traces", Counter()).total()
+        once = sum(c.total() for c in self.once.values()) if new else 0
+        return parts * (len(numbered_files(self.meta, 0)) + 1) + traces + once
 
     @cached_property
     def folders(self) -> int:
-        """How many folders a store has, its own included."""
+        """How many folders a store has, its own included, and without those of traces."""
         names = [
-            *part_files(self.meta, 0),
+            *numbered_files(self.meta, 0),
             *metadata_files(self.meta),
             "commits/x",
             *["weights/x"][: len(self.weights)],
@@ -91,9 +115,16 @@ class Volume:
         above = {"/".join(name.split("/")[:depth]) for name in names for depth in range(name.count("/") + 1)}
         return len(above)
 
+    @property
+    def trace_folders(self) -> int:
+        """How many folders the traces come in: one for all, one an image, one a step of each."""
+        traced = self.meta.traced
+        return 0 if traced is None or not self.traced else 1 + self.traced * (1 + len(traced.steps))
+
     def parts_within(self, size: int, new: bool, block: int = 1) -> int:
         """The greatest number of parts that fit into so many bytes, not below 0."""
-        once, part = self.on_disk(0, new, block), self.on_disk(1, False, block)
+        once = self.on_disk(0, new, block)
+        part = self.on_disk(1, new, block) - once
         return max((size - once) // part, 0)
 
 

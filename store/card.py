@@ -56,6 +56,7 @@ def _about(meta: StoreMeta) -> list[str]:
         ("points", ", ".join(meta.points) + _targets(meta)),
         ("tokens kept", tokens),
         ("channels", str(meta.d_model)),
+        *([("traces", f"{meta.traced.text()} (for attribution graphs)")] if meta.traced is not None else []),
         ("stored as", DTYPES[meta.store_dtype] + ("" if meta.codec == "none" else f", compressed by {meta.codec}")),
         ("computed in", f"{meta.dtype} on {meta.device}"),
         *_parent(meta),

@@ -8,7 +8,8 @@ tokens/img/step.2                  (image, token) int32 kept positions, -1 where
 prompts/part-00000.parquet         one row an image
 images/part-00000.parquet          the pictures
 statistics/part-00000.safetensors  float64 sums of a part
-weights/sha256-….safetensors       the MLP matrices of a site, with `--weights copy`
+traces/image-00000017/step.2/double.06.safetensors     what circuits are computed from (`store.traces`)
+weights/sha256-….safetensors       the MLP matrices of a site, with `--weights copy`; the attention's of a traced block
 commits/store.json                 checksums of everything written at creation
 commits/part-00000.json            a sealed part, written last
 seal.json                          the hash of every commit
@@ -28,6 +29,7 @@ from numpy.typing import DTypeLike
 from store.errors import ForeignError, UsageError
 from store.files import json_bytes, sha256_bytes
 from store.sites import POINTS, Point, Site, Stream
+from store.traces import Traced, check_traced, trace_files
 
 FORMAT_VERSION = 1
 CHUNK_BYTES = 24 * 2**20
@@ -133,6 +135,24 @@ class StoreMeta:
     versions: dict[str, str]
     parent: dict[str, Any] | None = None
     format_version: int = field(default=FORMAT_VERSION)
+    traces: dict[str, Any] | None = None
+    """what is traced (`store.traces.Traced.attributes`); absent from the JSON of a store without traces"""
+
+    @cached_property
+    def traced(self) -> Traced | None:
+        """What is traced; None where nothing is."""
+        return None if self.traces is None else Traced.of(self.traces)
+
+    @cached_property
+    def traced_images(self) -> frozenset[int]:
+        """The images of which there are traces."""
+        return frozenset() if self.traced is None else frozenset(self.traced.images)
+
+    @property
+    def weights_held(self) -> list[str]:
+        """The files in `weights/`, each once: MLP matrices with policy `copy`, matrices of traced blocks."""
+        copied = self.weights["files"].values() if self.weights.get("policy") == "copy" else ()
+        return sorted({*copied, *(self.traced.weights if self.traced is not None else ())})
 
     @cached_property
     def site_objects(self) -> tuple[Site, ...]:
@@ -183,7 +203,7 @@ class StoreMeta:
 
     def attributes(self) -> dict[str, Any]:
         """As JSON carries it."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "traces" or value is not None}
 
     @classmethod
     def from_attributes(cls, found: Any, where: str) -> "StoreMeta":
@@ -198,8 +218,8 @@ class StoreMeta:
                 "Use the version of Granary that wrote it."
             )
         expected = {f.name for f in fields(cls)}
-        if set(found) != expected:
-            odd = sorted(expected ^ set(found))
+        if set(found) | {"traces"} != expected:
+            odd = sorted((expected ^ set(found)) - {"traces"})
             raise ForeignError(
                 f"{where}: the attribute 'granary' does not have version 1's keys; missing or unknown: {odd}"
             )
@@ -255,6 +275,7 @@ def _check_values(meta: StoreMeta) -> None:
     if meta.parent is not None and not isinstance(meta.parent, dict):
         raise UsageError(f"parent is {meta.parent!r}")
     _check_weights(meta)
+    check_traced(meta, WEIGHTS_NAME)
     largest = max(tokens.kept for tokens in meta.tokens.values()) * meta.row_bytes * meta.chunk_images
     if meta.n_parts > MOST_PARTS or largest > MOST_CHUNK_BYTES:
         raise UsageError(f"it has {meta.n_parts} parts and chunks of {largest} bytes")
@@ -343,9 +364,14 @@ def part_tables(meta: StoreMeta, part: int) -> tuple[str, ...]:
     return (*names, f"images/{part_name(part)}.parquet") if meta.pictures != "none" else tuple(names)
 
 
+def numbered_files(meta: StoreMeta, part: int) -> tuple[str, ...]:
+    """The files that every part has, under its number: chunks and tables."""
+    return (*(chunk_file(spec.name, part) for spec in array_specs(meta)), *part_tables(meta, part))
+
+
 def part_files(meta: StoreMeta, part: int) -> tuple[str, ...]:
     """Every file that a part consists of, its commit aside: known without listing a folder."""
-    return (*(chunk_file(spec.name, part) for spec in array_specs(meta)), *part_tables(meta, part))
+    return (*numbered_files(meta, part), *trace_files(meta, meta.part_images(part)))
 
 
 def metadata_files(meta: StoreMeta) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from store.places import place_of
 from store.reader import Store
 from store.shards import is_pack, open_pack
 from store.sites import Point, Site
+from store.sizes import human_size
 from store.statistics import Statistics
 
 COLUMNS = 5
@@ -65,6 +66,7 @@ def describe(store: Store) -> str:
         ("tokens", ", ".join(f"{stream}: {t.kept} of {t.total} ({t.policy})" for stream, t in meta.tokens.items())),
         ("numbers", f"d_model {meta.d_model}, computed in {meta.dtype} on {meta.device}, stored as {_stored(store)}"),
         ("targets", _targets(store)),
+        *([("traces", _traces(store))] if store.traced is not None else []),
         (
             "size",
             f"{store.size_bytes / 1e9:.3f} GB in {len(store.committed_parts)} of {meta.n_parts} parts of {meta.chunk_images} images",
@@ -116,6 +118,14 @@ def _targets(store: Store) -> str:
     weights = {"none": "not mentioned", "ref": "named by hash", "copy": "in the store"}[store.meta.weights["policy"]]
     targets = "mlp_out is computed from mlp_in when it is needed" if store.recomputed else ", ".join(store.points)
     return f"{targets}; MLP matrices {weights}"
+
+
+def _traces(store: Store) -> str:
+    """What is traced, its bytes, and how well blocks follow from it."""
+    assert store.traced is not None
+    errors = ", ".join(f"{name} {error:.2g}" for name, error in store.replay_errors().items())
+    replay = f"; replayed with relative errors of at most: {errors}" if errors else ", none committed yet"
+    return f"{store.traced.text()}{', ' + human_size(store.trace_bytes) if errors else ''}{replay}"
 
 
 def _splits(store: Store) -> str:

@@ -1,6 +1,7 @@
 """What lies at a path before anything is written there: nothing, this run, the same run begun elsewhere, or something else."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from store.files import is_temporary, json_bytes
 from store.format import StoreMeta
 from store.places import Place, place_of
 
-OURS = {layout.CARD, "activations", "tokens", "prompts", "images", "statistics", "weights", "commits"}
+OURS = {layout.CARD, "activations", "tokens", "prompts", "images", "statistics", "traces", "weights", "commits"}
 OF_LENGTH = {"n_images", "prompts.sha256", "prompts.count"}
 MAY_BE_MIXED = ("batch_size", "threads", "device", "versions")
 """what may differ between the runs that fill one store, with `--allow-mixed`: it changes roundings, and no meaning"""
@@ -88,6 +89,30 @@ def refuse_difference(path: Path, found: StoreMeta, meta: StoreMeta, allow_mixed
     if odd and not (allow_mixed and len(mixed) == len(odd)):
         raise UsageError(_other_run(path, there, here, odd))
     return mixed or None
+
+
+def refuse_extension(path: Path, meta: StoreMeta, allow_mixed: bool = False) -> tuple[StoreMeta, dict[str, Any] | None]:
+    """The meta to write under, and what is mixed; `UsageError` unless the store at `path` can grow into what `meta` describes."""
+    found = peek(path)
+    if found is None:
+        raise UsageError(f"there is no store at {path} to extend")
+    grown = replace(found, n_images=meta.n_images, prompts=meta.prompts)
+    mixed = refuse_difference(path, grown, meta, allow_mixed)
+    last = found.n_parts - 1
+    if is_short(found, meta) and (path / layout.part_commit(last)).exists():
+        raise UsageError(
+            f"{path} has {found.n_images} images, {found.chunk_images} a chunk: its last chunk is not full, and committed "
+            f"chunks are never changed. Take the last part out first (python -m store rm {path} --parts {last}), "
+            "then extend: it is made again"
+        )
+    if meta.n_images < found.n_images:
+        raise UsageError(f"{path} has {found.n_images} images already; --images {meta.n_images} would be fewer")
+    return grown, mixed
+
+
+def is_short(found: StoreMeta, meta: StoreMeta) -> bool:
+    """Whether the last part of a store becomes longer when the store does."""
+    return bool(found.n_images % found.chunk_images) and meta.n_images != found.n_images
 
 
 def _is_ours(path: Path) -> bool:

@@ -41,13 +41,13 @@ from store.places import Place, place_of
 from store.sites import Point, Site, Stream
 from store.sizes import human_size
 from store.statistics import Statistics, merged
+from store.trace_reading import TraceReader
 
-TABLES_KEPT, COMMITS_KEPT = 8, 64
-REMOTE_THREADS = 8
+TABLES_KEPT, COMMITS_KEPT, REMOTE_THREADS = 8, 64, 8
 
 
-class Store:
-    """A store opened for reading; `open_store(path)` is the way to one."""
+class Store(TraceReader):
+    """A store opened for reading; `open_store(path)` is the way to one.  Traces: `TraceReader`."""
 
     def __init__(self, place: Place, meta: StoreMeta, created: dict[str, Any], seal: dict[str, Any] | None) -> None:
         self.place, self.meta = place, meta
@@ -299,16 +299,16 @@ class Store:
             raise UsageError(f"{self.path} has no site {site}; it has {', '.join(self.meta.sites)}")
         if self.meta.weights["policy"] != "copy":
             return None
-        name = f"weights/{self.meta.weights['files'][str(site)]}"
-        data = trust.found(self.place, name)
-        if data is None:
-            raise trust.damaged(self.place, name, "is missing")
-        trust.check_entry(self.place, name, data, self._created["files"].get(name))
-        return data
+        return self._created_file(f"weights/{self.meta.weights['files'][str(site)]}")
+
+    def _created_file(self, name: str) -> bytes:
+        return self._checked(name, self._created["files"].get(name))
 
     def _file(self, name: str, part: int) -> bytes:
         """A file of a part, checked against its commit."""
-        entry = self.commit(part)["files"].get(name)
+        return self._checked(name, self.commit(part)["files"].get(name))
+
+    def _checked(self, name: str, entry: dict[str, Any] | None) -> bytes:
         data = trust.found(self.place, name)
         if data is None:
             raise trust.damaged(self.place, name, "is missing")

@@ -5,7 +5,7 @@ checkpoint files carry; single-stream blocks have one sequence and the stream `j
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -90,3 +90,14 @@ def _span(first: str, last: str | None, text: str) -> range:
     if high < low:
         raise UsageError(f"the range {first}-{last} in {text!r} runs backwards: write {last}-{first}")
     return range(low, high + 1)
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """`0-3,7` for the ascending numbers 0, 1, 2, 3, 7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

@@ -1,7 +1,8 @@
 """Writes a store, part by part, so that whatever can be seen is whole.
 
 1. Creation writes the Zarr metadata, the card and the weights, then `commits/store.json` with their checksums.
-2. A part's chunks, tokens, prompts, pictures and statistics are written, each by temporary file, fsync and rename.
+2. A part's chunks, tokens, prompts, pictures and statistics are written, each by temporary file, fsync and rename; its
+   traces before that, as they are captured.
 3. Its commit is published last: every file with length and SHA-256, and the commit's own checksum.
 4. When the last part lands, `seal.json` names the hash of every commit.
 
@@ -15,7 +16,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import pyarrow as pa
 
 from store import layout
 from store.chunks import encode, from_e4m3, padded, to_e4m3
-from store.errors import DamagedError, LostLeaseError, MismatchError, NonFiniteError, UsageError
+from store.errors import DamagedError, LostLeaseError, MismatchError, NonFiniteError
 from store.files import (
     fsync_folder,
     json_bytes,
@@ -48,7 +49,7 @@ from store.format import (
 )
 from store.leases import Lease, Leases
 from store.metadata import documents
-from store.opening import peek, refuse_difference, refuse_other, uncommitted
+from store.opening import is_short, peek, refuse_extension, refuse_other, uncommitted
 from store.sites import Point, Site, Stream
 from store.statistics import Statistics, array_statistics, statistics_bytes
 from store.tables import table_bytes
@@ -70,6 +71,8 @@ class Part:
     pictures: pa.Table | None
     errors: Mapping[Key, float] = field(default_factory=dict)
     """(site, step, point) -> sum of squared differences between what was computed and `activations`; absent: none"""
+    traces: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    """file -> its entry in the commit, for traces: `StoreWriter.put_trace` has written them already"""
 
 
 class StoreWriter:
@@ -142,7 +145,7 @@ class StoreWriter:
             self._check_origin(self.path / layout.part_commit(part))
         files = documents(meta)
         folders = {(self.path / name).parent for name in (*files, *part_files(meta, 0), layout.STORE_COMMIT)}
-        if meta.weights["policy"] == "copy":
+        if meta.weights_held:
             folders.add(self.path / "weights")
         for folder in (self.path / "commits", *sorted(folders)):  # first what shows that the folder is ours
             folder.mkdir(parents=True, exist_ok=True)
@@ -152,10 +155,9 @@ class StoreWriter:
             entries[name] = self._put(name, (files[name],), lease)
 
         _all_of([partial(put, name) for name in files])
-        if meta.weights["policy"] == "copy":
+        for name in meta.weights_held:  # one at a time: together they may be gigabytes
             assert weights is not None
-            for name in sorted(set(meta.weights["files"].values())):  # one at a time: together they may be gigabytes
-                entries[f"weights/{name}"] = self._put(f"weights/{name}", (weights(name),), lease)
+            entries[f"weights/{name}"] = self._put(f"weights/{name}", (weights(name),), lease)
         for folder in sorted({self.path, self.path.parent, *folders, *(f.parent for f in folders)}):
             fsync_folder(folder)
         record = self_checked({"files": dict(sorted(entries.items())), "origin": meta.origin, "parts": meta.n_parts})
@@ -185,6 +187,13 @@ class StoreWriter:
         with self.leases.held(part_name(part), wait) as lease:
             yield lease
 
+    def put_trace(self, lease: Lease, name: str, content: bytes, replay: Mapping[str, float]) -> dict[str, Any]:
+        """Write a trace's file before its part is committed, so that none waits in memory; its entry in the commit.
+
+        `replay` are its errors (`store.traces.REPLAYED`).  `LostLeaseError` when another process took the part over.
+        """
+        return {**self._put(name, (content,), lease), "replay": dict(replay)}
+
     def write_part(self, part: int, content: Part, lease: Lease | None = None) -> None:
         """Write and commit one part, under `lease` or one of its own.
 
@@ -195,7 +204,7 @@ class StoreWriter:
             with self.claim(part, wait=True) as own:
                 return self.write_part(part, content, own)
         images = self.meta.part_images(part)
-        entries: dict[str, dict[str, Any]] = {}
+        entries: dict[str, dict[str, Any]] = dict(content.traces)
         statistics: dict[Key, Statistics] = {}
 
         def put_array(key: Key) -> None:
@@ -221,7 +230,10 @@ class StoreWriter:
         entries[name] = self._put(name, (statistics_bytes(statistics),), lease)
         names = part_files(self.meta, part)
         assert set(entries) == set(names), sorted(set(entries) ^ set(names))
-        _all_of([partial(fsync_folder, folder) for folder in sorted({(self.path / name).parent for name in names})])
+        folders = {(self.path / name).parent for name in names} | {
+            f for name in content.traces for f in self._above(name)
+        }
+        _all_of([partial(fsync_folder, folder) for folder in sorted(folders)])
         scalars: dict[str, Any] = {}
         for (site, step, point), found in statistics.items():
             scalars.setdefault(str(site), {}).setdefault(str(step), {})[point] = found.scalars()
@@ -303,6 +315,10 @@ class StoreWriter:
         spec = self._specs[name.rpartition("/")[0]]
         return encode(padded(values, self.meta.chunk_images, spec.fill), spec.codec)
 
+    def _above(self, name: str) -> list[Path]:
+        """The folders that lead to a file: those of traces are made when it is written."""
+        return [self.path / folder for folder in Path(name).parents]
+
     def _put(self, name: str, pieces: Pieces, lease: Lease) -> dict[str, Any]:
         """Publish a file under a lease, and its length and SHA-256; the caller syncs the folder."""
         path = self.path / name
@@ -345,35 +361,11 @@ def sealed(path: Path, meta: StoreMeta) -> dict[str, Any]:
     return self_checked({"commits": commits})
 
 
-def refuse_extension(path: Path, meta: StoreMeta, allow_mixed: bool = False) -> tuple[StoreMeta, dict[str, Any] | None]:
-    """The meta to write under, and what is mixed; `UsageError` unless the store at `path` can grow into what `meta` describes."""
-    found = peek(path)
-    if found is None:
-        raise UsageError(f"there is no store at {path} to extend")
-    grown = replace(found, n_images=meta.n_images, prompts=meta.prompts)
-    mixed = refuse_difference(path, grown, meta, allow_mixed)
-    last = found.n_parts - 1
-    if _is_short(found, meta) and (path / layout.part_commit(last)).exists():
-        raise UsageError(
-            f"{path} has {found.n_images} images, {found.chunk_images} a chunk: its last chunk is not full, and committed "
-            f"chunks are never changed. Take the last part out first (python -m store rm {path} --parts {last}), "
-            "then extend: it is made again"
-        )
-    if meta.n_images < found.n_images:
-        raise UsageError(f"{path} has {found.n_images} images already; --images {meta.n_images} would be fewer")
-    return grown, mixed
-
-
-def _is_short(found: StoreMeta, meta: StoreMeta) -> bool:
-    """Whether the last part of a store becomes longer when the store does."""
-    return bool(found.n_images % found.chunk_images) and meta.n_images != found.n_images
-
-
 @contextmanager
 def _short_part(path: Path, meta: StoreMeta, leases: Leases) -> Iterator[None]:
     """Keep others from writing a last part that is short while the store becomes longer."""
     found = peek(path)
-    if found is None or not _is_short(found, meta):
+    if found is None or not is_short(found, meta):
         yield
         return
     name = part_name(found.n_parts - 1)

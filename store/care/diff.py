@@ -71,7 +71,7 @@ class Difference:
     metadata: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     """dotted key -> the values in A and in B"""
     only: dict[str, dict[str, str]] = field(default_factory=lambda: {"A": {}, "B": {}})
-    """what one store alone has: sites, steps, points, images, parts"""
+    """what one store alone has: sites, steps, points, traces, images, parts"""
     parts: dict[int, list[Costs]] = field(default_factory=dict)
     """part -> what differs in it, of what both have"""
     incomparable: str | None = None
@@ -147,6 +147,8 @@ class _Diff:
             for what in ("sites", "steps", "points"):
                 if more := [each for each in getattr(one, what) if each not in getattr(other, what)]:
                     only[what] = ", ".join(map(str, more))
+            if one.traced is not None and other.traced is None:
+                only["traces"] = f"of {one.traced.text()}"
             if one.n_images > other.n_images:
                 only["images"] = f"{other.n_images} to {one.n_images - 1}"
             if one.chunk_images == other.chunk_images:

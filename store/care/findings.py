@@ -21,11 +21,12 @@ from store import layout
 from store.format import StoreMeta
 from store.sites import Site
 from store.sizes import human_size
+from store.traces import parse_trace_file
 
 Kind = Literal["damaged", "missing", "other-run", "unlisted", "leftover", "unfinished", "unsealed", "unreadable"]
 What = Literal[
-    "activations", "scales", "tokens", "prompts", "pictures", "statistics",
-    "part", "record", "seal", "root", "metadata", "weights", "card", "nothing",
+    "activations", "scales", "tokens", "prompts", "pictures", "statistics", "traces",
+    "part", "record", "seal", "root", "metadata", "weights", "matrices", "card", "nothing",
 ]  # fmt: skip
 
 COUNTED: dict[Kind, tuple[str, str]] = {
@@ -48,12 +49,14 @@ NOUNS: dict[What, str] = {
     "prompts": "the prompts of a part",
     "pictures": "the pictures of a part",
     "statistics": "the statistics of a part",
+    "traces": "a trace",
     "part": "the commit of a part",
     "record": "the record of what creation wrote",
     "seal": "the seal",
     "root": "the store's metadata",
     "metadata": "Zarr's metadata",
     "weights": "MLP matrices",
+    "matrices": "attention matrices",
     "card": "the dataset card",
 }
 
@@ -87,12 +90,16 @@ class Costs:
                 return f"which tokens the rows of {images} are at {place}"
             case "prompts" | "pictures" | "statistics":
                 return f"the {self.what} of {images}"
+            case "traces":
+                return f"the traces of {images} at {place}"
             case "part":
                 return f"{images} at every site, step and point"
             case "metadata":
                 return f"no value, but plain Zarr readers do not find {place or 'what lies below it'}"
             case "weights":
                 return f"the MLP matrices of {', '.join(self.sites) or 'some sites'}"
+            case "matrices":
+                return f"the traces at {', '.join(self.sites)}, which need its attention matrices"
             case "root" | "record":
                 return "no value, but the store cannot be opened"
             case "seal":
@@ -134,7 +141,12 @@ def costs_of(name: str, meta: StoreMeta | None, images: tuple[int, int] | None) 
     }  # fmt: skip
     if name in plain:
         return Costs(plain[name])
+    if (trace := parse_trace_file(name)) is not None:
+        return Costs("traces", (trace[0], trace[0]), (f"block {trace[2]}",), (trace[1],))
     folder, _, file = name.partition("/")
+    if folder == "weights" and meta is not None and meta.traced is not None and file in meta.traced.weights:
+        blocks = (f"block {block}" for block, held in enumerate(meta.traced.weights) if held == file)
+        return Costs("matrices", sites=tuple(blocks))
     if folder == "weights":
         files = {} if meta is None else meta.weights.get("files", {})
         return Costs("weights", sites=tuple(site for site, held in files.items() if held == file))

@@ -22,11 +22,12 @@ from store.care.checking import Entry, differs, entry_of, in_parallel, refused
 from store.care.findings import Finding, Kind, costs_of, spans
 from store.errors import DamagedError, StoreError
 from store.files import json_bytes, parse_self_checked, self_checked, sha256_bytes
-from store.format import StoreMeta, metadata_files, part_files, part_name
+from store.format import StoreMeta, metadata_files, numbered_files, part_files, part_name
 from store.leases import Leases
 from store.metadata import documents
 from store.opening import read_meta
 from store.places import Place
+from store.traces import parse_trace_file, part_of_trace, trace_files
 
 RECORD = PurePosixPath(layout.STORE_COMMIT).stem
 BROKEN_JSON = (StoreError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
@@ -116,13 +117,13 @@ class Survey:
             whole: dict[str, Entry] = json.loads(record)["files"]
             return whole
         made: dict[str, Entry] = {name: entry_of(data) for name, data in documents(self.meta).items()}
-        return made | {f"weights/{name}": {} for name in weights_names(self.meta)}
+        return made | {f"weights/{name}": {} for name in self.meta.weights_held}
 
     def record(self) -> bytes | None:
         """The record of creation made again from the files that it lists; None when one of them cannot be read."""
         if self.meta is None:
             return None
-        names = (*metadata_files(self.meta), *(f"weights/{name}" for name in weights_names(self.meta)))
+        names = (*metadata_files(self.meta), *(f"weights/{name}" for name in self.meta.weights_held))
         try:
             files = {name: entry_of(self.place.read(name)) for name in sorted(names)}
         except OSError:
@@ -133,22 +134,25 @@ class Survey:
     def part_of(self, name: str) -> int | None:
         """The part that a file belongs to by its name, committed or not; None for what no part has."""
         pattern, part = _numbered(name)
-        return part if pattern in self.patterns and part < self.n_parts else None
+        if pattern in self.patterns and part < self.n_parts:
+            return part
+        return part_of_trace(name, self.meta, self._images)
 
     def names_of(self, part: int) -> list[str]:
         """The files that a part has, its commit aside; nothing where no name can be known."""
         numbered = (name.replace("c.#", f"c.{part}").replace("part-#", part_name(part)) for name in self.patterns)
-        return sorted(set(numbered) - {layout.part_commit(part)})
+        traces = trace_files(self.meta, self.meta.part_images(part)) if self.meta is not None else []
+        return sorted({*numbered, *traces} - {layout.part_commit(part)})
 
     @cached_property
     def patterns(self) -> set[str]:
-        """The names of a part's files without its number; empty where neither metadata nor any commit says them."""
+        """The names of a part's files without its number, traces left out; empty where neither metadata nor any commit says them."""
         names: Iterable[str] = ()
         if self.meta is not None:
-            names = part_files(self.meta, 0)
+            names = numbered_files(self.meta, 0)
         elif self.committed:
             names = self.files_of(next(iter(self.committed)))
-        found = {_numbered(name)[0] for name in names}
+        found = {_numbered(name)[0] for name in names if parse_trace_file(name) is None}
         return found | {_numbered(layout.part_commit(0))[0]} if found else found
 
     @cached_property
@@ -392,8 +396,3 @@ def _numbered(name: str) -> tuple[str, int]:
     if not (match[1] + match[2]).endswith(written):
         return "", -1
     return f"{match[1]}#{match[3]}", number
-
-
-def weights_names(meta: StoreMeta) -> list[str]:
-    """The files in `weights/`."""
-    return sorted(set(meta.weights["files"].values())) if meta.weights.get("policy") == "copy" else []

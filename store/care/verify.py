@@ -22,12 +22,13 @@ from store import layout
 from store.care.checking import Entry, Verdict, check_file, in_parallel, refused
 from store.care.findings import Finding, Report, counts
 from store.care.packs import verify_pack
-from store.care.survey import Survey, remaking, weights_names
+from store.care.survey import Survey, remaking
 from store.errors import DamagedError, UnfinishedError, UsageError
 from store.files import is_temporary, sha256_bytes
 from store.format import part_name
 from store.places import Place, place_of
 from store.shards import is_pack
+from store.traces import parse_trace_file
 
 LOCAL_THREADS, REMOTE_THREADS = 8, 16
 
@@ -150,7 +151,7 @@ class _Walk:
         self.seen, self.root = seen, root
         arrays = [pattern.rpartition("/")[0] for pattern in seen.patterns if "/c.#." in pattern]
         groups = {"", *arrays, *(folder for array in arrays for folder in _parents(array))}
-        weights = weights_names(seen.meta) if seen.meta is not None else []
+        weights = seen.meta.weights_held if seen.meta is not None else []
         self.listed = {
             layout.CARD, layout.STORE_COMMIT, layout.SEAL,
             *(f"{group}/{layout.ROOT}".lstrip("/") for group in groups),
@@ -158,6 +159,8 @@ class _Walk:
             *seen.created_files,
         }  # fmt: skip
         self.folders = {folder for name in (*self.listed, *seen.patterns) for folder in _parents(name)}
+        if seen.meta is not None and seen.meta.traced is not None:
+            self.folders.add("traces")
 
     def findings(self, folder: str) -> Iterator[Finding]:
         try:
@@ -178,8 +181,10 @@ class _Walk:
                 yield Finding("unlisted", name, None, "is listed by no commit")
 
     def _is_listed(self, name: str) -> bool:
-        if self.seen.created is None and self.seen.meta is None and name.startswith("weights/sha256-"):
+        if self.seen.meta is None and parse_trace_file(name) is not None:
             return True  # whatever said their names is damaged
+        if self.seen.created is None and self.seen.meta is None and name.startswith("weights/sha256-"):
+            return True
         return name in self.listed or self.seen.part_of(name) is not None
 
     def _is_under_way(self, name: str) -> bool:

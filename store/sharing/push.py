@@ -91,6 +91,12 @@ def send(verb: str, source: Place, target: Place, settings: Sharing, with_list: 
         for place in (source, target):
             cargo.read_labels(place)  # a label file that cannot be merged is refused before anything is copied
         resuming = True
+    if isinstance(cargo, Subset) and cargo.traces_left is not None:
+        print(
+            f"{verb}: the traces ({cargo.traces_left}) stay behind: they need their images and steps, and every layer and stream "
+            "whose activations they share",
+            flush=True,
+        )
     transfer = Transfer(cargo, target, settings.threads, resuming)
     size, files, left = transfer.plan()
     _announce(verb, cargo.name, target, size, files, left)

@@ -1,7 +1,8 @@
 """A part of a store that is a store: some sites, steps and images of it, with or without what the prompts say.
 
 Chunks are copied as they are, under the numbers that they have in the new store; its metadata, commits and seal are its
-own, and name the store that it was taken from.  Equal selections of equal stores give equal bytes.  The selection of
+own, and name the store that it was taken from.  Traces of the chosen images and steps come along, unless layers or streams
+stay behind whose activations they need.  Equal selections of equal stores give equal bytes.  The selection of
 everything is the store itself, with its seal.
 """
 
@@ -19,12 +20,14 @@ from store import layout
 from store.card import has_prompts
 from store.errors import DamagedError
 from store.files import json_bytes, parse_self_checked, self_checked, sha256_bytes
-from store.format import StoreMeta, chunk_file, metadata_files, part_files, part_name
+from store.format import StoreMeta, chunk_file, metadata_files, numbered_files, part_name
 from store.metadata import documents
 from store.reader import Store
 from store.sharing.cargo import Batch, Cargo, File
 from store.sharing.selection import Selection
+from store.sites import POINTS
 from store.tables import table_bytes
+from store.traces import TRACE_STREAMS, in_activations, parse_trace_file, trace_file, trace_files
 
 KEPT_WITHOUT_PROMPTS = ("image", "seed", "split", "text_length", "sigma", "scheduler_sigma")
 """columns of the prompt table that say nothing of what was asked for"""
@@ -47,6 +50,12 @@ class Subset(Cargo):
         self._first_part = selection.images.start // store.chunk_images
         self._commits: dict[str, str] = {}
         self._created = self._creation()
+
+    @property
+    def traces_left(self) -> str | None:
+        """What is traced at the source and does not come along at all, in words; None where some or all of it does, or nothing is."""
+        traced = self.store.traced
+        return traced.text() if traced is not None and self.meta.traced is None else None
 
     def batch(self, batch: int) -> Batch:
         """Metadata and weights with `commits/store.json`, or the files of a part with its commit."""
@@ -93,11 +102,8 @@ class Subset(Cargo):
             files = [File(name, entry["bytes"], entry["sha256"], name) for name, entry in record["files"].items()]
             return Batch(tuple(files), File.of(layout.STORE_COMMIT, json_bytes(record)))
         files = [File.of(name, content) for name, content in documents(self.meta).items()]
-        if self.meta.weights["policy"] == "copy":
-            names = sorted({f"weights/{name}" for name in self.meta.weights["files"].values()})
-            files += [
-                File(name, record["files"][name]["bytes"], record["files"][name]["sha256"], name) for name in names
-            ]
+        names = [f"weights/{name}" for name in self.meta.weights_held]
+        files += [File(name, record["files"][name]["bytes"], record["files"][name]["sha256"], name) for name in names]
         entries = {file.name: {"bytes": file.length, "sha256": file.sha256} for file in files}
         content = {"files": dict(sorted(entries.items())), "origin": self.meta.origin, "parts": self.meta.n_parts}
         return Batch(tuple(files), File.of(layout.STORE_COMMIT, json_bytes(self_checked(content))))
@@ -109,7 +115,7 @@ class Subset(Cargo):
         """
         where, meta = self.source.where(layout.STORE_COMMIT), self.store.meta
         record = parse_self_checked(self.source.read(layout.STORE_COMMIT), where)
-        weights = set(meta.weights["files"].values()) if meta.weights["policy"] == "copy" else set()
+        weights = set(meta.weights_held)
         odd = set(record["files"]) ^ {*metadata_files(meta), *(f"weights/{name}" for name in weights)}
         odd |= {name for name in weights if not re.fullmatch(r"sha256-[0-9a-z-]+\.safetensors", name)}
         if odd:
@@ -118,8 +124,12 @@ class Subset(Cargo):
 
     def _names(self, part: int) -> dict[str, str]:
         """The files of a part of the new store, and which ones of the source they come from."""
-        there = self._first_part + part
-        return {name: _renumbered(name, part, there) for name in part_files(self.meta, part)}
+        there, images = self._first_part + part, self.meta.part_images(part)
+        names = {name: _renumbered(name, part, there) for name in numbered_files(self.meta, part)}
+        for name in trace_files(self.meta, images):
+            image, step, block = parse_trace_file(name) or (0, 0, 0)
+            names[name] = trace_file(image + self.selection.images.start, step, block)
+        return names
 
     def _file(self, name: str, source: str, commit: Mapping[str, Any]) -> File:
         """A file of a part: copied as it is, but for tables that name other images or columns, and for statistics."""
@@ -215,6 +225,7 @@ def _meta(store: Store, selection: Selection) -> StoreMeta:
     streams = {site.stream for site in selection.sites}
     chosen = replace(
         meta,
+        traces=None,
         n_images=len(images),
         sites=sites,
         steps=selection.steps,
@@ -223,4 +234,19 @@ def _meta(store: Store, selection: Selection) -> StoreMeta:
         weights=weights,
         parent=parent,
     )
+    chosen = replace(chosen, traces=_traces(meta, chosen, images))
     return StoreMeta.from_attributes(json.loads(json_bytes(chosen.attributes())), store.path)
+
+
+def _traces(meta: StoreMeta, chosen: StoreMeta, images: range) -> dict[str, Any] | None:
+    """The traces of the chosen images and steps; None where there are none, or where what they need of the activations stays behind."""
+    if meta.traced is None:
+        return None
+    here = tuple(image - images.start for image in meta.traced.images if image in images)
+    steps = tuple(step for step in meta.traced.steps if step in chosen.steps)
+    if not here or not steps:
+        return None
+    traces = replace(meta.traced, images=here, steps=steps).attributes()
+    found = replace(chosen, traces=traces)
+    needed = ((block, stream, point) for block in meta.traced.blocks for stream in TRACE_STREAMS for point in POINTS)
+    return traces if all(in_activations(found, *each) == in_activations(meta, *each) for each in needed) else None
