@@ -1,0 +1,98 @@
+"""Less in a graph than was found: features that were not expanded become rests, small edges become `dropped`.
+
+What an expanded node is fed by always adds up to its pre-activation, whatever is left out: nothing vanishes, it changes its name.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from analyze.circuits.graph import EDGES, Graph
+from analyze.circuits.influence import CONSTANT, with_influence
+from analyze.circuits.nodes import Node
+from analyze.circuits.ranking import best
+from analyze.circuits.sources import FEATURE_BITS, KINDS, SITE_BITS, TOKEN_BITS, decode, encode
+
+WHERE = (1 << SITE_BITS + TOKEN_BITS) - 1 << FEATURE_BITS
+"""the bits of a code that say site and token"""
+
+
+@dataclass(frozen=True)
+class Edges:
+    """Edges of a graph that grows, from codes to expanded nodes."""
+
+    source: np.ndarray
+    """int64 (edge,): codes"""
+    target: np.ndarray
+    """int32 (edge,): expanded nodes, by the order of expansion"""
+    value: np.ndarray
+    """float64 (edge,)"""
+    dropped: np.ndarray
+    """float64 (node,): what of each expanded node's feed is no edge"""
+
+
+def compact(edges: Edges, expanded: np.ndarray, least: float, budget: int | None) -> Edges:
+    """The same with features that are not among the codes `expanded` summed into rests, then only edges of at least `least`.
+
+    Of more than `budget` edges the strongest stay.  Sorted by (target, source), a pair once.
+    """
+    feature = decode(edges.source)[0] == KINDS.index("feature")
+    rest = feature & ~np.isin(edges.source, expanded)
+    source = np.where(rest, edges.source & WHERE | encode("rest"), edges.source)
+    source, target, value = _summed(source, edges.target, edges.value)
+    keep = np.abs(value) >= least
+    if budget is not None and keep.sum() > budget:
+        strongest = best(np.where(keep, np.abs(value), 0.0), budget)
+        keep = np.zeros(len(value), dtype=bool)
+        keep[strongest] = True
+    dropped = edges.dropped + np.bincount(target[~keep], value[~keep], minlength=len(edges.dropped))
+    return Edges(source[keep], target[keep], value[keep], dropped)
+
+
+def reference_form(graph: Graph) -> Graph:
+    """The graph as DifFRACT would make it: rests are errors of their place, constants and what was dropped are left out.
+
+    Influence and effect are computed anew, among what is left.
+    """
+    nodes = [Node.parse(name) for name in graph.names]
+    renamed = [Node("error", node.site, node.token).name if node.kind == "rest" else node.name for node in nodes]
+    known = set(graph.names)
+    stays = [
+        node.kind not in CONSTANT and (node.kind != "rest" or name not in known)
+        for node, name in zip(nodes, renamed, strict=True)
+    ]
+    rows = np.flatnonzero(stays)
+    place = {renamed[row]: number for number, row in enumerate(rows.tolist())}
+    to = np.asarray([place.get(name, -1) for name in renamed], dtype=np.int64)
+    table = graph.nodes.take(pa.array(rows))
+    for column, values in (
+        ("name", [renamed[row] for row in rows.tolist()]),
+        ("kind", [Node.parse(renamed[row]).kind for row in rows.tolist()]),
+    ):
+        table = table.set_column(table.schema.get_field_index(column), table.schema.field(column), pa.array(values))
+    source, target = to[graph.sources], to[graph.targets]
+    there = (source >= 0) & (target >= 0)
+    merged = _summed(source[there], target[there], graph.attributions[there])
+    return with_influence(Graph(table, edge_table(*merged), graph.facts))
+
+
+def summed_edges(source: np.ndarray, target: np.ndarray, value: np.ndarray) -> pa.Table:
+    """The table of edges in which a pair may stand more than once: summed, sorted by (target, source)."""
+    return edge_table(*_summed(source, target, value))
+
+
+def edge_table(source: np.ndarray, target: np.ndarray, value: np.ndarray) -> pa.Table:
+    """Edges between rows of nodes as the table of a `Graph`."""
+    columns = [source.astype(np.int32), target.astype(np.int32), value.astype(np.float64)]
+    return pa.Table.from_arrays([pa.array(column) for column in columns], schema=EDGES)
+
+
+def _summed(source: np.ndarray, target: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Every pair once, with its sum, sorted by (target, source)."""
+    order = np.lexsort((source, target))
+    source, target, value = source[order], target[order], value[order]
+    first = np.ones(len(source), dtype=bool)
+    first[1:] = (source[1:] != source[:-1]) | (target[1:] != target[:-1])
+    sums = np.add.reduceat(value, np.flatnonzero(first)) if len(value) else value
+    return source[first], target[first], sums
