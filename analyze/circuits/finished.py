@@ -1,0 +1,65 @@
+"""Graphs that `graph` has finished, read again to be looked at together: over tokens and pruned, where names mean the same."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from analyze.circuits.folders import graph_folders
+from analyze.circuits.graph import Graph
+from analyze.circuits.nodes import Node
+from store.errors import MismatchError, UsageError
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One finished graph, over tokens and pruned."""
+
+    folder: Path
+    graph: Graph
+    image: int
+    step: int
+    prompt: str
+    targets: tuple[str, ...]
+    """the targets' names, with tokens"""
+
+    @property
+    def explained(self) -> tuple[str, ...]:
+        """The targets' names without tokens."""
+        return tuple(Node.parse(name).aggregated.name for name in self.targets)
+
+
+def finished_folders(roots: Sequence[Path]) -> list[Path]:
+    """The folders of all graphs below, once each."""
+    found: dict[Path, None] = {}
+    for root in roots:
+        here = graph_folders(root)
+        if not here:
+            raise UsageError(f"{root} holds no graphs: give --graphs what python -m analyze graph wrote with --out")
+        found |= dict.fromkeys(path.resolve() for path in here)
+    return list(found)
+
+
+def read_finished(folder: Path) -> Finished:
+    """The aggregated graph of a folder, and what it is of."""
+    graph = Graph.read(folder / "aggregated")
+    facts: dict[str, Any] = graph.facts
+    names = [target.get("name") for target in facts.get("targets") or []]
+    if not names or None in names:
+        asked = graph.nodes.filter(graph.nodes["target"])
+        names = asked["name"].to_pylist()
+    return Finished(folder, graph, facts["image"], facts["step"], facts.get("prompt") or "", tuple(names))
+
+
+def check_alike(members: Sequence[Finished]) -> None:
+    """Refuse graphs whose features are not of the same dictionaries: equal names would mean different things."""
+    known: dict[str, tuple[str | None, Path]] = {}
+    for member in members:
+        for site, of in (member.graph.facts.get("transcoders") or {}).items():
+            identity = of.get("identity") if isinstance(of, dict) else str(of)
+            before, folder = known.setdefault(site, (identity, member.folder))
+            if before != identity:
+                raise MismatchError(
+                    f"{member.folder} and {folder} were made with different dictionaries of {site} ({str(identity)[:16]}… and "
+                    f"{str(before)[:16]}…): features of one number are not the same there; give graphs of one set of dictionaries"
+                )
