@@ -55,6 +55,16 @@ COMMANDS = {
         "analyze.report.building:run",
         "an HTML report that opens from disk",
     ),
+    "graph": Command(
+        "analyze.circuits.settings:GraphSettings",
+        "analyze.circuits.command:run",
+        "attribution graphs: what made a feature fire, from stored traces",
+    ),
+    "graphs": Command(
+        "analyze.circuits.gathering:GraphsSettings",
+        "analyze.circuits.gathering:run",
+        "many graphs together: edges that recur over prompts, one image over its steps",
+    ),
     "all": Command(
         "analyze.settings:AllSettings",
         "analyze.everything:run",

@@ -57,7 +57,8 @@ def run(settings: AllSettings) -> Everything:
         **inputs, clip=settings.clip, embeddings=settings.embeddings, top_m=settings.top_m, device=device
     )
     judging = TruthSettings(**inputs, images=settings.images, any_picture=settings.any_picture, seed=settings.seed)
-    reporting = ReportSettings(**inputs, title=settings.title, top=min(ReportSettings.top, settings.top))
+    top = min(ReportSettings.top, settings.top)
+    reporting = ReportSettings(**inputs, title=settings.title, top=top, graphs=settings.graphs)
     analysis = open_analysis(scoring)
     left_out = _left_out(analysis, comparing, judging)
     for part, reason in left_out.items():

@@ -63,6 +63,8 @@ class AllSettings(Inputs):
     """Seed of the halves of the truth table."""
     title: str = "What the features see"
     """Headline of the report."""
+    graphs: tuple[Path, ...] = ()
+    """Attribution graphs to show in the report: what `analyze graph --out` was told, one or several."""
 
     def __post_init__(self) -> None:
         if self.top_m > self.top:

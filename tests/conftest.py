@@ -63,6 +63,14 @@ def planted_scan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return planted_scans(tmp_path_factory.mktemp("scan"))
 
 
+@pytest.fixture(scope="session")
+def traced_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a `store` of tiny-flux with traces and its `dictionaries`; never written to."""
+    from tests.traced_tiny_flux import traced_folder
+
+    return traced_folder(tmp_path_factory.mktemp("traced"))
+
+
 @pytest.fixture
 def packs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A train and a val pack to learn from in a second; made once a session, never written to."""

@@ -8,6 +8,7 @@
     data/examples/NAME/step.K/N.js      figures, histogram and examples with their heat, 64 features a file
     data/prompts/N.js, data/pieces/N.js prompts and their text tokens, 1,024 images a file
     pictures/000/17.webp                each picture once
+    graphs.html, graph.css, data/graphs.js, data/graphs/NAME.js     attribution graphs, where there are any (`analyze.circuits.viewer`)
 
 Everything is relative, static and local.  Equal results give equal bytes.
 """
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from analyze.circuits.viewer.pages import write_beside_report
 from analyze.compare.directions import nearest
 from analyze.features.ranking import step_profile
 from analyze.inputs import Analysis, Subject, check_output, open_analysis
@@ -72,7 +74,9 @@ def run(settings: ReportSettings) -> Report | Plan:
     pictures = write_images(folder, analysis, images, settings.picture_side)
     folder.script("labels", _labels(analysis, books))
     page = Page(analysis, settings, choices, truth, overview, findings, libraries)
-    folder.script("report", {**_contents(analysis, settings, overview), "pictures": pictures})
+    identities = {subject.identity: subject.name for subject in analysis.subjects}
+    graphs = write_beside_report(folder, settings.graphs, analysis.store, identities) if settings.graphs else []
+    folder.script("report", {**_contents(analysis, settings, overview), "pictures": pictures, "graphs": len(graphs)})
     write_page(folder, page)
     size = sum(folder.written.values())
     report = Report(folder.path / INDEX, tuple(text for _, text in findings), len(folder.written), size)

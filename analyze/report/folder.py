@@ -10,7 +10,7 @@ from store.files import is_temporary, write_bytes
 
 INDEX = "index.html"
 OURS = re.compile(
-    r"data/.+\.js|pictures/\d+/\d+\.webp|pictures/.+/step\d+-feature\d+\.webp|(libraries|static)/[^/]+|report\.(css|js)"
+    r"data/.+\.js|pictures/\d+/\d+\.webp|pictures/.+/step\d+-feature\d+\.webp|(libraries|static)/[^/]+|report\.(css|js)|graphs?\.(css|html)"
 )
 """what reports call their files, those of earlier versions too; files of other names are not ours"""
 
@@ -42,6 +42,12 @@ class ReportFolder:
 
     def finish(self, index: bytes) -> None:
         """Remove what earlier reports left, and publish `index.html`."""
+        self.sweep()
+        write_bytes(self.path / INDEX, index)
+        self.written[INDEX] = len(index)
+
+    def sweep(self) -> None:
+        """Remove what earlier reports left and this one did not write."""
         for path in sorted(self.path.rglob("*"), reverse=True):
             name = path.relative_to(self.path).as_posix()
             if path.is_file() and name not in self.written and OURS.fullmatch(name):
@@ -50,8 +56,6 @@ class ReportFolder:
                     if parent == self.path or any(parent.iterdir()):
                         break
                     parent.rmdir()
-        write_bytes(self.path / INDEX, index)
-        self.written[INDEX] = len(index)
 
 
 def _refuse_foreign(path: Path) -> None:

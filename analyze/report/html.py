@@ -19,7 +19,7 @@ from analyze.report.page import facts, tiles, truth_view
 from analyze.report.settings import ReportSettings
 
 SCRIPTS = (
-    "loading.js", "packed.js", "place.js", "colours.js", "labels.js", "features.js", "heat.js", "examples.js", "plots.js",
+    "loading.js", "packed.js", "place.js", "colours.js", "theme.js", "labels.js", "features.js", "heat.js", "examples.js", "plots.js",
     "overview.js", "table.js", "feature.js", "export.js", "keys.js", "main.js",
 )  # fmt: skip
 """in the order in which they run"""
@@ -68,6 +68,7 @@ def _rendered(page: Page) -> bytes:
         "settings": page.settings,
         "pictures": analysis.store.meta.pictures != "none",
         "streams": analysis.streams(),
+        "graphs": bool(page.settings.graphs),
     }
     loader = jinja2.PackageLoader("analyze.report", "templates")
     environment = jinja2.Environment(

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from analyze.circuits.viewer.pages import planned
 from analyze.inputs import Analysis, Subject
 from analyze.pictures.drawing import fitted
 from analyze.report.chosen import most_interesting
@@ -31,7 +32,7 @@ class Plan:
 
     files: int
     bytes: dict[str, int]
-    """by what they are: tables, examples, heat, pictures, prompts, libraries"""
+    """by what they are: tables, examples, heat, pictures, prompts, libraries, and graphs where there are any"""
     seconds: float
     heated: int
     """features with heat, over all dictionaries and steps"""
@@ -77,6 +78,9 @@ def plan_of(analysis: Analysis, settings: ReportSettings, limit: int) -> Plan:
     sizes["pictures"] = len(drawn) * _picture_bytes(analysis, sorted(drawn), settings.picture_side)
     files += len(drawn) + 2 * -(-analysis.store.n_images // BLOCK) + 25
     seconds += len(drawn) * SECONDS_A_PICTURE + rounds * SECONDS_A_MILLION_FEATURES / 1e6 + 2
+    if settings.graphs:
+        more, sizes["graphs"] = planned(settings.graphs)
+        files += more
     return Plan(files, {**{name: int(size) for name, size in sizes.items()}, "libraries": LIBRARIES}, seconds, heated)
 
 

@@ -1,6 +1,7 @@
 """What `report` can be told."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from analyze.settings import Inputs
 from store.errors import UsageError
@@ -25,6 +26,8 @@ class ReportSettings(Inputs):
     """Pixels of the longer side of a picture; larger ones are scaled down."""
     similar: int = 8
     """Similar features listed with each feature."""
+    graphs: tuple[Path, ...] = ()
+    """Attribution graphs to show with the features: what `analyze graph --out` was told, one or several."""
     plan: bool = False
     """Print files, bytes and time, and write nothing."""
 

@@ -22,10 +22,11 @@ granary.show = (() => {
     return `#${parts.map((part) => Math.round(part).toString(16).padStart(2, "0")).join("")}`;
   }
 
+  // The file of an image's picture, from the page.
   function picture(image, report) {
     const same = report.pictures.same[image];
     const number = same === undefined ? image : same;
-    return `pictures/${String(Math.floor(number / report.pictures.folder_images)).padStart(3, "0")}/${number}.webp`;
+    return `${document.documentElement.dataset.base || ""}pictures/${String(Math.floor(number / report.pictures.folder_images)).padStart(3, "0")}/${number}.webp`;
   }
 
   const short = (text, most) => (text.length <= most ? text : `${text.slice(0, most - 1).trimEnd()}…`);

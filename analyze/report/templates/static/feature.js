@@ -27,7 +27,7 @@ granary.feature = (() => {
     if (known.stream === "txt" && look === "patches") look = "smooth";
     granary.features.last = place;
     granary.features.prompts = await granary.features.allPrompts();
-    room.replaceChildren(head(), h("div", { class: "columns" }, h("div", { class: "wide" }, examples(), plots()), h("aside", {}, labelling(), stands(), figures(), similar())));
+    room.replaceChildren(head(), h("div", { class: "columns" }, h("div", { class: "wide" }, examples(), plots()), h("aside", {}, labelling(), stands(), figures(), graphs(), similar())));
     room.removeAttribute("aria-busy");
     draw_plots(room);
     window.scrollTo(0, 0);
@@ -174,6 +174,24 @@ granary.feature = (() => {
   function relabel() {
     document.getElementById("shown-label").textContent = granary.labels.text(here.dictionary, here.feature);
     document.getElementById("history").replaceChildren(...said());
+  }
+
+  // The attribution graphs that the feature stands in, where the report has any.
+  function graphs() {
+    if (!granary.features.report().graphs) return null;
+    const box = h("section", { class: "box", id: "in-graphs", hidden: true }, h("h3", {}, "In graphs"));
+    const { dictionary, feature, known } = here;
+    granary.load("graph_features").then((found) => {
+      const [stream, layer] = known.site.split("_");
+      const links = (found.standing[dictionary]?.[feature] || []).map((place) => {
+        const { name, prompt, over_tokens } = found.graphs[place];
+        const node = over_tokens ? `?view=aggregated&node=feature_L${layer}_${stream}_f${feature}` : "";
+        return h("li", {}, h("a", { href: `graphs.html#/${encodeURIComponent(name)}${node}` }, h("span", {}, h("b", {}, name), h("small", {}, prompt ? `“${show.short(prompt, 90)}”` : ""))));
+      });
+      box.hidden = !links.length;
+      box.append(h("ul", { class: "similar" }, ...links));
+    });
+    return box;
   }
 
   function plots() {

@@ -1,6 +1,7 @@
 // What the report is made of arrives as classic scripts that call granary.take(name, value): file:// allows nothing else.
 "use strict";
 const granary = (() => {
+  const base = document.documentElement.dataset.base || ""; // where everything lies, from the page
   const EXAMPLES_KEPT = 64; // files of 64 features each; the oldest are let go of
   const values = new Map();
   const asked = new Map();
@@ -8,7 +9,7 @@ const granary = (() => {
   function script(path) {
     return new Promise((resolve, reject) => {
       const element = document.createElement("script");
-      element.src = path;
+      element.src = base + path;
       element.onload = () => (element.remove(), resolve());
       element.onerror = () => (element.remove(), reject(new Error(`${path} cannot be read: is the folder of the report whole?`)));
       document.head.append(element);
@@ -52,7 +53,7 @@ const granary = (() => {
     styles.add(name);
     const link = document.createElement("link");
     link.rel = "stylesheet";
-    link.href = `libraries/${name}`;
+    link.href = `${base}libraries/${name}`;
     document.querySelector("link[rel=stylesheet]").before(link); // ours comes after it and wins
   }
 

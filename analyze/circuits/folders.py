@@ -1,0 +1,148 @@
+"""Where graphs lie in OUT, and that OUT holds nothing else.
+
+    OUT/run.json                      store and choices that every graph of OUT was made with
+    OUT/nodes.parquet, …, facts.json  the graph, where it is the only one; else
+    OUT/graphs/NAME/…                 one folder a graph, and OUT/summary.parquet, a row a graph
+
+A graph's folder holds its tables per token, `positional.json`, `aggregated/` (over tokens, pruned) and `graph.json` (the same
+in DifFRACT's form).  `facts.json` comes last: a folder without it is made again.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from analyze.circuits.exchange import difract
+from analyze.circuits.graph import Graph
+from store.errors import ForeignError, MismatchError, StoreError, UsageError
+from store.files import is_temporary, publish, read_json, write_json
+from store.layout import runs_folder
+from train.claim import refuse_place
+
+RUN, FACTS = "run.json", "facts.json"
+FORMAT, VERSION = "granary graphs", 1
+
+
+def graph_folder(out: Path, name: str, alone: bool) -> Path:
+    """Where a graph lies: OUT itself when it is the only one."""
+    return out if alone else out / "graphs" / name
+
+
+def graph_folders(out: Path) -> list[Path]:
+    """The folders of all finished graphs in OUT, by name."""
+    if (out / FACTS).exists():
+        return [out]
+    return sorted(path.parent for path in out.glob(f"graphs/*/{FACTS}"))
+
+
+def write_graph(folder: Path, graph: Graph, aggregated: Graph) -> None:
+    """Publish a graph in all its forms, its facts last; `aggregated` is the pruned one over tokens."""
+    aggregated.write(folder / "aggregated")
+    difract.write(aggregated, folder / "graph.json")
+    write_positional(folder / "positional.json", graph)
+    graph.write(folder)
+
+
+def write_positional(path: Path, graph: Graph) -> None:
+    """Publish the edges by the names of their nodes: `{"edges": [{"source", "target", "attribution"}]}`, a line an edge."""
+    names = [json.dumps(name) for name in graph.names]
+    assert np.isfinite(graph.attributions).all()  # or it would be no JSON
+
+    def fill(temporary: Path) -> None:
+        with temporary.open("w") as file:
+            file.write('{"edges": [')
+            before = "\n"
+            for source, target, value in zip(
+                graph.sources.tolist(), graph.targets.tolist(), graph.attributions.tolist(), strict=True
+            ):
+                file.write(
+                    f'{before}{{"source": {names[source]}, "target": {names[target]}, "attribution": {value!r}}}'
+                )
+                before = ",\n"
+            file.write("\n]}\n")
+
+    publish(path, fill)
+
+
+def check_claim(out: Path, record: Mapping[str, Any]) -> None:
+    """Refuse an OUT that holds something else, graphs of another store, or graphs made with other choices."""
+    refuse_place(out)
+    if not (out / RUN).exists():
+        if out.exists() and not all(is_temporary(path) for path in out.iterdir()):
+            raise UsageError(f"{out} is not empty and holds no graphs: choose another --out")
+        return
+    found = read_json(out / RUN)
+    if not isinstance(found, dict) or (found.get("format"), found.get("version")) != (FORMAT, VERSION):
+        raise ForeignError(f"{out / RUN} is not the record of graphs in format {VERSION}: choose another --out")
+    if found.get("store") != record["store"]:
+        raise MismatchError(
+            f"{out} holds graphs of store {found.get('store')}, not of {record['store']}: choose another --out"
+        )
+    if not graph_folders(out):  # of a run that made none
+        return
+    before, now = found.get("settings", {}), record["settings"]
+    for key in sorted({*before, *now}):
+        if before.get(key) != now.get(key):
+            raise UsageError(
+                f"{out} holds graphs made with --{key.replace('_', '-')} {before.get(key)}, now {now.get(key)}: choose another "
+                "--out, or the setting that they were made with"
+            )
+    if found.get("alone") != record["alone"]:
+        one, several = "one graph, in OUT itself", "a graph each of several targets, in OUT/graphs"
+        held, asked = (one, several) if found.get("alone") else (several, one)
+        raise UsageError(f"{out} holds {held}; this command makes {asked}: choose another --out")
+
+
+def claim(out: Path, record: Mapping[str, Any]) -> None:
+    """Mark OUT as the place of these graphs; under the lock, after `check_claim`."""
+    for leftover in out.glob(".*.tmp"):  # of a process that was killed
+        leftover.unlink()
+    said = {"format": FORMAT, "version": VERSION, **record}
+    if not (out / RUN).exists() or read_json(out / RUN) != said:
+        write_json(out / RUN, said)
+
+
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Nobody else makes graphs in `out` meanwhile; `StoreError` when somebody does.  What is killed holds nothing any more."""
+    runs = runs_folder(out)
+    runs.mkdir(parents=True, exist_ok=True)
+    file = os.open(runs / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreError(
+                f"another process makes graphs in {out}: wait until it ends, or choose another --out"
+            ) from None
+        except OSError as error:
+            print(f"note: {runs} cannot be locked ({error.strerror}): start no second run with --out {out}")
+        yield
+    finally:
+        os.close(file)
+
+
+def is_done(folder: Path, asked: list[str], dictionaries: Mapping[str, str]) -> bool:
+    """Whether the graph is there; refuses one of other targets, or of other dictionaries (site -> identity)."""
+    if not (folder / FACTS).exists():
+        return False
+    facts = read_json(folder / FACTS)
+    if facts.get("asked") != asked:
+        raise UsageError(
+            f"{folder} holds the graph of {' and '.join(facts.get('asked', ['another target']))}, not of {' and '.join(asked)}: "
+            "choose another --out or another name"
+        )
+    there = {site: str(of.get("identity")) for site, of in facts.get("transcoders", {}).items()}
+    for site in sorted({*there, *dictionaries}):
+        if there.get(site) != dictionaries.get(site):
+            raise MismatchError(
+                f"{folder} was made with another dictionary of {site}: {there.get(site, 'none')[:16]}…, now "
+                f"{dictionaries.get(site, 'none')[:16]}…: choose another --out for these dictionaries"
+            )
+    return True

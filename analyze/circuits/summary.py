@@ -1,0 +1,206 @@
+"""What came out of a run of `graph`: a row an experiment, as Parquet and for a terminal.
+
+Rows are read from the graphs on the disk, so that those of an earlier run and those of this one are told alike.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from analyze.circuits.checks import check_table
+from analyze.circuits.experiments import Made
+from analyze.circuits.graph import Graph
+from analyze.circuits.inquiry import Inquiry
+from analyze.circuits.targets import COLUMNS
+from analyze.labels.book import LabelBook
+from analyze.prompts import prompt_text
+from store.sites import Site
+from store.sizes import many
+
+LEAVES = ("img", "txt", "error", "bias", "rest", "dropped")
+SHARES = {"direct": ("features", *LEAVES), "paths": LEAVES}
+"""of the edges into the target, and of what flows into it along all paths"""
+SUMMARY = pa.schema(
+    [
+        pa.field("name", pa.string(), nullable=False),
+        pa.field("image", pa.int64(), nullable=False),
+        pa.field("step", pa.int32(), nullable=False),
+        pa.field("target", pa.string(), nullable=False),  # as flags write it
+        ("site", pa.string()),  # null of supernodes and of graphs of several targets
+        ("token", pa.int32()),
+        ("feature", pa.int32()),
+        ("label", pa.string()),
+        ("prompt", pa.string()),
+        ("seed", pa.int64()),
+        ("sigma", pa.float64()),
+        ("activation", pa.float64()),
+        ("pre", pa.float64()),
+        # parts of the target's pre-activation, which add up to 1: of the edges into it, and along all paths
+        *((f"{way}_{kind}", pa.float64()) for way, kinds in SHARES.items() for kind in kinds),
+        ("excites", pa.string()),  # the strongest features, with what they add along all paths
+        ("suppresses", pa.string()),
+        ("nodes", pa.int64()),
+        ("edges", pa.int64()),
+        ("expanded", pa.int64()),
+        ("pruned_nodes", pa.int64()),
+        ("pruned_edges", pa.int64()),
+        ("conservation", pa.float64()),
+        ("replay_error", pa.float64()),
+        ("reason", pa.string()),  # why there is no graph; null where there is one
+    ]
+)
+NAMED = 3
+"""strongest sources that are named"""
+SHOWN = 30
+"""rows in a terminal"""
+
+
+class Labels:
+    """The labels of features, each dictionary's book opened once."""
+
+    def __init__(self, inquiry: Inquiry) -> None:
+        self._inquiry = inquiry
+        self._books: dict[Site, LabelBook] = {}
+
+    def text(self, site: Site, feature: int) -> str | None:
+        """How a feature was labelled; None when it was not."""
+        subject = self._inquiry.subjects.get(site)
+        if subject is None:
+            return None
+        if site not in self._books:
+            self._books[site] = LabelBook.of(subject)
+        return self._books[site].text(feature)
+
+    @property
+    def books(self) -> dict[str, LabelBook]:
+        """Every book by its site, `img_3`."""
+        return {
+            str(site): self._books.setdefault(site, LabelBook.of(of)) for site, of in self._inquiry.subjects.items()
+        }
+
+
+def row_of(made: Made, labels: Labels, inquiry: Inquiry) -> dict[str, Any]:
+    """What is said of one experiment: the columns of `SUMMARY`, then those of its CSV."""
+    experiment = made.experiment
+    row: dict[str, Any] = dict.fromkeys(SUMMARY.names) | {
+        "name": made.name, "image": experiment.image, "step": experiment.step,
+        "target": " and ".join(map(str, experiment.wanted)), "reason": made.reason,
+        "prompt": prompt_text(inquiry.store, experiment.image),
+    }  # fmt: skip
+    asks = list(experiment.asks)
+    if len(asks) == 1 and experiment.wanted[0].name is None:
+        row |= {"site": str(asks[0].site), "token": asks[0].token, "feature": asks[0].feature}
+        row["label"] = labels.text(asks[0].site, asks[0].feature)
+    if made.folder is not None:
+        row |= _of_graph(made, labels)
+    return row | {name: text for name, text in experiment.columns.items() if name not in row and name not in COLUMNS}
+
+
+def _of_graph(made: Made, labels: Labels) -> dict[str, Any]:
+    assert made.folder is not None
+    aggregated = Graph.read(made.folder / "aggregated")
+    facts, totals = aggregated.facts, aggregated.facts["totals"]
+    found = {
+        "target": " and ".join(facts["asked"]), "seed": facts["seed"], "sigma": facts["sigma"],
+        "excites": _strongest(aggregated, labels, 1), "suppresses": _strongest(aggregated, labels, -1),
+        "replay_error": max(totals["replay_error"].values(), default=None),
+        **{name: totals.get(name) for name in ("nodes", "edges", "expanded", "pruned_nodes", "pruned_edges", "conservation")},
+        **{f"{way}_{kind}": totals["shares"][way][kind] for way, kinds in SHARES.items() for kind in kinds},
+    }  # fmt: skip
+    if len(facts["targets"]) == 1:
+        (target,) = facts["targets"]
+        found |= {key: target.get(key) for key in ("activation", "pre", "token")}
+    return found
+
+
+def _strongest(graph: Graph, labels: Labels, sign: int) -> str | None:
+    """The features that excite (sign 1) or suppress (-1) the targets most along all paths: `feature_L2_img_f5 "red" +0.81, …`."""
+    nodes = graph.nodes.select(["name", "kind", "layer", "stream", "feature", "effect", "target"]).to_pylist()
+    told = [node for node in nodes if not node["target"] and node["kind"] == "feature"]
+    effects = np.asarray([node["effect"] or 0.0 for node in told]) * sign
+    order = np.argsort(-effects, kind="stable")[:NAMED]
+    return ", ".join(_told(told[row], labels) for row in order if effects[row] > 0) or None
+
+
+def _told(node: Mapping[str, Any], labels: Labels) -> str:
+    label = labels.text(Site("double", node["layer"], node["stream"]), node["feature"])
+    said = f' "{label}"' if label else ""
+    return f"{node['name']}{said} {node['effect']:+.3g}"
+
+
+def summary_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """The rows as a table: the columns of `SUMMARY`, then every further column of the CSV as text."""
+    more = list(dict.fromkeys(name for row in rows for name in row if name not in SUMMARY.names))
+    schema = pa.schema([*SUMMARY, *(pa.field(name, pa.string()) for name in more)])
+    return pa.Table.from_pylist([{name: row.get(name) for name in schema.names} for row in rows], schema=schema)
+
+
+def printed(made: Sequence[Made], rows: Sequence[Mapping[str, Any]]) -> str:
+    """What a terminal shows: of one graph what it says, of several a table."""
+    lines = [_one(rows[0])] if len(rows) == 1 else [_table(rows)]
+    checks = [(each.name, each.check) for each in made if each.check is not None]
+    if checks:
+        lines.append(check_table(checks))
+    return "\n".join(lines)
+
+
+def _one(row: Mapping[str, Any]) -> str:
+    """A graph in words."""
+    if row["reason"] is not None:
+        return f"  {row['target']}: no graph: {row['reason']}"
+    named = row["target"] + (f' "{row["label"]}"' if row["label"] else "")
+    lines = [f'  {named} in image {row["image"]} at step {row["step"]}, sigma {row["sigma"]:.3g}: "{row["prompt"]}"']
+    if row["pre"] is not None:
+        lines.append(f"  pre-activation {row['pre']:.4g} = {_parts(row, 'direct')}")
+        lines.append(f"  along all paths {_parts(row, 'paths')}")
+    lines.append(f"  excited most by     {row['excites'] or 'no feature'}")
+    lines.append(f"  suppressed most by  {row['suppresses'] or 'no feature'}")
+    lines.append(
+        f"  {many(row['nodes'], 'node')}, {row['expanded']:,} expanded, and {many(row['edges'], 'edge')}; over tokens and pruned "
+        f"{many(row['pruned_nodes'], 'node')} and {many(row['pruned_edges'], 'edge')}"
+    )
+    lines.append(f"  conservation {row['conservation']:.1e}, replay of the trace {row['replay_error']:.1e}")
+    return "\n".join(lines)
+
+
+WORDS = {
+    "img": "image", "txt": "text", "features": "features", "error": "error", "bias": "constants", "rest": "not expanded",
+    "dropped": "under the thresholds",
+}  # fmt: skip
+
+
+def _parts(row: Mapping[str, Any], way: str) -> str:
+    """`image 41 % + text 22 % + …`, the largest first."""
+    parts = sorted(((row[f"{way}_{kind}"], WORDS[kind]) for kind in SHARES[way]), key=lambda part: -abs(part[0]))
+    return " + ".join(f"{word} {share:.0%}" for share, word in parts if abs(share) >= 0.005).replace("+ -", "- ")
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line an experiment, at most `SHOWN`."""
+    shown = rows[:SHOWN]
+    targets = [_cut(row["target"] + (f" · {row['label']}" if row["label"] else ""), 40) for row in shown]
+    width = max(len("target"), *map(len, targets))
+    heads = ("image", "text", "error", "const", "rest")
+    names = ("img", "txt", "error", "bias", "rest")
+    lines = [
+        f"  {'image':>5} {'step':>4}  {'target':<{width}} {'pre':>8} "
+        + " ".join(f"{head:>6}" for head in heads)
+        + "  excited most by"
+    ]
+    for row, target in zip(shown, targets, strict=True):
+        start = f"  {row['image']:>5} {row['step']:>4}  {target:<{width}} "
+        if row["reason"] is not None:
+            lines.append(f"{start}{'–':>8}  no graph: {row['reason']}")
+            continue
+        figures = " ".join(f"{row[f'paths_{name}']:>6.0%}" for name in names)
+        pre = "" if row["pre"] is None else f"{row['pre']:.4g}"
+        lines.append(f"{start}{pre:>8} {figures}  {_cut((row['excites'] or '–').split(', ')[0], 44)}")
+    if len(rows) > SHOWN:
+        lines.append(f"  … and {len(rows) - SHOWN:,} more in summary.parquet")
+    return "\n".join(lines)
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
