@@ -23,8 +23,9 @@ DEMO_HARVEST ?= --model tiny-flux --prompts builtin:shapes --batch-size 32
 # Fewer than 8 % of the features active, and small batches: a minute and a half of training for eleven dictionaries.
 DEMO_TRAINING ?= --activation topk --k 64 --expansion 8 --batch 1024 --epochs 2 --lr 3e-3 --lr-warmup-rows 20000 \
   --schedule cosine --decoder-bias mean --autocast auto
+DEMO_ANALYSIS = --store "$(DEMO)/store-val" --dictionaries "$(DEMO)/dictionaries"
 
-.PHONY: help setup demo test test-all check format bench bench-store bench-train bench-analyze torture torture-training harvest tiny-flux clean
+.PHONY: help setup demo test test-all check format bench bench-store bench-train bench-analyze bench-circuits test-exchange torture torture-training harvest tiny-flux clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -38,15 +39,18 @@ setup: .venv/installed ## create .venv with the locked dependencies
 	$(PY) -m pip install --disable-pip-version-check --quiet --requirement requirements.lock
 	@touch $@
 
-demo: .venv/installed ## prompts -> stores -> packs -> dictionaries -> report, on tiny-flux, in DEMO=demo
+demo: .venv/installed ## prompts -> stores -> packs -> dictionaries -> graphs -> report, on tiny-flux, in DEMO=demo
 	$(PY) -m harvest $(DEMO_HARVEST) --split train --images $(DEMO_TRAIN) --pictures none --out "$(DEMO)/store-train"
-	$(PY) -m harvest $(DEMO_HARVEST) --split val --images $(DEMO_VAL) --pictures png --out "$(DEMO)/store-val"
+	$(PY) -m harvest $(DEMO_HARVEST) --split val --images $(DEMO_VAL) --pictures png --trace --trace-images 0-31 --trace-steps 3 --out "$(DEMO)/store-val"
 	$(PY) -m store info "$(DEMO)/store-val"
 	$(PY) -m store pack "$(DEMO)/store-train" --split train --out "$(DEMO)/pack-train"
 	$(PY) -m store pack "$(DEMO)/store-val" --split val --out "$(DEMO)/pack-val"
 	$(PY) -m train --pack "$(DEMO)/pack-train" --val "$(DEMO)/pack-val" --kind transcoder --sites all $(DEMO_TRAINING) --out "$(DEMO)/dictionaries"
 	$(PY) -m train --pack "$(DEMO)/pack-train" --val "$(DEMO)/pack-val" --kind sae --sites img_2 $(DEMO_TRAINING) --out "$(DEMO)/dictionaries"
-	$(PY) -m analyze all --store "$(DEMO)/store-val" --dictionaries "$(DEMO)/dictionaries" --out "$(DEMO)/analysis"
+	$(PY) -m analyze scores $(DEMO_ANALYSIS) --out "$(DEMO)/analysis"
+	$(PY) -m analyze scan $(DEMO_ANALYSIS) --kind contrastive --positive '\bred\b' --images 0-31 --sites img_3-4 --steps 3 --rank auroc --best 4 --name red --out "$(DEMO)/analysis"
+	$(PY) -m analyze graph $(DEMO_ANALYSIS) --targets "$(DEMO)/analysis/scan/red.csv" --check --out "$(DEMO)/graphs"
+	$(PY) -m analyze all $(DEMO_ANALYSIS) --graphs "$(DEMO)/graphs" --out "$(DEMO)/analysis"
 
 harvest: .venv/installed ## run FLUX over prompts: make harvest LAYERS=0-15 [STREAMS= MODEL= PROMPTS= IMAGES= RESOLUTION= OUT= FLAGS=]
 	$(PY) -m harvest --model "$(MODEL)" --layers "$(LAYERS)" --streams "$(STREAMS)" --out "$(OUT)" \
@@ -82,6 +86,17 @@ bench-train: .venv/installed .bench-peers/train/installed ## packing, loading an
 
 bench-analyze: .venv/installed ## scores, features and coherence against plain passes and loops; memory at ten times the images
 	$(PY) -m bench.analyze_all
+
+bench-circuits: .venv/installed ## attribution per expanded node against the whole model per node, as the reference does it
+	$(PY) -m bench.circuits
+
+test-exchange: .venv/installed .bench-peers/circuit-tracer/installed ## a graph of ours in circuit-tracer's own frontend (needs npm and chromium)
+	$(PY) -m pytest tests/test_circuit_tracer_frontend.py
+
+.bench-peers/circuit-tracer/installed: .venv/installed # its frontend, and the libraries that its page loads
+	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --target .bench-peers/circuit-tracer circuit-tracer==0.5.0
+	npm install --silent --no-audit --no-fund --ignore-scripts --prefix .bench-peers/circuit-tracer d3@7.9.0 d3-jetpack@2.2.1 dagre@0.8.5 pako@2.1.0
+	@touch $@
 
 .bench-peers/train/installed: .venv/installed bench/peers.txt
 	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --target .bench-peers/train --requirement bench/peers.txt

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import analyze_memory, coherence, features, scores
-from bench.timing import Comparison
-from bench.train_all import machine
+from bench.timing import Comparison, group, machine
 from store.command import Command, program
 from store.errors import UsageError
 from store.files import write_json
@@ -53,25 +52,10 @@ def run(settings: BenchSettings) -> None:
     for part in settings.only.split(","):
         begun = time.perf_counter()
         print(f"\n== {part}", flush=True)
-        found[part] = memory() if part == "memory" else group(part)
+        found[part] = memory() if part == "memory" else group(GROUPS[part][0](), GROUPS[part][1], width=48)
         print(f"   ({time.perf_counter() - begun:.0f} s)", flush=True)
         write_json(settings.out, found)
     print(f"\nkept in {settings.out}")
-
-
-def group(part: str) -> list[dict[str, Any]]:
-    """The comparisons of a part, printed one by one."""
-    comparisons, goal = GROUPS[part]
-    lines = []
-    for line in comparisons():
-        lines.append({**asdict(line), "speed": line.other / line.ours})
-        print(
-            f"{line.what:<48} {line.ours:>8.3f} s   {line.alternative:<40} {line.other:>8.3f} s   speed {line.other / line.ours:>6.2f}"
-            f"   {line.floor}",
-            flush=True,
-        )
-    print(f"goal: {goal}")
-    return lines
 
 
 def memory() -> list[dict[str, Any]]:

@@ -10,19 +10,16 @@ The peers are taken from `.bench-peers/train`, where `make bench-train` puts the
 """
 
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench import loader, pack_copy, peers, shared_read, train_step
 from bench.peer import PEERS
-from bench.timing import Comparison
+from bench.timing import Comparison, group, machine
 from store.command import Command, program
 from store.errors import UsageError
 from store.files import write_json
@@ -61,33 +58,11 @@ def run(settings: BenchSettings) -> None:
     for part in settings.only.split(","):
         begun = time.perf_counter()
         print(f"\n== {part}", flush=True)
-        found[part] = peers.run() if part == "peers" else group(part)
+        found[part] = peers.run() if part == "peers" else group(GROUPS[part][0](), GROUPS[part][1])
         print(f"   ({time.perf_counter() - begun:.0f} s)", flush=True)
         settings.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(settings.out, found)
     print(f"\nkept in {settings.out}")
-
-
-def group(part: str) -> list[dict[str, Any]]:
-    """The comparisons of a part, printed one by one."""
-    comparisons, goal = GROUPS[part]
-    lines = []
-    for line in comparisons():
-        lines.append({**asdict(line), "speed": line.other / line.ours})
-        print(
-            f"{line.what:<44} {line.ours:>8.3f} s   {line.alternative:<40} {line.other:>8.3f} s   speed {line.other / line.ours:>5.2f}"
-            f"   {line.floor}",
-            flush=True,
-        )
-    print(f"goal: {goal}")
-    return lines
-
-
-def machine() -> str:
-    """What it was measured on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{model}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}"
 
 
 COMMANDS = {"bench": Command(BenchSettings, run, "Measure packing, loading and training against their alternatives.")}

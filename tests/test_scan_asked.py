@@ -1,6 +1,7 @@
 """What a scan is asked: masks and regions read as what they are, seeds that are not known, what cannot be answered."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import pytest
 import zarr
 from PIL import Image
 
+from analyze.scan.contrast import sides_of
+from analyze.scan.images import catalogue
 from analyze.scan.region import mask_cover, rectangle
+from analyze.scan.settings import ScanSettings
 from analyze.scoring import scores
 from analyze.scoring.settings import ScoresSettings
 from store import Store, open_store
@@ -138,6 +142,19 @@ def test_what_cannot_be_asked_is_refused_with_what_to_do(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         scan(planted_scan, **asked)
+
+
+def test_a_contrast_of_prompts_can_be_confined_to_some_images(planted_scan: Path) -> None:
+    known = catalogue(open_store(planted_scan / "store"))
+    settings = ScanSettings(
+        store="s", dictionaries=Path("d"), out=Path("o"), kind="contrastive", positive="red", images="20-31"
+    )
+    ((a, b),) = sides_of(known, settings)
+    red = [image for image in range(20, 32) if "red" in known.prompts[image]]
+    assert a.tolist() == red and sorted([*a, *b]) == list(range(20, 32))
+    other = next(prompt for prompt in known.prompts if prompt != known.prompts[0])
+    with pytest.raises(UsageError, match=r"none of the images 0 has a prompt that matches --positive .*: images \d+"):
+        sides_of(known, replace(settings, positive=f"^{other}$", images="0"))
 
 
 def test_images_whose_prompts_are_others_are_named_where_none_is_left(planted_scan: Path) -> None:

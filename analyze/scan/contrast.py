@@ -81,15 +81,16 @@ def sides_of(known: Catalogue, settings: ScanSettings) -> list[tuple[Images, Ima
     if settings.pairs is not None:
         return read_pairs(settings.pairs, known)
     if settings.positive is not None:
-        a = known.matching(settings.positive, "positive")
+        among = np.arange(len(known.prompts)) if settings.images is None else known.numbered(settings.images)
+        a = _among(known.matching(settings.positive, "positive"), among, settings, "positive")
         if settings.negative is None:
-            b = np.setdiff1d(np.arange(len(known.prompts)), a)
+            b = np.setdiff1d(among, a)
             if not len(b):
                 raise UsageError(
                     f"every prompt matches --positive {settings.positive!r}: there is nothing to compare with"
                 )
         else:
-            b = known.matching(settings.negative, "negative")
+            b = _among(known.matching(settings.negative, "negative"), among, settings, "negative")
         names = ("--positive", "--negative")
     else:
         assert settings.images is not None
@@ -101,6 +102,17 @@ def sides_of(known: Catalogue, settings: ScanSettings) -> list[tuple[Images, Ima
             f"image {both[0]} is on both sides, {names[0]} and {names[1]}: choose them so that none is on both"
         )
     return [(a, b)]
+
+
+def _among(found: Images, among: Images, settings: ScanSettings, side: str) -> Images:
+    """Those of the images found that are to be looked at; `UsageError` when none is."""
+    kept = np.intersect1d(found, among)
+    if not len(kept):
+        raise UsageError(
+            f"none of the images {settings.images} has a prompt that matches --{side} {getattr(settings, side)!r}: "
+            f"images {', '.join(map(str, found[:8]))} do"
+        )
+    return kept
 
 
 def read_pairs(path: Path, known: Catalogue) -> list[tuple[Images, Images]]:

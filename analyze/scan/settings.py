@@ -58,7 +58,7 @@ class ScanSettings(Inputs):
     """Say what would be read, and stop."""
 
     images: str | None = None
-    """Images to look at, such as 0-9,12 (default: all); contrastive: those of side a, with --against."""
+    """Images to look at, such as 0-9,12 (default: all), also with --positive; with --against those of side a."""
     against: str | None = None
     """Images of side b of a contrastive scan, such as 10-19."""
     prompts: str | None = None
@@ -126,13 +126,13 @@ def _check_choice(settings: ScanSettings) -> None:
     """Refuse sides, regions and tokens that are missing or given twice."""
     match settings.kind:
         case "contrastive":
-            ways = [settings.pairs is not None, settings.positive is not None, settings.images is not None]
-            if sum(ways) != 1:
+            numbered = settings.against is not None or (settings.images is not None and settings.positive is None)
+            if sum([settings.pairs is not None, settings.positive is not None, numbered]) != 1:
                 raise UsageError(
                     "a contrastive scan needs one choice of its sides: --pairs FILE.csv, --positive TEXT [--negative TEXT], "
                     "or --images 0-9 --against 10-19"
                 )
-            if (settings.images is None) != (settings.against is None):
+            if numbered and (settings.images is None or settings.against is None):
                 raise UsageError("--images and --against belong together: the two sides of a contrastive scan")
             if settings.negative is not None and settings.positive is None:
                 raise UsageError("--negative needs --positive: the side that it is compared with")

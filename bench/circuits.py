@@ -1,0 +1,323 @@
+"""`make bench-circuits`: edges of attribution graphs from a trace, against running the transformer once a node.
+
+    tiny     tiny-flux as `harvest --trace` stored it: 5 double blocks, 64 image and 16 text tokens, d_model 128
+    random   a random model of d_model 512 in 8 double blocks, 1,024 image and 128 text tokens
+
+Ours is `FrozenModel.attribute` on the nodes of a graph in batches, and `expand`, which also ranks nodes and writes the graph's tables.
+The reference's way (`bench.reference_circuits`) runs the patched transformer forward to its end and backward for every node, with
+P stored, MLP outputs cached and nothing moved between devices; its edges must be ours.  Both take every edge, in float32; seconds
+are per expanded node, edges included, by turns, in one run.
+
+The floor is the counted operations (`bench.circuit_cases.operations`) at the rate of a plain product of square matrices, measured
+here as well.  What was measured is kept as JSON too.  At full FLUX dimensions on a GPU: `python bench/gpu_circuits.py`.
+"""
+
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+
+from analyze.circuits.expansion import expand
+from analyze.circuits.frozen import Attribution, FrozenModel, Member, Target
+from analyze.circuits.graph import Graph
+from analyze.circuits.trace import Trace, TraceSource, stored_trace
+from bench.circuit_cases import Case, Node, Work, operations, random_inputs, random_transcoders
+from bench.plain_flux import Shape
+from bench.reference_circuits import NodeEdges, Recording, Reference, record
+from bench.scores import quiet
+from bench.timing import Comparison, all_by_turns, group, machine
+from harvest import fill
+from harvest.model import choose_device, load_pipeline
+from harvest.sample import Sampler
+from harvest.settings import HarvestSettings
+from store import open_store
+from store.command import Command, program
+from store.errors import UsageError
+from store.files import write_json
+from store.sites import Site
+
+THRESHOLD, MEMORY = 1e-4, 2 << 30
+PROMPT, STEP = "a small red circle on a blue background", 2
+TINY = Case(Shape(4, 32, 5, 2, 32, 96, 64, (8, 12, 12)), 16, (8, 8), 5, 1024, 0.0625)
+RANDOM = Case(Shape(4, 128, 8, 0, 64, 512, 256, (16, 56, 56)), 128, (32, 32), 8, 8192, 0.05)
+TOLERANCE = 1e-4
+"""of an edge, relative to its node's largest"""
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """Measure attribution graphs from traces against the transformer run once a node."""
+
+    only: str = "tiny,random"
+    """parts to measure: tiny, random"""
+    nodes: int = 40
+    """nodes that a graph expands; of the random model's the reference traces 8"""
+    batch: int = 10
+    """nodes that are expanded at once; all at once is measured as well"""
+    out: Path = Path("build/bench-circuits.json")
+    """where the figures are kept"""
+
+    def __post_init__(self) -> None:
+        if odd := [part for part in self.only.split(",") if part not in PARTS]:
+            raise UsageError(f"--only {self.only!r}: there is no {odd[0]!r}; there are {', '.join(PARTS)}")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One traced model with both ways to its edges."""
+
+    name: str
+    case: Case
+    reference: Reference
+    load: Callable[[], FrozenModel]
+    """our model, made anew: its blocks are read when they are first needed"""
+    sample: int
+    """nodes that the reference is timed on, at most"""
+    rounds: int
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def run(settings: BenchSettings) -> None:
+    """Print the tables, each line as it is measured, and keep the figures."""
+    rate = plain_rate()
+    found: dict[str, Any] = {"machine": machine(), "load": os.getloadavg()[0], "gflops_plain": rate}
+    print(
+        f"{found['machine']}; load {found['load']:.1f} at the start; a plain float32 product: {rate:.0f} GFLOP/s "
+        f"with {torch.get_num_threads()} threads"
+    )
+    print("seconds per expanded node, edges included; speed = the reference's time over ours: 2 is twice as fast")
+    for part in settings.only.split(","):
+        make, goal = PARTS[part]
+        begun = time.perf_counter()
+        print(f"\n== {part}", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            subject = make(Path(folder))
+            found[part] = group(comparisons(subject, settings.nodes, settings.batch, rate), goal)
+        found[f"{part}_facts"] = subject.facts
+        print(
+            "; ".join(
+                f"{what} {value:.3g}" if isinstance(value, float) else f"{what} {value}"
+                for what, value in subject.facts.items()
+            )
+        )
+        print(f"   ({time.perf_counter() - begun:.0f} s)", flush=True)
+        write_json(settings.out, found)
+    print(f"\nkept in {settings.out}")
+
+
+def plain_rate(size: int = 1536) -> float:
+    """GFLOP/s of the best of several products of square float32 matrices."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    out = torch.empty_like(a)
+    best = float("inf")
+    for _ in range(6):
+        begun = time.perf_counter()
+        torch.mm(a, b, out=out)
+        best = min(best, time.perf_counter() - begun)
+    return 2 * size**3 / best / 1e9
+
+
+def comparisons(subject: Subject, count: int, batch: int, rate: float) -> Iterator[Comparison]:
+    """One graph both ways: in batches, all at once, and with everything that `expand` does beside."""
+    begun, before = time.perf_counter(), _reset_peak()
+    model = subject.load()
+    target = loudest(model)
+    model.attribute([target])
+    subject.facts["first target, model read"] = f"{time.perf_counter() - begun:.2f} s"
+    graph = grown(model, target, count, batch)
+    subject.facts["memory"] = f"{(_peak() - before) / 1e6:.0f} MB beyond the trace at --memory {MEMORY >> 20} MB"
+    nodes = expanded(graph)
+    some = evenly(nodes, subject.sample)
+    subject.facts.update(nodes=len(nodes), edges=len(graph.edges))
+    sizes = list(dict.fromkeys((batch, len(nodes))))
+    ours = [partial(in_batches, model, nodes, size) for size in sizes] + [partial(grown, model, target, count, batch)]
+    with subject.reference.patched():
+        subject.facts["greatest error"] = greatest_error(model, subject.reference, some)
+        *times, theirs = all_by_turns([*ours, partial(one_by_one, subject.reference, some)], subject.rounds)
+    active = {site: len(model.active(site).token) for site in model.sites}
+    its = work_of(subject.case, some, active, 1).reference
+    names = [f"batches of {size}" if size < len(nodes) else "all at once" for size in sizes] + ["expand"]
+    for name, size, seconds in zip(names, (*sizes, batch), times, strict=True):
+        work = work_of(subject.case, nodes, active, size).ours
+        text = (
+            f"{work / len(nodes) / 1e9:.3g} GFLOP a node at {work / seconds / 1e9:.0f} GFLOP/s ({seconds / (work / rate / 1e9):.2f} of the "
+            f"floor), against {its / len(some) / 1e9:.3g} at {its / theirs / 1e9:.0f} on {len(some)} nodes"
+        )
+        what = f"{subject.name}, {len(nodes)} nodes, {name}"
+        yield Comparison(what, seconds / len(nodes), "a forward and a backward pass a node", theirs / len(some), text)
+
+
+def work_of(case: Case, nodes: Sequence[Node], active: Mapping[Site, int], batch: int) -> Work:
+    """Operations of both ways for these nodes."""
+    return operations(case, nodes, active, batch, case.shape.double_blocks, case.shape.single_blocks)
+
+
+def evenly(nodes: Sequence[Node], count: int) -> list[Node]:
+    """At most so many of the nodes, evenly over their blocks."""
+    ordered = sorted(nodes, key=lambda node: node.site.layer)
+    places = np.linspace(0, len(ordered) - 1, min(count, len(ordered))).round().astype(int)
+    return [ordered[place] for place in places]
+
+
+def loudest(model: FrozenModel) -> Target:
+    """The most active feature of the image stream in the topmost block."""
+    site = max((site for site in model.sites if site.stream == "img"), key=lambda site: site.layer)
+    active = model.active(site)
+    best = int(active.z.argmax())
+    return Target((Member(site, int(active.token[best]), int(active.feature[best])),))
+
+
+def grown(model: FrozenModel, target: Target, count: int, batch: int) -> Graph:
+    """The graph of a target with so many expanded nodes."""
+    return expand(model, [target], ranking="influence", nodes=count, batch=batch, min_attribution=THRESHOLD, edges=None)
+
+
+def expanded(graph: Graph) -> list[Node]:
+    """The nodes of a graph that were expanded, in that order."""
+    rows = [row for row in graph.nodes.to_pylist() if row["order"] is not None and row["kind"] == "feature"]
+    return [
+        Node(Site("double", row["layer"], row["stream"]), row["token"], row["feature"])
+        for row in sorted(rows, key=lambda row: int(row["order"]))
+    ]
+
+
+def in_batches(model: FrozenModel, nodes: Sequence[Node], size: int) -> list[Attribution]:
+    """Our edges of all nodes."""
+    targets = [Target((Member(node.site, node.token, node.feature),)) for node in nodes]
+    return [model.attribute(targets[start : start + size], THRESHOLD) for start in range(0, len(targets), size)]
+
+
+def one_by_one(reference: Reference, nodes: Sequence[Node]) -> list[NodeEdges]:
+    """The reference's edges of all nodes."""
+    return [reference.edges(node.site, node.token, node.feature) for node in nodes]
+
+
+def greatest_error(model: FrozenModel, reference: Reference, nodes: Sequence[Node]) -> float:
+    """The greatest difference between both ways' edges, relative to the node's largest edge; beyond `TOLERANCE` nothing is timed."""
+    (found,) = in_batches(model, nodes, len(nodes))
+    worst = 0.0
+    for number, node in enumerate(nodes):
+        theirs = reference.edges(node.site, node.token, node.feature)
+        differences, largest = [], 0.0
+        for index, site in enumerate(model.sites):
+            if site.layer < node.site.layer:
+                at = (found.row == number) & (found.site == index)
+                mine = (found.token[at], found.feature[at], found.value[at])
+                differences.append(_features_apart(mine, tuple(map(_float64, theirs.features[site]))))
+                differences.append(float(np.abs(found.errors[site][number] - _float64(theirs.errors[site])).max()))
+                largest = max(largest, np.abs(mine[2]).max(initial=0.0))
+        for stream, values in theirs.inputs.items():
+            differences.append(float(np.abs(found.inputs[stream][number] - _float64(values)).max()))
+            largest = max(largest, float(np.abs(found.inputs[stream][number]).max()))
+        worst = max(worst, max(differences) / largest)
+    if worst > TOLERANCE:
+        raise AssertionError(
+            f"both ways' edges differ by {worst:.1e} of the largest one of their node: nothing is compared"
+        )
+    return worst
+
+
+def _features_apart(mine: tuple[np.ndarray, ...], theirs: tuple[np.ndarray, ...]) -> float:
+    """The greatest difference of an edge (token, feature, value); one at the threshold may stand on one side only."""
+    keys = [(token.astype(np.int64) << 32) + feature.astype(np.int64) for token, feature, _ in (mine, theirs)]
+    every = np.unique(np.concatenate(keys))
+    values = np.zeros((2, len(every)))
+    for row, (key, edges) in enumerate(zip(keys, (mine, theirs), strict=True)):
+        values[row, np.searchsorted(every, key)] = edges[2]
+    alone = (values == 0).any(axis=0) & (np.abs(values).max(axis=0) < 1.01 * THRESHOLD)
+    return float(np.abs(values[0] - values[1])[~alone].max(initial=0.0))
+
+
+def _float64(tensor: Tensor) -> np.ndarray:
+    return tensor.double().cpu().numpy()
+
+
+def tiny(folder: Path) -> Subject:
+    """tiny-flux: our trace is what `harvest --trace` stored; the reference runs the pipeline's own transformer on the same latents."""
+    (folder / "prompts.txt").write_text(PROMPT + "\n")
+    settings = HarvestSettings(
+        out=folder / "store", prompts=str(folder / "prompts.txt"), images=1, steps=str(STEP), dtype="float32", trace=True,
+        trace_images="0", trace_steps=str(STEP), trace_dtype="float32", pictures="none",
+    )  # fmt: skip
+    with quiet():
+        fill.run(settings)
+        pipe = load_pipeline(settings, choose_device("cpu"), "float32")
+    recording = record(pipe.transformer.requires_grad_(False), inputs_at(pipe, STEP), TINY.traced)
+    source = stored_trace(open_store(folder / "store"), 0, STEP)
+    return subject_of("tiny-flux", TINY, recording, source, sample=40, rounds=4)
+
+
+def inputs_at(pipe: Any, step: int) -> dict[str, Any]:
+    """What the pipeline hands to its transformer at a step of the picture of `PROMPT` with seed 0."""
+    calls: list[dict[str, Any]] = []
+
+    def keep(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+        calls.append(dict(kwargs))
+
+    hook = pipe.transformer.register_forward_pre_hook(keep, with_kwargs=True)
+    Sampler(pipe, (), 64, 64, 4, TINY.n_txt, 0.0, pictures=False).draw([PROMPT], [0], lambda _step, _captured: None)
+    hook.remove()
+    found = {name: value for name, value in calls[step].items() if name != "return_dict"}
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in found.items()}
+
+
+def random(_folder: Path) -> Subject:
+    """The random model, in diffusers' own class."""
+    torch.manual_seed(0)
+    shape = RANDOM.shape
+    transformer = FluxTransformer2DModel(
+        in_channels=shape.in_channels, num_layers=shape.double_blocks, num_single_layers=shape.single_blocks,
+        attention_head_dim=shape.d_head, num_attention_heads=shape.heads, joint_attention_dim=shape.text_channels,
+        pooled_projection_dim=shape.pooled_channels, axes_dims_rope=shape.axes,
+    )  # fmt: skip
+    recording = record(transformer.requires_grad_(False), random_inputs(RANDOM), RANDOM.traced)
+    return subject_of("d_model 512", RANDOM, recording, recording, sample=8, rounds=1)
+
+
+def subject_of(name: str, case: Case, recording: Recording, source: TraceSource, sample: int, rounds: int) -> Subject:
+    """Both ways over one trace, with the same transcoders."""
+    transcoders = random_transcoders(recording, case.n_features, case.share)
+
+    def load() -> FrozenModel:
+        return FrozenModel(Trace(source, torch.float32), transcoders, MEMORY)
+
+    return Subject(name, case, Reference(recording, transcoders, THRESHOLD), load, sample, rounds)
+
+
+def _reset_peak() -> int:
+    """Resident bytes now; `_peak` counts from here on.  0 where the system cannot say."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status("VmRSS")
+    except OSError:
+        return 0
+
+
+def _peak() -> int:
+    return _status("VmHWM")
+
+
+def _status(key: str) -> int:
+    match = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(match[1]) if match else 0
+
+
+PARTS: dict[str, tuple[Callable[[Path], Subject], str]] = {
+    "tiny": (tiny, "at least 30 times the reference's speed"),
+    "random": (random, "at least 5 times the reference's speed, within 1.5 of the floor"),
+}
+COMMANDS = {"bench": Command(BenchSettings, run, "Measure attribution graphs against the transformer run once a node.")}
+
+if __name__ == "__main__":
+    sys.exit(program("bench.circuits", COMMANDS, default="bench"))
