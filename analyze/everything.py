@@ -131,7 +131,12 @@ def _summary(made: Everything, analysis: Analysis, settings: AllSettings) -> str
     label = f'python -m analyze label --dictionaries {where} {analysis.subjects[0].name}/FEATURE "…"'
     lines = [f"all: {made.seconds:.0f} s -> {settings.out}"]
     lines += [f"  {part:<11}{text or 'left out: ' + made.left_out[part]}" for part, text in said.items()]
-    return "\n".join([*lines, f"  next       say what you recognise: {label}"])
+    lines.append(f"  next       say what you recognise: {label}")
+    if analysis.store.traced is not None and not settings.graphs:
+        lines.append(
+            f"             what made one fire, in {analysis.store.traced.text()}: python -m analyze graph --help"
+        )
+    return "\n".join(lines)
 
 
 def _coherence_line(found: CoherenceSummary) -> str:
