@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from harvest.estimate import spans, volume_of
 from harvest.plan import Outline, chunked
+from harvest.traced import FEWER
 from store.format import StoreDtype, StoreMeta, StreamTokens, Targets
 from store.sites import POINTS, Stream
 from store.sizes import human_size, parse_size
@@ -117,7 +118,8 @@ def _head(meta: StoreMeta, budget: int) -> list[str]:
     first = meta.sites[0]
     return [
         f"what fits into {human_size(budget)}: {meta.model['id']}, {meta.height}x{meta.width} pixels, sites {sites}, "
-        f"steps {spans(meta.steps)}, pictures {meta.pictures}",
+        f"steps {spans(meta.steps)}, pictures {meta.pictures}"
+        + (f", traces of {meta.traced.text()}" if meta.traced is not None else ""),
         f"images, and in brackets rows to train on at {first} and every other {meta.streams[0]} site",
     ]
 
@@ -155,7 +157,7 @@ def _advice(plan: Outline, every: list[Choice]) -> list[str]:
     if wanted is None:
         same = [c for c in every if c.policy.tokens == meta.tokens and (c.dtype, c.targets) == asked]
         if not any(choice.images for choice in every):
-            return ["not even one part fits into that. Keep fewer layers (--layers) or steps (--steps)"]
+            return [f"not even one part fits into that. {_remedy(meta)}"]
         return [f"as asked: --images {c.images} {c.flags}" for c in same if c.images]
     lines: list[str] = []
     most = 0
@@ -170,7 +172,12 @@ def _advice(plan: Outline, every: list[Choice]) -> list[str]:
         return lines
     best = max(every, key=lambda choice: choice.images)
     most_images = f"at most {best.images:,} do, with {best.flags}" if best.images else "not even one part does"
-    return [f"{wanted:,} images fit into none of these: {most_images}. Keep fewer layers (--layers) or steps (--steps)"]
+    return [f"{wanted:,} images fit into none of these: {most_images}. {_remedy(meta)}"]
+
+
+def _remedy(meta: StoreMeta) -> str:
+    traces = "" if meta.traced is None else f"; of traces, {FEWER}"
+    return f"Keep fewer layers (--layers) or steps (--steps){traces}"
 
 
 def _cell(choice: Choice, meta: StoreMeta) -> str:

@@ -7,6 +7,7 @@
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,11 @@ import numpy as np
 
 from harvest.measure import bytes_a_second, seconds_a_batch
 from harvest.plan import Outline, Plan
+from harvest.traced import FEWER
 from harvest.volume import Volume
 from store.errors import GranaryError
 from store.format import StoreMeta
-from store.layout import STORE_COMMIT
+from store.layout import STORE_COMMIT, part_commit
 from store.sites import Stream
 from store.sites import spans as spans
 from store.sizes import human_size, many
@@ -62,6 +64,8 @@ def announce(plan: Outline, out: Path | None, missing: Sequence[int], measure: b
     if not missing:
         return
     print("\n".join(["", *_table(volume, len(missing), new)]))
+    if meta.traced is not None and not volume.traced_in(len(missing)):
+        print(_line("traces", _no_traces(meta, out)))
     disk = Disk.of(out) if out is not None else None
     print(_line("memory", _memory(meta)))
     if disk is not None:
@@ -79,28 +83,30 @@ def volume_of(plan: Outline, parts: Sequence[int] | None = None) -> Volume:
     text = TEXT_BYTES if prompts is None else float(np.mean([len(p.text.encode()) for p in prompts.found]))
     blocks = 0 if meta.traced is None else len(set(meta.traced.weights or meta.traced.blocks))
     weights = (plan.weights_file_bytes,) * count + (plan.attention_file_bytes,) * blocks
-    chosen = None if parts is None else set(parts)
-    traced = sum(chosen is None or image // meta.chunk_images in chosen for image in meta.traced_images)
-    return Volume(meta, text, weights, traced)
+    traced = Counter(image // meta.chunk_images for image in meta.traced_images)
+    chosen = range(meta.n_parts) if parts is None else parts
+    return Volume(meta, text, weights, tuple(traced[part] for part in chosen) if traced else ())
 
 
 def refuse_what_does_not_fit(volume: Volume, disk: Disk, parts: int, new: bool) -> None:
     """`GranaryError` with numbers and remedies when so many parts need more bytes or inodes than the disk has."""
-    needed = volume.on_disk(parts, new, disk.block)
+    needed, traced = volume.on_disk(parts, new, disk.block), volume.traced_in(parts)
+    size = volume.by_kind(parts, new).get("traces", 0)
+    traces = f"{human_size(size)} of that are traces of {many(traced, 'image')}: {FEWER}. " if traced else ""
     if needed > disk.free:
         images = volume.parts_within(disk.free, new, disk.block) * volume.meta.chunk_images
         fit = f"{images:,} of these images would fit; or keep" if images else "Keep"
         raise GranaryError(
             f"{human_size(needed)} are still to be written and the disk at {disk.folder} has {human_size(disk.free)} free. "
-            f"{fit} fewer tokens (--tokens 64 --text-tokens real), layers or steps, choose a smaller --store-dtype or "
+            f"{traces}{fit} fewer tokens (--tokens 64 --text-tokens real), layers or steps, choose a smaller --store-dtype or "
             f"--targets recomputed, or a larger disk. What fits: the same command with --plan --budget "
             f"{human_size(disk.free).replace(' ', '')}"
         )
-    inodes = volume.files(parts, new) + (volume.folders if new else 0) + volume.trace_folders
+    inodes = volume.files(parts, new) + (volume.folders if new else 0) + volume.trace_folders(parts)
     if disk.inodes is not None and inodes > disk.inodes:
         raise GranaryError(
             f"{inodes:,} files and folders are still to be written and the disk at {disk.folder} has {disk.inodes:,} "
-            "inodes free. Keep fewer layers, steps or images; or fewer tokens, so that a part holds more images (up to "
+            f"inodes free. {traces}Keep fewer layers, steps or images; or fewer tokens, so that a part holds more images (up to "
             "64); or choose a disk with more inodes."
         )
 
@@ -160,16 +166,26 @@ def _table(volume: Volume, parts: int, new: bool) -> list[str]:
     ))  # fmt: skip
     beside = {kind: size for kind, size in kinds.items() if size and kind not in ("activations", "traces", "weights")}
     rows.append(("beside", f"{', '.join(beside)} (estimated)", "", human_size(sum(beside.values()))))
-    if meta.traced is not None and volume.traced:
-        what = f"{meta.traced.text()}; {many(volume.traced, 'image')} now, their time not measured"
-        rows.append(("traces", what, human_size(kinds["traces"] / volume.traced), human_size(kinds["traces"])))
+    if meta.traced is not None and (traced := volume.traced_in(parts)):
+        what = f"{meta.traced.text()}; {many(traced, 'image')} now; the time to capture them is not measured"
+        rows.append(("traces", what, human_size(kinds["traces"] / traced), human_size(kinds["traces"])))
     if kinds.get("weights"):
         rows.append(("weights", _weights(volume), "", human_size(kinds["weights"])))
-    files, folders = volume.files(parts, new), (volume.folders if new else 0) + volume.trace_folders
+    files, folders = volume.files(parts, new), (volume.folders if new else 0) + volume.trace_folders(parts)
     inodes = f"{files:,} files in {folders:,} new folders: {files + folders:,} inodes"
     rows.append(("in all", inodes, "", human_size(sum(kinds.values()))))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}".rstrip() for a, b, c, d in rows]
+
+
+def _no_traces(meta: StoreMeta, out: Path | None) -> str:
+    """Why nothing is traced now: the traced images were chosen when the store was begun, and are there or in other parts."""
+    assert meta.traced is not None
+    parts = {image // meta.chunk_images for image in meta.traced.images}
+    there = out is not None and all((out / part_commit(part)).exists() for part in parts)
+    images = f"image{'s' * (len(meta.traced.images) > 1)} {spans(meta.traced.images)}"
+    are = "are" if len(meta.traced.images) > 1 else "is"
+    return f"{images} {are} traced already; none of the new ones" if there else f"of {images}, none of those now"
 
 
 def _weights(volume: Volume) -> str:
@@ -222,11 +238,12 @@ def _time(plan: Outline, volume: Volume, disk: Disk | None, missing: Sequence[in
     rate = bytes_a_second(disk.folder, chunk) if disk is not None else None
     if rate is None:
         return f"about {_duration(drawing)}: {drawn}; how fast the disk is was not measured"
-    writing = sum(volume.by_kind(len(missing), False).values()) / rate
+    writing = sum(volume.by_kind(len(missing), False).values()) / rate  # traces too: all is written beside drawing
     limit = "drawing" if drawing >= writing else "writing"
+    beside = ", besides what capturing traces takes" if volume.traced_in(len(missing)) else ""
     return (
         f"about {_duration(max(drawing, writing))}, limited by {limit}: {drawn}; files of {human_size(chunk)} were "
-        f"written at {human_size(rate)}/s, {_duration(writing)} for these"
+        f"written at {human_size(rate)}/s, {_duration(writing)} for these{beside}"
     )
 
 

@@ -12,10 +12,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -35,6 +34,7 @@ from harvest.remaining import is_extension, missing_parts
 from harvest.rows import picture_table, prompt_table, truth_of
 from harvest.settings import HarvestSettings
 from harvest.tiny_flux.scenes import PIXELS
+from harvest.trace_writing import KeepTrace, TraceWriter
 from harvest.tracing import Tracer
 from store.errors import LostLeaseError
 from store.format import StoreMeta, part_name
@@ -213,9 +213,6 @@ class _Line:
         self.writer.leases.give_back(self._leases.pop(part))
 
 
-KeepTrace = Callable[[str, bytes, Mapping[str, float]], dict[str, Any]]
-
-
 def fill_part(
     plan: Plan, part: int, advance: Callable[[int], object] | None = None, keep_trace: KeepTrace | None = None
 ) -> Part:
@@ -223,15 +220,18 @@ def fill_part(
 
     `keep_trace` writes each trace as it is captured, and gives its entry in the commit; without it nothing is traced.
     """
-    return _Filler(plan, part, keep_trace).fill(advance)
+    if keep_trace is None:
+        return _Filler(plan, part, None).fill(advance)
+    with TraceWriter(keep_trace) as traces:
+        content = _Filler(plan, part, traces).fill(advance)
+    return replace(content, traces=traces.entries)
 
 
 class _Filler:
     """Draws the images of one part and gathers what is kept."""
 
-    def __init__(self, plan: Plan, part: int, keep_trace: KeepTrace | None) -> None:
-        self.plan, self.meta, self.keep_trace = plan, plan.meta, keep_trace
-        self.traces: dict[str, dict[str, Any]] = {}
+    def __init__(self, plan: Plan, part: int, traces: TraceWriter | None) -> None:
+        self.plan, self.meta, self.traces = plan, plan.meta, traces
         self.images = plan.meta.part_images(part)
         logical = plan.meta.carrier.logical
         count = len(self.images)
@@ -268,19 +268,12 @@ class _Filler:
             if advance is not None:
                 advance(len(batch))
         tables = self._tables(np.concatenate(sigma), np.concatenate(scheduled), pictures)
-        return Part(self.activations, self.positions, *tables, self.errors, self.traces)
+        return Part(self.activations, self.positions, *tables, self.errors)
 
     def _tracer(self, batch: range) -> Tracer | None:
         """What is traced of a batch."""
-        keep = self.keep_trace
-        if keep is None:
-            return None
-
-        def write(name: str, content: bytes, replay: Mapping[str, float]) -> None:
-            self.traces[name] = keep(name, content, replay)
-
         images = {row: image for row, image in enumerate(batch) if image in self.meta.traced_images}
-        return Tracer(self.meta, images, write) if images else None
+        return Tracer(self.meta, images, self.traces.put) if self.traces is not None and images else None
 
     def _tables(
         self, sigma: np.ndarray, scheduled: np.ndarray, pictures: Sequence[Image.Image | None]

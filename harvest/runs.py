@@ -16,11 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from harvest.settings import HarvestSettings
+from harvest.settings import OF_TRACES, HarvestSettings
 from store import layout
 from store.errors import UsageError
 from store.files import write_json
 from store.format import StoreMeta
+from store.opening import WITHOUT_TRACES, peek
 from store.sites import spans
 
 OF_THIS_RUN = ("out", "resume", "extend", "plan", "budget", "parts", "worker", "allow_mixed")
@@ -40,6 +41,9 @@ def restored(settings: HarvestSettings) -> HarvestSettings:
     changed = [
         f.name for f in dataclasses.fields(settings) if f.name not in own and getattr(settings, f.name) != f.default
     ]
+    there = peek(folder) if changed and set(changed) <= {"trace", *OF_TRACES} else None
+    if there is not None and there.traced is None:
+        raise UsageError(f"{folder} {WITHOUT_TRACES}")
     if changed:
         flags = ", ".join("--" + name.replace("_", "-") for name in changed)
         raise UsageError(

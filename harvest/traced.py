@@ -3,11 +3,12 @@
 from harvest.model import Geometry
 from harvest.settings import HarvestSettings
 from store.errors import UsageError
-from store.format import StoreMeta
+from store.format import CHUNK_IMAGES_MAX, StoreMeta
 from store.sites import parse_numbers, spans
-from store.traces import MOST_TRACED, Traced, TraceDtype
+from store.traces import MOST_TRACED, Traced, TraceDtype, refuse_too_many
 
 IMAGES_DEFAULT = 10
+FEWER = "fewer --trace-images, fewer --trace-steps, or --trace-dtype bfloat16 take less"
 
 
 def choose_traced(settings: HarvestSettings, meta: StoreMeta, geometry: Geometry) -> Traced | None:
@@ -17,8 +18,14 @@ def choose_traced(settings: HarvestSettings, meta: StoreMeta, geometry: Geometry
     """
     if not settings.trace:
         return None
+    for name in ("trace_images", "trace_steps", "trace_blocks"):
+        if (asked := getattr(settings, name)) is not None and not asked.strip():
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag} is empty: write numbers and ranges such as 0-3,7, or all, or leave {flag} out")
     dtype: TraceDtype = settings.trace_dtype or ("float32" if meta.dtype == "float32" else "bfloat16")
-    return Traced(_images(settings, meta), _steps(settings, meta), _blocks(settings, meta, geometry), dtype)
+    traced = Traced(_images(settings, meta), _steps(settings, meta), _blocks(settings, meta, geometry), dtype)
+    refuse_too_many(traced, CHUNK_IMAGES_MAX)
+    return traced
 
 
 def _images(settings: HarvestSettings, meta: StoreMeta) -> tuple[int, ...]:
@@ -62,7 +69,8 @@ def _blocks(settings: HarvestSettings, meta: StoreMeta, geometry: Geometry) -> t
     try:
         blocks = parse_numbers(asked.replace("double:", ""), geometry.double_blocks, "block")
     except UsageError as error:
-        raise UsageError(f"--trace-blocks {asked}: {error}; {there}") from None
+        what = str(error).partition(": there are ")[0]  # which `there` says, and of which model
+        raise UsageError(f"--trace-blocks {asked}: {what}; {there}") from None
     if blocks != tuple(range(len(blocks))):
         raise UsageError(
             f"--trace-blocks {asked}: a graph goes back to what enters block 0, so blocks are traced from 0 without a gap: "

@@ -4,20 +4,20 @@
    would compute without them.
 2. When a block has ended, each traced image of the batch is rounded to the trace dtype and replayed from that: attention
    output, MLP input and the residual that leaves, in float32; the largest relative differences are written into the file.
-3. The file is handed over at once, so that one block's tensors are all that is ever held.
+3. They are handed over on the host at once, to be written while the next block is computed (`harvest.trace_writing`).
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from harvest.trace_writing import BlockTrace
 from harvest.weights import attention_of
 from store.errors import NonFiniteError, UsageError
 from store.format import StoreMeta
@@ -41,8 +41,8 @@ NORMS: dict[Stream, tuple[str, str, str]] = {
 QK: dict[Stream, tuple[str, str]] = {"img": ("norm_q", "norm_k"), "txt": ("norm_added_q", "norm_added_k")}
 TINY = 1e-30
 
-Keep = Callable[[str, bytes, Mapping[str, float]], object]
-"""takes a trace's file name, content and replay errors"""
+Keep = Callable[[Sequence[BlockTrace]], object]
+"""takes the traces of a block, one an image"""
 
 
 @dataclass
@@ -170,22 +170,24 @@ class _BlockTracer:
         for stream, value in zip(TRACE_STREAMS, output, strict=True):
             self.found[f"resid_out.{stream}"] = self.tracer.chosen(value)
         found, self.found = self.found, {}
-        for index, (row, image) in enumerate(self.tracer.images.items()):
-            self._write({name: values[index] for name, values in found.items()}, row, image)
+        matrices = {name: matrix.float() for name, matrix in attention_of(self.module).items()}
+        rows = enumerate(self.tracer.images.items())
+        self.tracer.keep([self._captured({n: v[i] for n, v in found.items()}, matrices, *each) for i, each in rows])
 
-    def _write(self, found: Mapping[str, Tensor], row: int, image: int) -> None:
-        """Round, replay and hand over the trace of one image."""
+    def _captured(
+        self, found: Mapping[str, Tensor], matrices: Mapping[str, Tensor], row: int, image: int
+    ) -> BlockTrace:
+        """The trace of one image, rounded and replayed."""
         tracer, traced = self.tracer, self.tracer.meta.traced
         assert traced is not None
         exact = {f"{name}.{stream}" for name in ("r1", "r2", *MODULATIONS) for stream in TRACE_STREAMS}
         stored = {name: value if name in exact else value.to(DTYPES[traced.dtype]) for name, value in found.items()}
-        for name, value in stored.items():
-            if not torch.isfinite(value).all():
-                raise NonFiniteError(
-                    f"the trace of image {image} at step {tracer.step}: {name} of block {self.block} holds a NaN or an "
-                    f"infinity in {value.dtype}. Nothing of this part was committed; try --dtype float32."
-                )
-        replay = replay_errors(stored, attention_of(self.module))
+        if (odd := non_finite(stored)) is not None:
+            raise NonFiniteError(
+                f"the trace of image {image} at step {tracer.step}: {odd} of block {self.block} holds a NaN or an "
+                f"infinity in {stored[odd].dtype}. Nothing of this part was committed; try --dtype float32."
+            )
+        replay = replay_errors(stored, matrices)
         about = {
             "format": TRACE_FORMAT, "version": TRACE_VERSION, "image": image, "step": tracer.step, "block": self.block,
             "sigma": tracer.sigma[row], "replay": replay,
@@ -199,9 +201,21 @@ class _BlockTracer:
         if self.block != traced.blocks[-1]:
             left_out |= {f"resid_out.{stream}" for stream in TRACE_STREAMS}  # enters the next block
         kept = {name: value.contiguous().cpu() for name, value in stored.items() if name not in left_out}
-        content = safetensors.torch.save(kept, {"granary": json.dumps(about, sort_keys=True)})
         worst = {name: max(replay[f"{name}.{stream}"] for stream in TRACE_STREAMS) for name in REPLAYED}
-        tracer.keep(trace_file(image, tracer.step, self.block), content, worst)
+        name = trace_file(image, tracer.step, self.block)
+        return BlockTrace(name, kept, json.dumps(about, sort_keys=True), worst)
+
+
+def non_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds a NaN or an infinity; None where none does.
+
+    One look at the device: a sum of such numbers is none of the finite ones, and only where a sum is not finite, which large
+    numbers can bring about as well, each tensor is looked through.
+    """
+    sums = torch.stack([values.sum(dtype=torch.float32) for values in tensors.values()])
+    if bool(torch.isfinite(sums.sum())):
+        return None
+    return next((name for name, values in tensors.items() if not bool(torch.isfinite(values).all())), None)
 
 
 def inverse_std(values: Tensor, eps: float) -> Tensor:
@@ -213,13 +227,12 @@ def replay_errors(trace: Mapping[str, Tensor], matrices: Mapping[str, Tensor]) -
     """`attn.txt` and so on -> largest difference between what follows from a trace in float32 and what it holds, over the
     largest magnitude that it holds; three digits.
 
-    `trace` has the names of `store.traces`, `resid_out` always, of one image; `matrices` those of its block's attention.
+    `trace` has the names of `store.traces`, `resid_out` always, of one image; `matrices` those of its block's attention, float32.
     """
     t = {name: value.float() for name, value in trace.items()}
-    w = {name: value.float() for name, value in matrices.items()}
 
     def line(name: str, rows: Tensor) -> Tensor:
-        return functional.linear(rows, w[f"{name}.weight"], w.get(f"{name}.bias"))
+        return functional.linear(rows, matrices[f"{name}.weight"], matrices.get(f"{name}.bias"))
 
     def norm(rows: Tensor, r: str, scale: str, shift: str, s: str) -> Tensor:
         centred = (rows - rows.mean(-1, keepdim=True)) * t[f"{r}.{s}"][:, None]

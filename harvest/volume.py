@@ -4,6 +4,7 @@ A part is one chunk of every array, and a chunk is written whole, so the last pa
 Compression is not foreseen: with `--codec zstd` the activations take less than is said here.
 """
 
+from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,16 +43,15 @@ class Volume:
     """an average prompt's text"""
     weights: tuple[int, ...]
     """sizes of the weights files that the store holds"""
-    traced: int = 0
-    """traced images in the parts that are to be written"""
+    traced: tuple[int, ...] = ()
+    """traced images of each part that is to be written, in their order: parts differ in nothing else"""
 
-    @cached_property
-    def traces(self) -> dict[Kind, Counter[int]]:
-        """{kind: {size of a file: how many}} of the traces of the traced images, and what commits say of them."""
+    def traces(self, images: int) -> dict[Kind, Counter[int]]:
+        """{kind: {size of a file: how many}} of the traces of so many images, and what commits say of them."""
         traced = self.meta.traced
-        if traced is None or not self.traced:
+        if traced is None or not images:
             return {}
-        count = self.traced * len(traced.steps)
+        count = images * len(traced.steps)
         sizes: Counter[int] = Counter()
         for block in traced.blocks:
             tensors = trace_shapes(self.meta, block)
@@ -85,21 +85,21 @@ class Volume:
         return {"metadata": small, "weights": Counter(self.weights)}
 
     def by_kind(self, parts: int, new: bool) -> dict[Kind, int]:
-        """Bytes by kind of so many parts, with the traces; with `new` also of what is written once."""
+        """Bytes by kind of the first so many parts, with their traces; with `new` also of what is written once."""
         sums = Counter({kind: parts * _total(files) for kind, files in self.part.items()})
-        for kind, files in self.traces.items():
+        for kind, files in self.traces(self.traced_in(parts)).items():
             sums[kind] += _total(files)
         return dict(sums) | {kind: _total(files) for kind, files in self.once.items() if new}
 
     def on_disk(self, parts: int, new: bool, block: int) -> int:
         """Bytes in whole blocks of the file system, which is what they take of it."""
         size = sum(_total(files, block) for files in self.part.values()) * parts
-        size += sum(_total(files, block) for files in self.traces.values())
+        size += sum(_total(files, block) for files in self.traces(self.traced_in(parts)).values())
         return size + (sum(_total(files, block) for files in self.once.values()) if new else 0)
 
     def files(self, parts: int, new: bool) -> int:
         """How many files that is, the seal among those that are written once."""
-        traces = self.traces.get("traces", Counter()).total()
+        traces = self.traces(self.traced_in(parts)).get("traces", Counter()).total()
         once = sum(c.total() for c in self.once.values()) if new else 0
         return parts * (len(numbered_files(self.meta, 0)) + 1) + traces + once
 
@@ -115,17 +115,22 @@ class Volume:
         above = {"/".join(name.split("/")[:depth]) for name in names for depth in range(name.count("/") + 1)}
         return len(above)
 
-    @property
-    def trace_folders(self) -> int:
-        """How many folders the traces come in: one for all, one an image, one a step of each."""
-        traced = self.meta.traced
-        return 0 if traced is None or not self.traced else 1 + self.traced * (1 + len(traced.steps))
+    def traced_in(self, parts: int) -> int:
+        """How many images of the first so many parts are traced."""
+        return sum(self.traced[:parts])
+
+    def trace_folders(self, parts: int) -> int:
+        """How many folders their traces come in: one for all, one an image, one a step of each."""
+        traced, images = self.meta.traced, self.traced_in(parts)
+        return 0 if traced is None or not images else 1 + images * (1 + len(traced.steps))
 
     def parts_within(self, size: int, new: bool, block: int = 1) -> int:
-        """The greatest number of parts that fit into so many bytes, not below 0."""
-        once = self.on_disk(0, new, block)
-        part = self.on_disk(1, new, block) - once
-        return max((size - once) // part, 0)
+        """The greatest number of parts that fit into so many bytes, not below 0; parts beyond the planned ones have no traces."""
+        planned = len(self.traced)
+        left = size - self.on_disk(planned, new, block)
+        if left >= 0:
+            return planned + left // sum(_total(files, block) for files in self.part.values())
+        return max(bisect_right(range(planned), size, key=lambda parts: self.on_disk(parts, new, block)) - 1, 0)
 
 
 def _one(size: float | int) -> Counter[int]:

@@ -124,6 +124,7 @@ def _traces(store: Store) -> str:
     """What is traced, its bytes, and how well blocks follow from it."""
     assert store.traced is not None
     errors = ", ".join(f"{name} {error:.2g}" for name, error in store.replay_errors().items())
+    errors += " (resid repeats the model's own additions: 0 in float32)" if errors else ""
     replay = f"; replayed with relative errors of at most: {errors}" if errors else ", none committed yet"
     return f"{store.traced.text()}{', ' + human_size(store.trace_bytes) if errors else ''}{replay}"
 

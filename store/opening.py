@@ -15,6 +15,9 @@ OURS = {layout.CARD, "activations", "tokens", "prompts", "images", "statistics",
 OF_LENGTH = {"n_images", "prompts.sha256", "prompts.count"}
 MAY_BE_MIXED = ("batch_size", "threads", "device", "versions")
 """what may differ between the runs that fill one store, with `--allow-mixed`: it changes roundings, and no meaning"""
+WITHOUT_TRACES = (
+    "was begun without traces and cannot get them: harvest the images to be traced into a store of their own with --out"
+)
 
 
 def read_meta(location: str | Path | Place) -> StoreMeta:
@@ -130,14 +133,22 @@ def leaves(value: Any, name: str = "") -> dict[str, Any]:
     return {k: v for key, each in value.items() for k, v in leaves(each, f"{name}.{key}".lstrip(".")).items()}
 
 
+def worth_naming(odd: list[str]) -> list[str]:
+    """Of the keys that differ those to show: the matrices of traces follow from the model and the blocks."""
+    return [key for key in odd if key != "traces.weights"] or odd
+
+
 def _other_run(path: Path, there: dict[str, Any], here: dict[str, Any], odd: list[str]) -> str:
+    of_traces = [key for key in odd if key.split(".")[0] == "traces"]
+    if of_traces and not there.keys() & set(of_traces) and set(odd) <= {*of_traces, *OF_LENGTH}:
+        return f"{path} {WITHOUT_TRACES}"
     may_be_mixed = all(key.split(".")[0] in MAY_BE_MIXED for key in odd)
     if set(odd) <= OF_LENGTH and here["n_images"] > there["n_images"]:
         return (
             f"{path} has {there['n_images']} images, and {here['n_images']} are asked for: to add images to it, "
             f"python -m harvest --extend {path} --images {here['n_images']}"
         )
-    lines = [f"  {key}: there {there.get(key)!r}, asked for {here.get(key)!r}" for key in odd]
+    lines = [f"  {key}: there {there.get(key)!r}, asked for {here.get(key)!r}" for key in worth_naming(odd)]
     advice = " or say --allow-mixed (its later parts will then not be byte-equal to an undisturbed run's, and say so)"
     return (
         f"{path} holds another run; it differs in\n"

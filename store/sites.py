@@ -81,7 +81,7 @@ def parse_numbers(text: str, count: int, what: str) -> tuple[int, ...]:
         found.update(_span(match[1], match[2], text))
     beyond = sorted(number for number in found if number >= count)
     if beyond:
-        raise UsageError(f"there is no {what} {', '.join(map(str, beyond))}: there are {count}, 0 to {count - 1}")
+        raise UsageError(f"there is no {what} {spans(beyond)}: there are {count}, 0 to {count - 1}")
     return tuple(sorted(found))
 
 

@@ -50,8 +50,7 @@ class TraceReader(ABC):
         read from there, which costs a chunk of images each.  Errors: `UsageError` for what is not traced, which names what is;
         `UnfinishedError` for a part that is not harvested yet; `DamagedError` naming the file and the remedy.
         """
-        name, data = self._trace_data(image, step, block)
-        tensors = self._tensors(name, data)[0]
+        name, tensors, _ = self._trace(image, step, block)
         expected = trace_shapes(self.meta, block)
         found = {key: (str(each.dtype), _flat(each)) for key, each in tensors.items()}
         if found != expected:
@@ -66,12 +65,7 @@ class TraceReader(ABC):
 
     def trace_facts(self, image: int, step: int, block: int) -> dict[str, Any]:
         """What a trace says of itself: `sigma`, and `replay`, the relative error of what was computed again when it was written."""
-        name, data = self._trace_data(image, step, block)
-        facts = self._tensors(name, data)[1]
-        there = facts.get("format"), facts.get("version"), facts.get("image"), facts.get("step"), facts.get("block")
-        if there != (TRACE_FORMAT, TRACE_VERSION, image + harvested_before(self.meta), step, block):
-            raise trust.damaged(self.place, name, f"says that it is {there}")
-        return facts
+        return self._trace(image, step, block)[2]
 
     def trace_weights(self, block: int) -> dict[str, np.ndarray]:
         """The matrices of a traced block: `to_v.weight` (out, in), `to_v.bias`, and so on (`store.traces.MATRICES`), as the model has them.
@@ -89,7 +83,7 @@ class TraceReader(ABC):
         """The greatest relative error of each of `store.traces.REPLAYED` over the committed traces: what their commits say."""
         found: dict[str, float] = {}
         for entry in self._trace_entries():
-            for name, error in entry.get("replay", {}).items():
+            for name, error in entry["replay"].items():
                 found[name] = max(error, found.get(name, 0.0))
         return found
 
@@ -103,10 +97,16 @@ class TraceReader(ABC):
             files = self.commit(part)["files"]
             yield from (files[name] for name in trace_files(self.meta, self.meta.part_images(part)))
 
-    def _trace_data(self, image: int, step: int, block: int) -> tuple[str, bytes]:
+    def _trace(self, image: int, step: int, block: int) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
+        """A trace's file, the tensors in it, and what it says of itself, which must be that trace."""
         self._traced_at(image, step, block)
         name = trace_file(image, step, block)
-        return name, self._file(name, image // self.meta.chunk_images)
+        tensors, facts = self._tensors(name, self._file(name, image // self.meta.chunk_images))
+        there = tuple(facts.get(key) for key in ("format", "version", "image", "step", "block"))
+        expected = TRACE_FORMAT, TRACE_VERSION, image + harvested_before(self.meta), step, block
+        if there != expected:
+            raise trust.damaged(self.place, name, f"says that it is {there}, and not {expected}")
+        return name, tensors, facts
 
     def _traced_at(self, image: int | None, step: int | None, block: int) -> Traced:
         """What is traced; `UsageError` unless that is among it."""
@@ -159,8 +159,11 @@ class TraceReader(ABC):
 def harvested_before(meta: StoreMeta) -> int:
     """How many images were left out before the first one, by all who took a part of a part: traces keep their first number."""
     left, parent = 0, meta.parent
-    while parent is not None and isinstance(parent.get("images"), list | tuple):
-        left, parent = left + int(parent["images"][0]), parent.get("parent")
+    while isinstance(parent, dict):
+        images = parent.get("images")
+        if not isinstance(images, list | tuple) or not images or type(images[0]) is not int:
+            break
+        left, parent = left + images[0], parent.get("parent")
     return left
 
 

@@ -18,6 +18,7 @@ Blocks are double blocks, traced from block 0 without a gap, because a graph goe
 """
 
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -43,6 +44,9 @@ REPLAYED = ("attn", "mlp_in", "resid")
 """what is computed again from a trace when it is written: the attention's output, the MLP's input, the residual that leaves"""
 MOST_TRACED, MOST_BLOCKS = 10**6, 9999
 """images and blocks: metadata that claim more are not believed"""
+
+MOST_FILES, MOST_FILES_A_PART = 10**8, 10**6
+"""traces of a store, and of a part, whose names are held together"""
 
 _IMAGES = re.compile(r"\d{1,9}(?:-\d{1,9})?(?:,\d{1,9}(?:-\d{1,9})?)*")
 _FILE = re.compile(r"traces/image-(\d{8,})/step\.(\d+)/double\.(\d{2,})\.safetensors")
@@ -182,6 +186,27 @@ def trace_shapes(meta: "StoreMeta", block: int) -> dict[str, tuple[str, tuple[in
     return found
 
 
+def refuse_too_many(traced: Traced, chunk_images: int) -> None:
+    """`UsageError` for more files than a store, or a part of so many images, may have."""
+    an_image = len(traced.steps) * len(traced.blocks)
+    images = len(traced.images)
+    if an_image * images > MOST_FILES or an_image * min(images, chunk_images) > MOST_FILES_A_PART:
+        raise UsageError(
+            f"{images:,} images x {len(traced.steps):,} steps x {len(traced.blocks):,} blocks are too many to trace: a store "
+            f"has at most {MOST_FILES:,} traces, and a part of it {MOST_FILES_A_PART:,}"
+        )
+
+
+def says_replay(name: str, entry: Mapping[str, Any]) -> bool:
+    """Whether a commit says of a file what it must: of a trace a finite error, 0 or more, for each of `REPLAYED`."""
+    if parse_trace_file(name) is None:
+        return True
+    replay = entry.get("replay")
+    if not isinstance(replay, dict) or replay.keys() != set(REPLAYED):
+        return False
+    return all(type(each) in (int, float) and 0 <= each <= sys.float_info.max for each in replay.values())
+
+
 def check_traced(meta: "StoreMeta", names: "re.Pattern[str]") -> None:
     """`UsageError` for traces that no store has."""
     if meta.traces is None:
@@ -192,5 +217,6 @@ def check_traced(meta: "StoreMeta", names: "re.Pattern[str]") -> None:
     assert traced is not None
     if traced.images[-1] >= meta.n_images or not set(traced.steps) <= set(meta.steps):
         raise UsageError(f"traces are of {traced.text()}, of {meta.n_images} images at steps {meta.steps!r}")
+    refuse_too_many(traced, meta.chunk_images)
     if len(traced.weights) != len(traced.blocks) or not all(names.fullmatch(name) for name in traced.weights):
         raise UsageError(f"traces names the weights {traced.weights!r} of {len(traced.blocks)} blocks")

@@ -5,6 +5,7 @@ from typing import Any
 from store.errors import DamagedError
 from store.files import parse_self_checked, sha256_bytes
 from store.places import Place
+from store.traces import says_replay
 
 
 def found(place: Place, name: str) -> bytes | None:
@@ -28,6 +29,9 @@ def check_form(place: Place, name: str, content: dict[str, Any]) -> None:
         for entry in files.values()
     ):
         raise damaged(place, name, "does not say length and SHA-256 of each file")
+    odd = next((each for each, entry in files.items() if not says_replay(each, entry)), None)
+    if odd is not None:
+        raise damaged(place, name, f"does not say what such a file says: the replay errors of {odd}")
 
 
 def check_entry(place: Place, name: str, data: bytes, entry: dict[str, Any] | None) -> None:

@@ -43,7 +43,7 @@ def test_a_site_that_is_not_there_is_named_beside_those_that_are() -> None:
 def test_numbers_are_written_as_ranges_and_bounded() -> None:
     assert parse_numbers("0-2,5", 6, "step") == (0, 1, 2, 5)
     assert parse_numbers("all", 3, "step") == (0, 1, 2)
-    with pytest.raises(UsageError, match="there is no step 6, 7: there are 6, 0 to 5"):
+    with pytest.raises(UsageError, match="there is no step 6-7: there are 6, 0 to 5"):
         parse_numbers("4-7", 6, "step")
 
 

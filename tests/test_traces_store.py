@@ -1,6 +1,7 @@
 """A store looks after its traces as after everything else: read, checked, mended, compared, shared, extended."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,16 @@ from store import Site, Store, UsageError, layout, open_store
 from store.care import diff, remove, repair
 from store.care.verify import verify
 from store.errors import DamagedError, ForeignError, UnfinishedError
-from store.files import json_bytes
-from store.format import StoreMeta, part_files
+from store.files import json_bytes, self_checked
+from store.format import StoreMeta
 from store.info import describe
+from store.opening import read_meta
 from store.sharing.pull import PullSettings
 from store.sharing.pull import run as pull
-from store.traces import Traced, parse_trace_file, trace_file, trace_files
-from store.writer import StoreWriter
+from store.traces import Traced, parse_trace_file, trace_file
+from store.writer import sealed
 from tests.small_store import make_store, small_meta
-from tests.small_traces import HEADS, make_traced, matrices, trace_content, traced_meta, write_traced
+from tests.small_traces import HEADS, make_traced, trace_content, traced_meta, write_traced
 from tests.test_store import tree
 
 
@@ -138,6 +140,18 @@ def test_a_trace_of_a_part_that_is_not_there_yet_is_waited_for(tmp_path: Path) -
         store.trace_block(9, 0, 0)
 
 
+@pytest.mark.parametrize(
+    ("images", "chunk", "blocks"), [("0-999999", 64, 51), ("0-63", 64, 9999)], ids=["in all", "in a part"]
+)
+def test_more_traces_than_any_store_has_are_not_believed(images: str, chunk: int, blocks: int) -> None:
+    found = traced_meta(n_images=10**6).attributes()
+    found |= {"chunk_images": chunk}
+    found["traces"] |= {"images": images, "blocks": list(range(blocks))}
+    found["traces"]["weights"] = found["traces"]["weights"][:1] * blocks
+    with pytest.raises(ForeignError, match="are too many to trace: a store has at most 100,000,000"):
+        StoreMeta.from_attributes(json.loads(json_bytes(found)), "x")
+
+
 # damage
 
 
@@ -160,6 +174,48 @@ def test_a_damaged_trace_is_named_costs_its_image_and_is_mended_from_a_copy(
     assert finding.text().endswith("costs the traces of image 2 at block 1 step 1")
     repair.run(repair.RepairSettings(str(copy), replica=store.path))
     assert verify(copy).ok and tree(copy) == tree(local(store))
+
+
+def exchange(copy: Path, name: str, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change what the commit of part 0 says of a file, with checksums and seal that agree."""
+    commit = copy / layout.part_commit(0)
+    content = json.loads(commit.read_bytes())
+    change(content["files"][name])
+    commit.write_bytes(json_bytes(self_checked({key: each for key, each in content.items() if key != "sha256"})))
+    (copy / layout.SEAL).write_bytes(json_bytes(sealed(copy, read_meta(copy))))
+
+
+def test_a_commit_that_says_no_replay_errors_of_a_trace_is_damage_to_all(copy: Path) -> None:
+    exact = {"attn": 0, "mlp_in": 0}
+    harms: tuple[Any, ...] = (
+        None, [1], {}, {"attn": "x"}, exact, {**exact, "resid": -1.0}, {**exact, "resid": True},
+        {**exact, "resid": 10**400}, {**exact, "resid": 0, "more": 0}, "absent",
+    )  # fmt: skip
+    exchange(copy, trace_file(2, 1, 1), lambda entry: entry.update(replay={**exact, "resid": 0}))
+    assert "attn 0" in describe(open_store(copy)) and verify(copy).ok
+    for replay in harms:
+        exchange(
+            copy,
+            trace_file(2, 1, 1),
+            lambda entry, replay=replay: entry.pop("replay") if replay == "absent" else entry.update(replay=replay),  # type: ignore[misc]
+        )
+        with pytest.raises(
+            DamagedError, match=r"does not say what such a file says: .*image-00000002/step\.1/double\.01"
+        ):
+            describe(open_store(copy))
+        assert [(each.kind, each.part) for each in verify(copy).findings] == [("damaged", 0)], replay
+
+
+def test_a_trace_that_says_it_is_another_is_not_read(copy: Path) -> None:
+    name, other = trace_file(2, 1, 1), trace_file(2, 0, 1)
+    (copy / name).write_bytes((copy / other).read_bytes())
+    there = json.loads((copy / layout.part_commit(0)).read_bytes())["files"][other]
+    exchange(copy, name, lambda entry: entry.update(there))
+    for read in (open_store(copy).trace_block, open_store(copy).trace_facts):
+        with pytest.raises(
+            DamagedError, match=r"says that it is \('granary trace', 1, 2, 0, 1\), and not .* 2, 1, 1\)"
+        ):
+            read(2, 1, 1)
 
 
 def test_without_a_copy_the_part_of_a_damaged_trace_is_taken_out_and_can_be_made_again(
@@ -279,19 +335,3 @@ def test_a_pull_that_was_interrupted_goes_on(store: Store, copy: Path) -> None:
     (copy / trace_file(2, 1, 1)).write_bytes(b"torn")
     pull(PullSettings(url=store.path, folder=copy))
     assert tree(copy) == tree(local(store))
-
-
-def test_a_store_that_is_extended_is_the_one_that_was_written_at_once(tmp_path: Path) -> None:
-    long = traced_meta(images=(1, 2), n_images=8)
-    short = replace(long, n_images=4, prompts={**long.prompts, "count": 4})
-    write_traced(tmp_path / "once", long)
-    write_traced(tmp_path / "grown", short)
-    StoreWriter.extend(tmp_path / "grown", long, matrices)
-    write_traced(tmp_path / "grown", long)
-    files = {name for part in range(2) for name in part_files(long, part)}
-    assert set(trace_files(long, range(8))) <= files
-    first, second = tree(tmp_path / "grown"), tree(tmp_path / "once")
-    assert {name for name in first if name.startswith("traces/")} == set(trace_files(long, range(8)))
-    assert {n: d for n, d in first.items() if n.startswith("traces/")} == {
-        n: d for n, d in second.items() if n.startswith("traces/")
-    }

@@ -25,7 +25,7 @@ from store.care.packs import refuse_pack
 from store.errors import MismatchError
 from store.files import json_bytes
 from store.format import part_name, to_float32
-from store.opening import leaves
+from store.opening import leaves, worth_naming
 from store.places import Place, place_of
 from store.reader import Store
 from store.sites import Point, Site
@@ -128,7 +128,7 @@ class _Diff:
         found = self.found
         here, there = (leaves(json.loads(json_bytes(store.meta.attributes()))) for store in (self.a, self.b))
         odd = [key for key in sorted(here.keys() | there.keys()) if here.get(key) != there.get(key)]
-        found.metadata = {key: (here.get(key), there.get(key)) for key in odd}
+        found.metadata = {key: (here.get(key), there.get(key)) for key in worth_naming(odd)}
         self._find_only()
         tokens = tuple(f"tokens.{stream}." for stream in self.a.meta.streams if stream in self.b.meta.streams)
         layout = [key for key in odd if key in OF_LAYOUT or key.startswith(tokens)]

@@ -27,7 +27,7 @@ from store.leases import Leases
 from store.metadata import documents
 from store.opening import read_meta
 from store.places import Place
-from store.traces import parse_trace_file, part_of_trace, trace_files
+from store.traces import parse_trace_file, part_of_trace, says_replay, trace_files
 
 RECORD = PurePosixPath(layout.STORE_COMMIT).stem
 BROKEN_JSON = (StoreError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
@@ -383,6 +383,7 @@ def _is_entry(name: str, entry: object) -> bool:
         and type(entry.get("bytes")) is int
         and entry["bytes"] >= 0
         and _is_hash(entry.get("sha256"))
+        and says_replay(name, entry)
     )
 
 
