@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from analyze.circuits import encoding
+from analyze.circuits.encoding import features_of, kept, products
 from analyze.circuits.frozen import Attribution, FrozenModel, Member, Target, perturbed
 from analyze.circuits.nodes import Node
 from analyze.circuits.trace import Trace
@@ -139,7 +141,7 @@ def test_every_edge_is_what_a_perturbation_of_its_source_does(skip: bool) -> Non
     sources += [Node("error", site, 1) for site in model.sites] + [
         Node("input", Site("double", 0, stream), 2) for stream in ("img", "txt")
     ]
-    changed = perturbed(model, sources, targets, epsilon=0.5) / 0.5
+    changed = perturbed(model, sources, targets)
     for number, source in enumerate(sources):
         assert source.site is not None and source.token is not None
         for row in range(len(targets)):
@@ -159,3 +161,30 @@ def test_every_share_is_the_oracles_in_traces_of_a_transformer(
     for step, source in enumerate(flux_traces(rows, rows, columns, n_txt, trace_dtype)):
         model = check(source, random_transcoders(step, N_BLOCKS, 32), step)
         assert max(model.replay_error().values()) < (1e-5 if trace_dtype == "float32" else 0.03)
+
+
+@pytest.mark.parametrize("columns", [3, 20])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.2, 0.9])
+@pytest.mark.parametrize("rows", [1, 30, 1000])
+@pytest.mark.parametrize("keeps", [False, True])
+def test_products_are_those_of_each_tokens_own_features(columns: int, share: float, rows: int, keeps: bool) -> None:
+    """Tokens with none, few and many features, one token a gather and all in one, rows gathered anew and kept, dense products."""
+    generator = torch.Generator().manual_seed(0)
+    n_tokens, n_features, d_model = 12, 50, 6
+    active = torch.rand(n_tokens, n_features, generator=generator) < share
+    active[3] = False
+    active[5, :40] |= share > 0
+    token, feature = torch.nonzero(active).int().T.contiguous()
+    z = torch.rand(len(token), generator=generator)
+    features = features_of(token, feature, z)
+    table = torch.randn(len(features.distinct), d_model, generator=generator)
+    gradients = torch.randn(n_tokens, columns, d_model, generator=generator)
+    plan = products(features, n_tokens, d_model * 4, rows * d_model * 4)
+    plan = kept(plan, table, 1 << 20) if keeps else plan
+    assert (not plan.chunks) == (n_tokens * len(features.distinct) <= encoding.DENSE_PAYS * len(token))
+    expected = torch.einsum("acd,ad->ac", gradients[token.long()], table[features.row.long()])
+    places, found = zip(*plan.of(gradients, table, 3000), strict=True) if len(token) else ((), ())
+    assert [place for part in places for place in range(len(token))[part]] == list(range(len(token)))
+    torch.testing.assert_close(torch.cat([*found, torch.zeros(0, columns)]), expected)
+    summed = torch.zeros(n_tokens, d_model).index_add_(0, token.long(), z[:, None] * table[features.row.long()])
+    torch.testing.assert_close(plan.summed(z, table, 3000), summed)

@@ -1,7 +1,8 @@
 """What a frozen model is made of, and what is refused on the way."""
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -139,3 +140,45 @@ def test_a_trace_without_bias_vectors_is_one_with_zeros() -> None:
     )
     np.testing.assert_array_equal(one.value, other.value)
     assert one.bias[Site.parse("img_0"), "value"][0] == 0
+
+
+def test_each_block_of_a_trace_is_read_once_on_the_way_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though preparing a block needs what enters the one above."""
+    source, reads = hand_made(2, n_blocks=5), Counter[int]()
+    model, read = FrozenModel(Trace(source), random_transcoders(2, 5, 12), 20_000), source.block
+    monkeypatch.setattr(type(source), "block", lambda _, layer: reads.update([layer]) or read(layer))
+    for layer in range(4, -1, -1):
+        model._block(layer)
+    assert reads == dict.fromkeys(range(5), 1)
+
+
+def storages(part: object) -> Iterator[torch.UntypedStorage]:
+    """Of all tensors in dataclasses, mappings and tuples."""
+    if isinstance(part, torch.Tensor):
+        yield part.untyped_storage()
+    elif is_dataclass(part):
+        yield from storages(tuple(getattr(part, field.name) for field in fields(part)))
+    elif isinstance(part, Mapping | tuple):
+        for one in part.values() if isinstance(part, Mapping) else part:
+            yield from storages(one)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("memory", [60_000, 2 << 30])
+def test_a_block_takes_the_memory_that_it_says(skip: bool, memory: int) -> None:
+    transcoders = random_transcoders(3, 3, 12, skip=skip, activation="topk")
+    model = FrozenModel(Trace(hand_made(3, n_txt=20, n_img=70)), transcoders, memory)
+    for layer in range(3):
+        block = model._block(layer)
+        taken = {storage.data_ptr(): storage.nbytes() for storage in storages(block)}
+        assert 0.9 * sum(taken.values()) <= block.size_bytes <= 1.3 * sum(taken.values())
+
+
+def test_what_is_below_a_threshold_that_all_reach_is_nothing(model: FrozenModel) -> None:
+    active = model.active(Site.parse("img_1"))
+    targets = [
+        Target((Member(Site.parse("img_1"), int(t), int(f)),))
+        for t, f in zip(active.token, active.feature, strict=True)
+    ]
+    least = np.abs(model.attribute(targets).value)
+    assert (model.attribute(targets, float(least[least > 0].min())).below == 0).all()

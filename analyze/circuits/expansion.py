@@ -23,6 +23,8 @@ from store.errors import UsageError
 
 HELD = 2_000
 """nodes that graphs may expand together, unless one graph alone is larger: what feeds them is held until the graphs are made"""
+EDGES, EDGE_BYTES = 20_000, 12
+"""what feeds a node is reckoned as so many edges at most: a quarter of the model's memory may hold what graphs beside one another need"""
 LEAST_Z = 1e-4
 """a feature that is less active feeds nothing, by the rule of DifFRACT"""
 
@@ -64,7 +66,8 @@ def expand_many(
     growing = [_begun(model, index, targets, nodes) for targets in groups]
     tell = progress or (lambda _: None)
     found = []
-    together = max(1, HELD // nodes)
+    held = min(HELD, model.memory // (4 * EDGE_BYTES * max(1, min(EDGES, len(index)))))
+    together = max(1, held // nodes)
     for begin in range(0, len(growing), together):
         some = growing[begin : begin + together]
         _grow(_Growth(model, index, ranking, nodes, batch, min_attribution), some, tell)
@@ -99,17 +102,33 @@ class _Growing:
     feeds: list[Feed] = field(default_factory=list)
     """of those that are expanded"""
     complete: bool = False
+    edges: int = 0
+    """features that feed them, together"""
+    columns: tuple[np.ndarray, np.ndarray, np.ndarray] = (
+        np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0)
+    )  # fmt: skip
+    """those: source, target and value of each edge, with room for more"""
+
+    def add(self, found: Sequence[Feed]) -> None:
+        """Take over what feeds the next nodes."""
+        more = self.edges + sum(len(feed.features) for feed in found)
+        if more > len(self.columns[0]):
+            source, target, value = (np.resize(column, max(more, 2 * len(column))) for column in self.columns)
+            self.columns = source, target, value
+        for feed in found:
+            here = slice(self.edges, self.edges + len(feed.features))
+            for column, values in zip(self.columns, (feed.features, len(self.feeds), feed.values), strict=True):
+                column[here] = values
+            self.edges = here.stop
+            self.feeds.append(feed)
 
     def explored(self) -> Explored:
         """What feeds the expanded nodes."""
-        ends = np.repeat(np.arange(len(self.feeds), dtype=np.int32), [len(feed.features) for feed in self.feeds])
         start = np.zeros(len(self.codes))
         start[: len(self.targets)] = 1 / len(self.targets)
-        return Explored(
-            np.concatenate([feed.features for feed in self.feeds]), ends,
-            np.concatenate([feed.values for feed in self.feeds]), np.asarray(self.ids, dtype=np.int32),
-            np.asarray([feed.strength for feed in self.feeds]), start,
-        )  # fmt: skip
+        source, target, value = (column[: self.edges] for column in self.columns)
+        strength = np.asarray([feed.strength for feed in self.feeds])
+        return Explored(source, target, value, np.asarray(self.ids, dtype=np.int32), strength, start)
 
 
 def _begun(model: FrozenModel, index: ActiveIndex, targets: Sequence[Target], nodes: int) -> _Growing:
@@ -142,7 +161,7 @@ def _grow(growth: _Growth, graphs: Sequence[_Growing], tell: Callable[[int], obj
         fresh = list(dict.fromkeys(target for each in wanted.values() for target in each if target not in known))
         known.update(zip(fresh, feeds(growth.model, growth.index, fresh, growth.least, least_z), strict=True))
         for graph in pending:
-            graph.feeds += [known[target] for target in wanted[id(graph)]]
+            graph.add([known[target] for target in wanted[id(graph)]])
             tell(len(wanted[id(graph)]))
             room = min(growth.batch, growth.nodes - len(graph.codes))
             chosen = best(scores(graph.explored(), growth.ranking, len(growth.index)), room)

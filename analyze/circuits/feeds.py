@@ -7,10 +7,12 @@ import numpy as np
 
 from analyze.circuits.frozen import Attribution, FrozenModel, Target
 from analyze.circuits.nodes import NodeKind
-from analyze.circuits.sources import TERMS, ActiveIndex, encode
+from analyze.circuits.sources import KINDS, TERMS, ActiveIndex, encode
+from store.sites import Site
 
-TOGETHER = 128
-"""targets whose answers are held as dense arrays over tokens: 50 MB at FLUX's size"""
+TOGETHER, EDGE_BYTES = 128, 72
+"""targets traced back together at most, where an eighth of the model's memory holds their answers: dense arrays over tokens, and
+the edges, of which a target is reckoned to have as many as those before it; with the copies that are made in passing"""
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,17 @@ def feeds(
 ) -> list[Feed]:
     """The feed of each target, parts of at least `least` listed, and features only where z is over `least_z`.
 
-    Traced back `TOGETHER` at a time, those of high layers together, so that a sweep begins no higher than it must.
+    Traced back `TOGETHER` at a time or as memory allows, those of high layers together: a sweep begins no higher than it must.
     """
     layers = [max(member.site.layer for member in target.members) for target in targets]
     order = np.argsort(-np.asarray(layers, dtype=np.int64), kind="stable").tolist()
     found: dict[int, Feed] = {}
-    for begin in range(0, len(order), TOGETHER):
-        some = order[begin : begin + TOGETHER]
+    places, edges = sum(model.tokens[site.stream] for site in model.sites), 0
+    while len(found) < len(order):
+        most = model.memory // (8 * (32 * places + EDGE_BYTES * edges))
+        some = order[len(found) : len(found) + max(1, min(TOGETHER, most))]
         answer = model.attribute([targets[row] for row in some], least)
+        edges = len(answer.row) // len(some)
         found.update(zip(some, _split(model, index, answer, least, least_z), strict=True))
     return [found[row] for row in range(len(targets))]
 
@@ -84,22 +89,19 @@ def _split(model: FrozenModel, index: ActiveIndex, answer: Attribution, least: f
 
 def _others(model: FrozenModel, answer: Attribution) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Row, code and value of what is no feature, and whether it is a constant path; zeros left out, sorted by (row, code)."""
-    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray, bool]] = []
-    entry = {site.stream: row for row, site in reversed(list(enumerate(model.sites))) if site.layer == 0}
+    number = {site: row for row, site in enumerate(model.sites)}
     dense: list[tuple[NodeKind, int, np.ndarray]] = [
-        *(("error", model.sites.index(site), values) for site, values in answer.errors.items()),
-        *(("input", entry[stream], values) for stream, values in answer.inputs.items()),
+        *(("error", number[site], values) for site, values in answer.errors.items()),
+        *(("input", number[Site("double", 0, stream)], values) for stream, values in answer.inputs.items()),
     ]
-    for kind, site, values in dense:
-        row, token = np.nonzero(values)
-        parts.append((row, encode(kind, site, token), values[row, token], False))
-    for (place, term), values in answer.bias.items():
-        row = np.flatnonzero(values)
-        code = encode("bias", model.sites.index(place), feature=np.full(len(row), TERMS.index(term)))
-        parts.append((row, code, values[row], True))
-    rows = np.concatenate([part[0] for part in parts])
-    codes = np.concatenate([part[1] for part in parts])
-    values = np.concatenate([part[2] for part in parts])
-    constant = np.repeat([part[3] for part in parts], [len(part[0]) for part in parts])
-    order = np.lexsort((codes, rows))
-    return rows[order], codes[order], values[order], constant[order]
+    dense.sort(key=lambda part: (KINDS.index(part[0]), part[1]))
+    terms = sorted(answer.bias, key=lambda term: (number[term[0]], TERMS.index(term[1])))
+    constant = encode(
+        "bias", np.asarray([number[site] for site, _ in terms]), 0, np.asarray([TERMS.index(term) for _, term in terms])
+    )
+    codes = np.concatenate(
+        [*(encode(kind, site, np.arange(values.shape[1])) for kind, site, values in dense), constant]
+    )
+    values = np.concatenate([part[2] for part in dense] + [answer.bias[term][:, None] for term in terms], axis=1)
+    row, place = np.nonzero(values)
+    return row, codes[place], values[row, place], place >= len(codes) - len(terms)

@@ -25,8 +25,13 @@ from train import Dictionary
 
 __all__ = ["Active", "Attribution", "FrozenModel", "Member", "Target", "perturbed"]
 
-GATHERED = {"cpu": 1 << 20, "cuda": 512 << 20}
-"""bytes of decoder rows that are gathered at once, where `memory` allows; on a CPU what a core's cache holds: 64 MB take twice the time"""
+TERMS = {
+    "residual": "rounding", "skip-rounding": "rounding", "skip-shift": "shift-mlp", "value-txt": "value", "value-img": "value",
+    "shift-txt": "shift-attention", "shift-img": "shift-attention",
+}  # fmt: skip
+"""what the constants of `terms` count as, where that is another word of `nodes.BIAS_TERMS`"""
+GATHERED = {"cpu": 4 << 20, "cuda": 512 << 20}
+"""bytes of decoder rows that are gathered at once, where `memory` allows: on a CPU they stay in its cache, 64 MB take twice the time"""
 
 
 @dataclass(frozen=True)
@@ -74,11 +79,15 @@ class Attribution:
 class FrozenModel:
     """The frozen linear model of one trace, in the trace's dtype and on its device."""
 
+    memory: int = 2 << 30
+    """bytes that its work may take; what is found, a row an edge, comes on top"""
+
     def __init__(self, trace: Trace, transcoders: Mapping[Site, Dictionary], memory: int = 2 << 30) -> None:
         """A site that `transcoders` lacks counts as all error.
 
         `memory`: bytes.  Half of it keeps prepared blocks; those that do not fit are prepared again in every sweep.  The rest
-        is for gradients: it decides how many targets go backward at once.  `MismatchError` for a transcoder of another width.
+        is for gradients: it decides how many targets go backward at once.  Active features, 16 bytes each, and the edges that are
+        found come on top.  `MismatchError` for a transcoder of another width.
         """
         self.trace, self.transcoders, self.memory = trace, transcoders, memory
         self.n_blocks, self.d_model, self.tokens = trace.n_blocks, trace.d_model, dict(trace.tokens)
@@ -106,23 +115,12 @@ class FrozenModel:
         at = first + int(np.searchsorted(active.feature[first:last], feature))
         return float(active.z[at]) if at < last and active.feature[at] == feature else 0.0
 
-    def strengths(self, site: Site, token: int) -> Tensor:
-        """z of every feature of a site at one token, (n_features,), in the model's dtype."""
-        self.check(Member(site, token, 0))
-        active = self.active(site)
-        first, last = np.searchsorted(active.token, (token, token + 1))
-        z = torch.zeros(self._width(site), dtype=self.trace.dtype, device=self.trace.device)
-        z[torch.from_numpy(active.feature[first:last].astype(np.int64)).to(z.device)] = torch.from_numpy(
-            active.z[first:last]
-        ).to(z)
-        return z
-
     def preactivation(self, site: Site, token: int, feature: int) -> float:
         """What its activation function is applied to."""
         self.check(Member(site, token, feature))
         side = self._block(site.layer).sides[site.stream]
-        reads, constant = reader(self.transcoders[site], torch.tensor([feature]), self.trace.sigma, side.mlp_in)
-        return float(reads[0] @ side.mlp_in[token] + constant[0])
+        reads, constant = reader(self.transcoders[site], torch.tensor([feature]), self.trace.sigma, side.table)
+        return float(reads[0] @ side.mlp_in.vectors[token, 0] + constant[0])
 
     def replay_error(self) -> dict[str, float]:
         """The largest relative error of what is replayed over all blocks: `attention`, `mlp_in`, `residual`."""
@@ -139,7 +137,10 @@ class FrozenModel:
         below = [site for site in self.sites if top is None or site.layer <= top]
         heads, d_head = self.trace.heads
         tokens, most = sum(self.tokens.values()), max(len(self.active(site).token) for site in below)
-        column = self.trace.dtype.itemsize * (tokens * (2 * self.d_model + heads * d_head) + 5 * most)
+        wide = max(
+            self.d_model, heads * d_head
+        )  # gradients grow by a copy; else what goes through the attention is beside them
+        column = self.trace.dtype.itemsize * (tokens * (2 * self.d_model + wide) + 5 * most)
         return max(1, self.memory // (3 * (column + 8 * tokens * self.n_blocks)))
 
     def attribute(self, targets: Sequence[Target], threshold: float = 0.0) -> Attribution:
@@ -176,13 +177,13 @@ class FrozenModel:
         here = [(column, m) for column, target in enumerate(targets) for m in target.members if m.site == side.site]
         if not here:
             return None
-        features = torch.tensor([member.feature for _, member in here], device=side.mlp_in.device)
+        features = torch.tensor([member.feature for _, member in here], device=side.table.device)
         distinct = side.features.distinct
         place = torch.searchsorted(distinct, features).clamp(max=max(0, len(distinct) - 1))
         if len(distinct) and bool((distinct[place] == features).all()):
             reads, constants = side.reads[place], side.constants[place]
         else:  # of a feature that is active nowhere nothing is kept
-            reads, constants = reader(self.transcoders[side.site], features, self.trace.sigma, side.mlp_in)
+            reads, constants = reader(self.transcoders[side.site], features, self.trace.sigma, side.table)
         weights = torch.tensor([member.weight for _, member in here], dtype=reads.dtype, device=reads.device)
         columns, tokens = [column for column, _ in here], [member.token for _, member in here]
         return Entry(side.site, columns, tokens, reads * weights[:, None], constants * weights)
@@ -215,10 +216,7 @@ class FrozenModel:
 
     def _known(self, active: Active) -> Features:
         """Active features as a block that is prepared again needs them: encoding costs more than all the rest of it."""
-        token, feature = (
-            torch.from_numpy(numbers.astype(np.int64)).to(self.trace.device)
-            for numbers in (active.token, active.feature)
-        )
+        token, feature = (torch.from_numpy(numbers).to(self.trace.device) for numbers in (active.token, active.feature))
         return features_of(token, feature, torch.from_numpy(active.z).to(self.trace.device, self.trace.dtype))
 
     def _check(self, site: Site) -> None:
@@ -244,12 +242,10 @@ class FrozenModel:
         return self._widths[site]
 
 
-def perturbed(
-    model: FrozenModel, sources: Sequence[Node], targets: Sequence[Target], epsilon: float = 1.0
-) -> np.ndarray:
-    """How much each target's pre-activation changes when a source grows by `epsilon` times itself: float64 (source, target).
+def perturbed(model: FrozenModel, sources: Sequence[Node], targets: Sequence[Target]) -> np.ndarray:
+    """What each source adds to each target's pre-activation: float64 (source, target), equal to the source's edge.
 
-    By going forward from each source, as the model is written and with nothing folded: divided by epsilon it is the source's edge.
+    What a source writes is sent forward through the frozen model, which is linear, as its equations stand (`perturbation`).
     Sources are features, errors and inputs at a token; `UsageError` for another.
     """
     for target in targets:
@@ -258,7 +254,7 @@ def perturbed(
     for source in sources:
         if source.site is not None and source.token is not None and source.kind == "feature":
             model.check(Member(source.site, source.token, source.feature or 0))
-    return changes(model.trace, model.transcoders, model.strengths, sources, targets, model.memory // 3) * epsilon
+    return changes(model.trace, model.transcoders, sources, targets, model.memory // 3)
 
 
 class _Found:
@@ -266,7 +262,7 @@ class _Found:
 
     def __init__(self, model: FrozenModel, count: int) -> None:
         self.model, self.count = model, count
-        self.vectors = {name: np.zeros(count) for name in ("pre", "total", "size", "below")}
+        self.pre, self.below, self.edge_total, self.edge_size = np.zeros((4, count))
         self.errors = {site: np.zeros((count, model.tokens[site.stream])) for site in model.sites}
         self.inputs = np.zeros((count, sum(model.tokens.values())))
         self.bias: dict[tuple[Site, str], np.ndarray] = {}
@@ -275,18 +271,29 @@ class _Found:
     def add(self, rows: Sequence[int], sums: Sums) -> None:
         """Take over what one batch found of these targets."""
         at = np.array(rows, np.int32)
-        for name, values in self.vectors.items():
-            values[at] = _numpy(getattr(sums, name))
-        self.inputs[at] = _numpy(sums.inputs)
-        for site, errors in sums.errors.items():
-            self.errors[site][at] = _numpy(errors)
-        for key, shares in sums.bias.items():
-            self.bias.setdefault(key, np.zeros(self.count))[at] = _numpy(shares)
+        self.inputs[at] = _numpy(sums.inputs).T
+        for site, errors in sums.errors:
+            self.errors[site][at[: errors.shape[1]]] = _numpy(errors).T
+        for shares in sums.pre:
+            np.add.at(self.pre, at[shares.columns], _numpy(shares.values)[:, 0])
+        for shares in sums.constants:
+            columns = at[: len(shares.values)] if shares.columns is None else at[shares.columns]
+            for name, values in zip(shares.names, _numpy(shares.values).T, strict=True):
+                if name not in ("error", "input"):
+                    np.add.at(self._bias(shares.site, name), columns, values)
         number = {site: place for place, site in enumerate(self.model.sites)}
-        for site, column, place, value in sums.edges:
-            active, where = self.model.active(site), place.numpy()
-            which = np.full(len(where), number[site], np.int16)
-            self.edges.append((at[column.numpy()], which, active.token[where], active.feature[where], value.numpy()))
+        for edges in sums.edges:
+            first, active = at[: len(edges.total)], self.model.active(edges.site)
+            self.edge_total[first] += edges.total
+            self.edge_size[first] += edges.size
+            self.below[first] += edges.below
+            which, place = np.full(len(edges.place), number[edges.site], np.int16), edges.place
+            self.edges.append((at[edges.column], which, active.token[place], active.feature[place], edges.value))
+
+    def _bias(self, site: Site, name: str) -> np.ndarray:
+        """The sums of the site and term that a constant counts as."""
+        place = Site("double", site.layer, name[-3:]) if name.endswith(("-txt", "-img")) else site  # type: ignore[arg-type]
+        return self.bias.setdefault((place, TERMS.get(name, name)), np.zeros(self.count))
 
     def attribution(self) -> Attribution:
         """All of it, edges in order."""
@@ -296,12 +303,13 @@ class _Found:
             for i, kind in enumerate(kinds)
         )
         order = np.lexsort((site, row))  # stable, and within a site they are in order
-        pre, total = self.vectors["pre"], self.vectors["total"]
-        scale = np.maximum(np.maximum(np.abs(pre), self.vectors["size"]), np.finfo(np.float64).tiny)
-        n_txt = self.model.tokens["txt"]
+        others, n_txt = [self.inputs, *self.errors.values()], self.model.tokens["txt"]
+        total = self.edge_total + sum(values.sum(axis=1) for values in others) + sum(self.bias.values())
+        size = self.edge_size + sum(np.abs(values).sum(axis=1) for values in others)
+        scale = np.maximum(np.maximum(np.abs(self.pre), size), np.finfo(np.float64).tiny)
         return Attribution(
-            pre, row[order], site[order], token[order], feature[order], value[order], self.vectors["below"], self.errors,
-            {"txt": self.inputs[:, :n_txt], "img": self.inputs[:, n_txt:]}, self.bias, total, np.abs(pre - total) / scale,
+            self.pre, row[order], site[order], token[order], feature[order], value[order], self.below, self.errors,
+            {"txt": self.inputs[:, :n_txt], "img": self.inputs[:, n_txt:]}, self.bias, total, np.abs(self.pre - total) / scale,
         )  # fmt: skip
 
 

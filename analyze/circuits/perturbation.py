@@ -1,16 +1,17 @@
-"""What changes downstream when one source of a frozen model changes: a step forward, to check what goes backward.
+"""What one source of a frozen model adds downstream: a step forward, to check what goes backward.
 
-Written as the model's equations stand (DESIGN section 6), block after block, with nothing folded and nothing shared with
-`sweep` or `terms`: the two agree only if both are right.
+Written as the model's equations stand (DESIGN section 6), block after block, with nothing folded: what a source writes to the
+residual is a change, and the model is linear, so the change is sent on by itself.  Of `sweep` and `terms` nothing is used, and z is
+computed anew at the source's token: the two ways agree only if both are right.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from analyze.circuits.encoding import modulation
+from analyze.circuits.encoding import activated, modulation
 from analyze.circuits.members import Target
 from analyze.circuits.nodes import Node
 from analyze.circuits.trace import PROJECTIONS, STREAMS, Trace
@@ -26,22 +27,18 @@ State = dict[Stream, Tensor]
 def changes(
     trace: Trace,
     transcoders: Mapping[Site, Dictionary],
-    strengths: Callable[[Site, int], Tensor],
     sources: Sequence[Node],
     targets: Sequence[Target],
     memory: int,
 ) -> np.ndarray:
-    """What each source adds to each target's pre-activation: float64 (source, target).
-
-    `strengths`: z of every feature of a site at one token, (n_features,).  Sources go forward in batches within `memory`.
-    """
+    """What each source adds to each target's pre-activation: float64 (source, target).  Sources go forward in batches within `memory`."""
     found = np.zeros((len(sources), len(targets)))
     joint = sum(trace.tokens.values())
     most = max(1, memory // (8 * joint * trace.d_model * trace.dtype.itemsize))
     order = sorted(range(len(sources)), key=lambda number: _enters(sources[number]))
     for start in range(0, len(order), most):
         part = order[start : start + most]
-        found[part] = _forward(trace, transcoders, strengths, [sources[number] for number in part], targets)
+        found[part] = _forward(trace, transcoders, [sources[number] for number in part], targets, memory)
     return found
 
 
@@ -55,9 +52,9 @@ def _enters(source: Node) -> int:
 def _forward(
     trace: Trace,
     transcoders: Mapping[Site, Dictionary],
-    strengths: Callable[[Site, int], Tensor],
     sources: Sequence[Node],
     targets: Sequence[Target],
+    memory: int,
 ) -> np.ndarray:
     """The changes that a batch of sources makes, each grown by itself."""
     found = np.zeros((len(sources), len(targets)))
@@ -68,7 +65,7 @@ def _forward(
         for number, source in enumerate(sources):
             if _enters(source) == layer:
                 assert source.site is not None and source.token is not None
-                state[source.site.stream][number, source.token] += _vector(trace, transcoders, strengths, source)
+                state[source.site.stream][number, source.token] += _vector(trace, transcoders, source, memory)
         between, read = _attention(trace, layer, state)
         for column, target in enumerate(targets):
             for member in target.members:
@@ -81,9 +78,7 @@ def _forward(
     return found
 
 
-def _vector(
-    trace: Trace, transcoders: Mapping[Site, Dictionary], strengths: Callable[[Site, int], Tensor], source: Node
-) -> Tensor:
+def _vector(trace: Trace, transcoders: Mapping[Site, Dictionary], source: Node, memory: int) -> Tensor:
     """What one source writes to the residual: (d_model,)."""
     assert source.site is not None and source.token is not None
     arrays, stream = trace.block(source.site.layer), source.site.stream
@@ -92,14 +87,25 @@ def _vector(
     gate, one = arrays[f"gate_mlp.{stream}"], transcoders.get(source.site)
     if one is None:
         return gate * arrays[f"mlp_out.{stream}"][source.token]
-    z = strengths(source.site, source.token)
+    x = arrays[f"mlp_in.{stream}"][source.token]
+    z = _strengths(one, x, trace.sigma, memory)
     decoder = one.decoder.weight.detach()
     if source.feature is not None:
         return gate * z[source.feature] * decoder[:, source.feature].to(gate)
-    written = decoder.to(gate) @ z + one.output_bias.detach().to(gate)
+    active = torch.nonzero(z > 0)[:, 0]
+    written = decoder[:, active.to(decoder.device)].to(gate) @ z[active] + one.output_bias.detach().to(gate)
     if one.config.skip:
-        written = written + one.skip.weight.detach().to(gate) @ arrays[f"mlp_in.{stream}"][source.token]
+        written = written + one.skip.weight.detach().to(gate) @ x
     return gate * (arrays[f"mlp_out.{stream}"][source.token] - written)
+
+
+def _strengths(dictionary: Dictionary, x: Tensor, sigma: float, memory: int) -> Tensor:
+    """z of every feature for one row of mlp_in: (n_features,), from the encoder's matrix as it is."""
+    weight, bias = dictionary.encoder.weight.detach(), dictionary.encoder.bias.detach()
+    scale, shift = modulation(dictionary, sigma, x)
+    read, rows = x * (1 + scale) + shift, max(1, memory // (x.shape[0] * x.element_size()))
+    pre = torch.cat([weight[start : start + rows].to(x) @ read for start in range(0, len(weight), rows)]) + bias.to(x)
+    return activated(dictionary, pre[None])[0]
 
 
 def _attention(trace: Trace, layer: int, state: State) -> tuple[State, State]:

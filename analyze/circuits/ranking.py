@@ -4,8 +4,9 @@ Both rules score a candidate c by the sum over expanded nodes t of `weight(c -> 
 targets to t over expanded nodes, 1 for a target that is alone.  They differ in what an edge weighs:
 
 - `influence` (the default): |a| over the sum of |a| of everything that feeds t (features, errors, inputs), on the way and at the
-  end.  A score is then the share of the targets' causes that runs through c: what the graph's column `influence` and pruning
-  go by too, whatever the size of a node's pre-activation, so that of several targets the largest does not take all places.
+  end.  A score is then the share of the targets' causes that runs through c, whatever the size of a node's pre-activation, so that
+  of several targets the largest does not take all places.  The graph's column `influence`, which pruning goes by, is the same over
+  the graph's own edges: there features that were not expanded are summed into rests first, so that their signs cancel.
 - `difract`, the rule of DifFRACT (arXiv:2606.15796): on the way |a| over the sum of |a| of the *expanded* nodes that feed t, at the
   end the raw |a|.
 

@@ -14,26 +14,21 @@ Operations of T targets through one block of S tokens, H heads and d = inner wid
     carried   T (4 S d^2 + 2 S^2 d)  +  2 S^2 d for P  +  2 T S d (a + 9) for the edges and constants
     fresh     T (6 d^2 + 4 S d + 2 S H d)
 
-Nothing is approximated, and gradients are kept per stream as (target, token, d_model), so that every product reads them in place.
+Nothing is approximated.  Gradients stand as (token, column, d_model), text tokens first, so that streams are slices and every product
+reads them in place; feature edges are made, summed and cut at the threshold a few tokens at a time, while they are in the cache.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from analyze.circuits.terms import BETWEEN, Block, Side, centred, head_groups
+from analyze.circuits.terms import Block, Side, centred, head_groups
 from analyze.circuits.trace import STREAMS
 from store.sites import Site, Stream
 
-TERMS = {
-    "residual": "rounding", "skip-rounding": "rounding", "skip-shift": "shift-mlp", "value-txt": "value", "value-img": "value",
-    "shift-txt": "shift-attention", "shift-img": "shift-attention",
-}  # fmt: skip
-"""what the constants of `terms` count as, where that is another word of `nodes.BIAS_TERMS`"""
 ROWS = 16
 """members whose rows are made at once where they are added to gradients that are there already"""
 
@@ -51,37 +46,49 @@ class Entry:
     """(member,): what its pre-activation has besides"""
 
 
+@dataclass(frozen=True)
+class Shares:
+    """What constants of one site give to some columns."""
+
+    site: Site
+    names: tuple[str, ...]
+    columns: list[int] | None
+    """a member's each, one may stand twice; None: the first ones"""
+    values: Tensor
+    """float64 (column, name)"""
+
+
+@dataclass(frozen=True)
+class Edges:
+    """The feature edges of one site that reach the threshold, and sums of all of them by column, the first columns."""
+
+    site: Site
+    place: np.ndarray
+    """(edge,): among the site's active features, ascending"""
+    column: np.ndarray
+    """(edge,)"""
+    value: np.ndarray
+    """(edge,)"""
+    total: np.ndarray
+    """float64 (column,)"""
+    size: np.ndarray
+    """float64 (column,): sum of |edges|"""
+    below: np.ndarray
+    """float64 (column,): sum of those that do not reach it"""
+
+
 @dataclass
 class Sums:
-    """What a sweep found, by column; float64."""
+    """What a sweep found, by column."""
 
-    pre: Tensor
-    total: Tensor
-    size: Tensor
-    """sum of |edges| before thresholds"""
-    below: Tensor
     inputs: Tensor
-    """(column, token) of the joint sequence"""
-    errors: dict[Site, Tensor] = field(default_factory=dict)
-    bias: dict[tuple[Site, str], Tensor] = field(default_factory=dict)
-    edges: list[tuple[Site, Tensor, Tensor, Tensor]] = field(default_factory=list)
-    """of each site: column, place among its active features, value"""
-
-    def add_bias(self, layer: int, site: Site, name: str, columns: slice | Tensor, values: Tensor) -> None:
-        """Add what a constant gives to some columns, under the site and term that it counts as."""
-        place = (
-            Site("double", layer, "txt" if name.endswith("-txt") else "img")
-            if name.endswith(("-txt", "-img"))
-            else site
-        )
-        key = (place, TERMS.get(name, name))
-        for sums in (self.bias.setdefault(key, torch.zeros_like(self.pre)), self.total):
-            _add(sums, columns, values.double())
-
-    def count(self, columns: int, values: Tensor) -> None:
-        """Count (column, source) edges of the first columns into `total` and `size`."""
-        self.total[:columns] += values.sum(dim=1, dtype=torch.float64)
-        self.size[:columns] += values.abs().sum(dim=1, dtype=torch.float64)
+    """float64 (token, column), of the joint sequence"""
+    pre: list[Shares] = field(default_factory=list)
+    """pre-activations, in parts"""
+    constants: list[Shares] = field(default_factory=list)
+    errors: list[tuple[Site, Tensor]] = field(default_factory=list)
+    """(token, column) of each site, the first columns"""
+    edges: list[Edges] = field(default_factory=list)
 
 
 class Sweep:
@@ -94,26 +101,27 @@ class Sweep:
         self.tops, self.threshold, self.memory = list(tops), threshold, memory
         n_txt, self.n_tokens = tokens["txt"], sum(tokens.values())
         self.spans: dict[Stream, slice] = {"txt": slice(0, n_txt), "img": slice(n_txt, self.n_tokens)}
-        zeros = torch.zeros(len(tops), dtype=torch.float64, device=like.device)
-        self.sums = Sums(zeros, zeros.clone(), zeros.clone(), zeros.clone(), zeros.new_zeros(len(tops), self.n_tokens))
-        self.gradients = {stream: like.new_empty(len(tops), count, d_model) for stream, count in tokens.items()}
+        self.sums = Sums(torch.zeros(self.n_tokens, len(tops), dtype=torch.float64, device=like.device))
+        self.gradients = like.new_empty(self.n_tokens, 0, d_model)
 
     def through(self, block: Block, entries: Sequence[Entry]) -> None:
         """Go backward through one block; its members enter on the way."""
-        carried = sum(top > block.layer for top in self.tops)
+        carried = self.gradients.shape[1]
         present = sum(top >= block.layer for top in self.tops)
         if carried:
             for stream in STREAMS:
-                self._sources(block, block.sides[stream], self.gradients[stream][:carried])
-            self._attention(block, carried)
-        written = {column for entry in entries if self._alone(entry, entries, carried) for column in entry.columns}
-        if block.layer and set(range(carried, present)) - written:
-            for gradient in self.gradients.values():
-                gradient[carried:present] = 0
-        for entry in entries:
-            self._enter(block, block.sides[entry.site.stream], entry, self._alone(entry, entries, carried))
-        if block.layer == 0:
-            self.sums.count(len(self.tops), self.sums.inputs)
+                self._sources(block, block.sides[stream], self.gradients[self.spans[stream]])
+            self._attention(block)
+        alone = [self._alone(entry, entries, carried) for entry in entries]
+        if block.layer and present > carried:
+            grown = self.gradients.new_empty(self.n_tokens, present, self.gradients.shape[2])
+            grown[:, :carried] = self.gradients
+            written = {column for entry, only in zip(entries, alone, strict=True) if only for column in entry.columns}
+            if set(range(carried, present)) - written:
+                grown[:, carried:] = 0
+            self.gradients = grown
+        for entry, only in zip(entries, alone, strict=True):
+            self._enter(block, block.sides[entry.site.stream], entry, only)
 
     @staticmethod
     def _alone(entry: Entry, entries: Sequence[Entry], carried: int) -> bool:
@@ -125,62 +133,58 @@ class Sweep:
 
     def _sources(self, block: Block, side: Side, gradient: Tensor) -> None:
         """What features, errors and constants of a site add; the gradient then also passes the skip path."""
-        count = len(gradient)
-        values, found = side.above.of(gradient, side.table, self.memory)
-        self._edges(side, values)
-        errors = found.pop("error").double()
-        self.sums.errors[side.site] = functional.pad(errors, (0, 0, 0, len(self.tops) - count))
-        self.sums.count(count, errors)
+        self.sums.edges.append(self._edges(side, gradient))
+        names, found = side.above.names, side.above.of(gradient)
         if side.skip is not None:
-            assert side.between is not None
-            passed = torch.mm(gradient.view(-1, gradient.shape[2]), side.skip).view_as(gradient)
-            gradient.addcmul_(passed, side.r2[:, None])
-            found |= side.between.of(gradient, side.table, self.memory)[1]
+            passed = (gradient.reshape(-1, gradient.shape[2]) @ side.skip).view_as(gradient)
+            gradient.addcmul_(passed, side.r2[:, None, None])
+            names, found = names + side.between.names, torch.cat([found, side.between.of(gradient)], dim=2)
+        self.sums.errors.append((side.site, found[:, :, names.index("error")]))
         if block.layer == 0:
-            self.sums.inputs[:count, self.spans[side.site.stream]] += found.pop("input")
-        for name, value in found.items():
-            self.sums.add_bias(block.layer, side.site, name, slice(0, count), value.sum(dim=1, dtype=torch.float64))
+            self.sums.inputs[self.spans[side.site.stream], : gradient.shape[1]] += found[:, :, names.index("input")]
+        self.sums.constants.append(Shares(side.site, names, None, found.sum(dim=0, dtype=torch.float64)))
 
-    def _edges(self, side: Side, values: Tensor) -> None:
-        """Keep the feature edges that reach the threshold, and the sum of the others."""
-        values = values * side.features.z
-        size, count = values.abs(), len(values)
-        total = values.sum(dim=1, dtype=torch.float64)
-        self.sums.total[:count] += total
-        self.sums.size[:count] += size.sum(dim=1, dtype=torch.float64)
-        where = torch.nonzero(size >= self.threshold)
-        kept = values[where[:, 0], where[:, 1]].double()
-        if len(kept) < values.numel():
-            ends = torch.searchsorted(where[:, 0].contiguous(), torch.arange(count + 1, device=where.device))
-            sums = functional.pad(kept.cumsum(0), (1, 0))[ends].diff()
-            self.sums.below[:count] += total - sums
-        self.sums.edges.append((side.site, where[:, 0].cpu(), where[:, 1].cpu(), kept.cpu()))
+    def _edges(self, side: Side, gradient: Tensor) -> Edges:
+        """The feature edges of a site, by parts."""
+        count, z = gradient.shape[1], side.features.z
+        parts, sums = [], []
+        for places, values in side.products.of(gradient, side.table, self.memory):
+            values.mul_(z[places, None])
+            size = values.abs()
+            reaching = size >= self.threshold
+            parts.append(_reaching(values, reaching, places.start))
+            total = values.sum(dim=0)
+            sums.append(torch.stack([total, size.sum(dim=0), values.masked_fill_(reaching, 0).sum(dim=0)]))
+        if not parts:
+            none = np.zeros(0, dtype=np.int64)
+            return Edges(side.site, none, none, np.zeros(0), *np.zeros((3, count)))
+        place, column, value = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return Edges(side.site, place, column, value, *torch.stack(sums).sum(dim=0, dtype=torch.float64).cpu().numpy())
 
-    def _attention(self, block: Block, carried: int) -> None:
-        """Add what comes back through the attention to the gradients of the carried columns; at block 0 to the inputs."""
+    def _attention(self, block: Block) -> None:
+        """Add what comes back through the attention to the gradients; at block 0 to the inputs."""
         heads, n_tokens, d_head = block.q.shape
-        flat = {s: self.gradients[s][:carried].view(-1, self.gradients[s].shape[2]) for s in STREAMS}
-        into = {s: (flat[s] @ block.sides[s].from_output).view(carried, -1, heads, d_head) for s in STREAMS}
+        carried, d_model = self.gradients.shape[1:]
+        into = self.gradients.new_empty(n_tokens, carried, heads, d_head)
+        for stream, span in self.spans.items():
+            flat, out = self.gradients[span].view(-1, d_model), into[span].view(-1, heads * d_head)
+            torch.mm(flat, block.sides[stream].from_output, out=out)
         size = block.q.element_size()
         for group, parts in head_groups(heads, n_tokens, size, 2 * n_tokens * carried * d_head * size, self.memory):
-            mixed = self._mixed(block, into, group, parts)
+            mixed = self._mixed(block, into[:, :, group], group, parts)
             if block.entering_values is not None:
                 met = torch.matmul(mixed, block.entering_values[group][..., None])[..., 0]
-                self.sums.inputs[:carried] += met.sum(dim=0).T
+                self.sums.inputs[:, :carried] += met.sum(dim=0)
                 continue
-            for stream, span in self.spans.items():
-                target = into[stream][:, :, group].permute(2, 1, 0, 3)
-                torch.mul(mixed[:, span], block.r1[span, None, None], out=target)
+            torch.mul(mixed.permute(1, 2, 0, 3), block.r1[:, None, None, None], out=into[:, :, group])
         if block.entering_values is None:
-            for stream in STREAMS:
-                flat[stream].addmm_(into[stream].view(len(flat[stream]), -1), block.sides[stream].to_values)
+            for stream, span in self.spans.items():
+                flat, back = self.gradients[span].view(-1, d_model), into[span].view(-1, heads * d_head)
+                flat.addmm_(back, block.sides[stream].to_values)
 
-    def _mixed(self, block: Block, into: dict[Stream, Tensor], group: slice, parts: list[slice]) -> Tensor:
+    def _mixed(self, block: Block, into: Tensor, group: slice, parts: list[slice]) -> Tensor:
         """P^T times the gradients of what some heads mixed: (head, token, column, d_head)."""
-        first = into["img"]
-        ordered = first.new_empty(group.stop - group.start, self.n_tokens, len(first), first.shape[3])
-        for stream, span in self.spans.items():
-            ordered[:, span] = into[stream][:, :, group].permute(2, 1, 0, 3)
+        ordered = into.permute(2, 0, 1, 3).contiguous()
         if len(parts) == 1:
             return torch.bmm(block.patterns(group).transpose(1, 2), ordered.flatten(2)).view_as(ordered)
         mixed = torch.zeros_like(ordered)
@@ -190,51 +194,60 @@ class Sweep:
 
     def _enter(self, block: Block, side: Side, entry: Entry, alone: bool) -> None:
         """The members of one site: what is constant on their way to the attention, then their rows of it."""
-        column, token = (torch.tensor(numbers, device=side.r2.device) for numbers in (entry.columns, entry.tokens))
-        add = partial(self.sums.add_bias, block.layer, side.site)
-        pre = (entry.reads * side.mlp_in[token]).sum(dim=1, dtype=torch.float64) + entry.constant.double()
-        _add(self.sums.pre, column, pre)
-        add("encoder", column, entry.constant)
-        add("shift-mlp", column, entry.reads @ side.shift_mlp)
-        add("rounding", column, (entry.reads * side.rounding_in[token]).sum(dim=1))
+        token = torch.tensor(entry.tokens, device=side.r2.device)
+        read = side.mlp_in.at(token, entry.reads)
         gradient = centred(entry.reads * side.gain_mlp) * side.r2[token, None]
-        for name in BETWEEN:
-            add(name, column, (gradient * side.table[side.rows[name][token]]).sum(dim=1))
+        met = side.between.at(token, gradient)
+        own = torch.stack([entry.constant, entry.reads @ side.shift_mlp], dim=1).double()
+        self.sums.pre.append(Shares(side.site, ("pre",), entry.columns, read[:, :1] + own[:, :1]))
+        names = ("encoder", "shift-mlp", "rounding", *side.between.names)
+        self.sums.constants.append(Shares(side.site, names, entry.columns, torch.cat([own, read[:, 1:], met], dim=1)))
+        at = token + self.spans[side.site.stream].start
         if block.layer == 0:
-            own = (gradient * side.table[side.rows["input"][token]]).sum(dim=1, dtype=torch.float64)
-            at = token + self.spans[side.site.stream].start
-            self.sums.inputs.index_put_((column, at), own, accumulate=True)
+            self._add_inputs(at, entry.columns, met[:, -1])
         step = len(entry.columns) if alone else ROWS
         for start in range(0, len(entry.columns), step):
             part = slice(start, start + step)
-            self._row(block, side, entry.columns[part], token[part], gradient[part], alone)
+            self._row(block, entry.columns[part], at[part], gradient[part], side.from_output, alone)
 
-    def _row(self, block: Block, side: Side, columns: list[int], token: Tensor, gradient: Tensor, alone: bool) -> None:
+    def _row(
+        self, block: Block, columns: list[int], at: Tensor, gradient: Tensor, from_output: Tensor, alone: bool
+    ) -> None:
         """One row of P each: what members at one token get back from every token."""
         heads, _, d_head = block.q.shape
-        at = token + self.spans[side.site.stream].start
         pattern = torch.softmax(torch.bmm(block.q[:, at], block.k.transpose(1, 2)), dim=-1)
-        mixed = (gradient @ side.from_output).view(-1, heads, d_head).transpose(0, 1)
+        mixed = (gradient @ from_output).view(-1, heads, d_head).transpose(0, 1)
         if block.entering_values is not None:
             met = (torch.bmm(mixed, block.entering_values.transpose(1, 2)) * pattern).sum(dim=0, dtype=torch.float64)
-            _add(self.sums.inputs, torch.tensor(columns, device=met.device), met)
+            self._add_inputs(None, columns, met.T)
             return
         pattern = (pattern * block.r1).permute(1, 2, 0)
         for stream, span in self.spans.items():
             carried = torch.bmm(mixed, block.sides[stream].to_values.view(heads, d_head, -1)).transpose(0, 1)
-            into = self.gradients[stream]
+            spread = torch.bmm(pattern[:, span], carried).transpose(0, 1)
             if alone:
-                torch.bmm(pattern[:, span], carried, out=into[columns[0] : columns[-1] + 1])
+                self.gradients[span, columns[0] : columns[-1] + 1] = spread
                 continue
-            for column, spread in zip(columns, torch.bmm(pattern[:, span], carried), strict=True):
-                into[column] += spread
-        direct = self.gradients[side.site.stream]
-        direct.index_put_((torch.tensor(columns, device=token.device), token), gradient, accumulate=True)
+            for number, column in enumerate(columns):
+                self.gradients[span, column] += spread[:, number]
+        own = torch.tensor(columns, device=at.device)
+        self.gradients.index_put_((at, own), gradient, accumulate=True)
+
+    def _add_inputs(self, at: Tensor | None, columns: list[int], values: Tensor) -> None:
+        """Add (token, member) or, at one token each, (member,); several may be of one column."""
+        column = torch.tensor(columns, device=values.device)
+        if at is None:
+            at, column = torch.arange(self.n_tokens, device=values.device)[:, None], column[None]
+        self.sums.inputs.index_put_((at, column), values, accumulate=True)
 
 
-def _add(sums: Tensor, columns: slice | Tensor, values: Tensor) -> None:
-    """Add rows of values, of which several may be of one column; the same order every time, on a GPU too."""
-    if isinstance(columns, slice):
-        sums[columns] += values
+def _reaching(values: Tensor, reaching: Tensor, begin: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Place, counted from `begin`, column and value of what reaches the threshold of `values` (place, column)."""
+    count = values.shape[1]
+    if values.device.type == "cpu":
+        where = np.flatnonzero(reaching.numpy())
+        kept = values.view(-1).numpy()[where]
     else:
-        sums.index_put_((columns,), values, accumulate=True)
+        found = torch.nonzero(reaching.view(-1))[:, 0]
+        where, kept = found.cpu().numpy(), values.view(-1)[found].cpu().numpy()
+    return where // count + begin, where % count, kept

@@ -7,8 +7,8 @@ With P, r1, r2, modulations and the choice of active features frozen, a block is
 
 so `from_output` = G W_o and `to_values` = W_v A are folded once and a sweep only multiplies.  Constants never touch a gradient of
 their own: the value bias of a stream reaches token i as  sum over heads of  (what row i of P gives that stream) * G W_o b_v, a vector
-a token, and so does every other constant path.  They stand, with the decoder's directions, as rows of one `table`, and
-a sweep multiplies a token's gradients with that token's rows.
+a token, and so does every other constant path.  All vectors of a token stand together (`Constants`), and a sweep multiplies them with
+that token's gradients in one product.
 """
 
 from dataclasses import dataclass, fields
@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from analyze.circuits.encoding import Features, Products, encoded, no_features, products, reader
+from analyze.circuits.encoding import Features, Products, encoded, kept, no_features, products, reader
 from analyze.circuits.trace import PROJECTIONS, STREAMS, Trace
 from store.sites import Site, Stream
 from train import Dictionary
@@ -25,6 +25,25 @@ ABOVE = ("error", "residual", "decoder", "skip-rounding", "skip-shift")
 """constants that enter where the MLP writes; `residual` is the rounding of the sums there"""
 BETWEEN = ("output", "attention-error", "value-txt", "value-img", "shift-txt", "shift-img")
 """constants that enter where the attention writes, of some by the stream whose values carry them; of block 0 also `input`"""
+KEPT = 32 << 20
+"""bytes of rows that a site keeps gathered, at most; beyond a cache's size it costs as much to read them as to gather them"""
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Vectors that every token has one of, by name."""
+
+    names: tuple[str, ...]
+    vectors: Tensor
+    """(token, name, d_model)"""
+
+    def of(self, gradients: Tensor) -> Tensor:
+        """(token, gradient, name): each times that token's gradients, (token, gradient, d_model)."""
+        return torch.bmm(gradients, self.vectors.transpose(1, 2))
+
+    def at(self, tokens: Tensor, gradients: Tensor) -> Tensor:
+        """(gradient, name), float64: the vectors of one token each times one gradient (gradient, d_model) there."""
+        return (self.vectors[tokens] * gradients[:, None]).sum(dim=-1, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -33,21 +52,20 @@ class Side:
 
     site: Site
     table: Tensor
-    """(row, d_model): directions of the distinct features times gate_mlp, then the constants"""
+    """(distinct, d_model): directions of the distinct features times gate_mlp"""
     features: Features
-    rows: dict[str, Tensor]
-    """of each constant of `ABOVE` and `BETWEEN` that there is, its row of the table for every token: int64 (token,)"""
-    above: Products
+    products: Products
+    """of the gradients with those"""
+    above: Constants
     """where the MLP writes; without a skip path also where the attention does, for then the gradient there is the same"""
-    between: Products | None
+    between: Constants
+    """where the attention writes; in block 0 `input` is the last"""
     reads: Tensor
     """(distinct, d_model): what each distinct feature reads of mlp_in"""
     constants: Tensor
     """(distinct,): what its pre-activation has besides"""
-    mlp_in: Tensor
-    """(token, d_model)"""
-    rounding_in: Tensor
-    """mlp_in as it was, minus the one replayed: (token, d_model)"""
+    mlp_in: Constants
+    """`mlp_in`, and `rounding`: mlp_in as it was, minus the one replayed"""
     r2: Tensor
     gain_mlp: Tensor
     """1 + scale_mlp"""
@@ -81,10 +99,11 @@ class Block:
         """Memory that keeping it takes."""
         tensors = [self.q, self.k, self.r1, self.entering_values]
         for side in self.sides.values():
-            tensors += [value for f in fields(side) if isinstance(value := getattr(side, f.name), Tensor)]
-            groups = [group for plan in (side.above, side.between) if plan is not None for group in plan.groups]
-            tensors += [tensor for group in groups for tensor in (group.rows, group.vectors)]
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+            parts = [getattr(part, f.name) for part in (side, side.features) for f in fields(part)]
+            tensors += [part for part in parts if isinstance(part, Tensor)]
+            tensors += [side.above.vectors, side.mlp_in.vectors, None if side.skip is None else side.between.vectors]
+        own = sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        return own + sum(side.products.kept_bytes for side in self.sides.values())
 
     def patterns(self, heads: slice, rows: slice = slice(None)) -> Tensor:
         """Attention patterns of some heads and rows, computed anew: (head, row, token)."""
@@ -190,7 +209,7 @@ def _side(
     between = arrays["resid"] + gate * attention
     read = centred(between) * r2[:, None] * scale + arrays["shift_mlp"]
     from_output = gate[:, None] * weight
-    vectors = {"output": (gate * bias)[None], "attention-error": gate * (attention - replayed)}
+    vectors = {"output": gate * bias, "attention-error": gate * (attention - replayed)}
     vectors |= {name: part @ from_output.T for name, part in through.items()}
     left = between + gate_mlp * mlp_out
     _worst(replay, "attention", replayed, attention)
@@ -200,7 +219,9 @@ def _side(
     if following is not None:
         vectors["residual"] = following - left
         _worst(replay, "residual", left, following)
+    budget = trace.d_model * mlp_in.element_size(), gathered
     features, explained, skip = no_features(mlp_in), None, None
+    plan = products(features, len(mlp_in), *budget)
     directions = reads = mlp_in.new_zeros(0, trace.d_model)
     constants = mlp_in.new_zeros(0)
     if dictionary is not None:
@@ -208,53 +229,33 @@ def _side(
         reads, constants = reader(dictionary, features.distinct, trace.sigma, mlp_in)
         chosen = features.distinct.to(dictionary.decoder.weight.device)
         directions = dictionary.decoder.weight.detach()[:, chosen].T.to(mlp_in).contiguous()
-        explained = decoded(features, directions, len(mlp_in), memory) + dictionary.output_bias.detach().to(mlp_in)
-        vectors["decoder"] = (gate_mlp * dictionary.output_bias.detach().to(mlp_in))[None]
+        plan = products(features, len(mlp_in), *budget)
+        explained = plan.summed(features.z, directions, memory) + dictionary.output_bias.detach().to(mlp_in)
+        vectors["decoder"] = gate_mlp * dictionary.output_bias.detach().to(mlp_in)
         if dictionary.config.skip:
             matrix = dictionary.skip.weight.detach().to(mlp_in)
             explained = explained + mlp_in @ matrix.T
-            vectors["skip-shift"] = (gate_mlp * (matrix @ arrays["shift_mlp"]))[None]
+            vectors["skip-shift"] = gate_mlp * (matrix @ arrays["shift_mlp"])
             vectors["skip-rounding"] = gate_mlp * ((mlp_in - read) @ matrix.T)
             skip = centred(gate_mlp[:, None] * matrix * scale)
     vectors["error"] = gate_mlp * (mlp_out if explained is None else mlp_out - explained)
-    table, rows = _table(directions * gate_mlp, vectors, len(mlp_in))
-    above = {name: rows[name] for name in ABOVE if name in rows}
-    below = {name: rows[name] for name in (*BETWEEN, "input") if name in rows}
-    merged, budget = skip is None, (trace.d_model, gathered, mlp_in.element_size())
+    above, below = ([name for name in names if name in vectors] for names in (ABOVE, (*BETWEEN, "input")))
+    wrote = _constants(above + below if skip is None else above, vectors, mlp_in)
+    passed = _constants(below, vectors, mlp_in) if skip is not None else None
+    table, parts = directions.mul_(gate_mlp), {"mlp_in": mlp_in, "rounding": mlp_in - read}
     return Side(
-        site, table, features, rows,
-        products(features, len(mlp_in), above | below if merged else above, *budget).kept(table, memory // trace.n_blocks),
-        None if merged else products(no_features(mlp_in), len(mlp_in), below, *budget),
-        reads, constants, mlp_in, mlp_in - read, r2, scale, arrays["shift_mlp"], from_output, to_values, skip,
+        site, table, features, kept(plan, table, min(KEPT, memory // (2 * trace.n_blocks))), wrote,
+        passed or Constants(tuple(below), wrote.vectors[:, len(above) :]), reads, constants,
+        _constants([*parts], parts, mlp_in), r2, scale, arrays["shift_mlp"], from_output, to_values, skip,
     )  # fmt: skip
 
 
-def decoded(features: Features, directions: Tensor, n_tokens: int, memory: int) -> Tensor:
-    """What the active features write, (token, d_model), summed in the order of the features."""
-    out = directions.new_zeros(n_tokens, directions.shape[1])
-    plan = products(features, n_tokens, {}, directions.shape[1], memory, directions.element_size())
-    if plan.take is None:
-        dense = directions.new_zeros(n_tokens, len(directions))
-        dense[features.token, features.row] = features.z
-        return dense @ directions
-    strengths = directions.new_zeros(sum(group.rows.numel() for group in plan.groups))
-    strengths[plan.take] = features.z
-    begin = 0
-    for group in plan.groups:
-        z = strengths[begin : begin + group.rows.numel()].view(len(group.tokens), 1, -1)
-        begin += group.rows.numel()
-        out[group.tokens] = torch.bmm(z, directions[group.rows])[:, 0]
-    return out
-
-
-def _table(directions: Tensor, vectors: dict[str, Tensor], n_tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Directions and constants one below the other, and of each constant its row for every token: one row for all, or one each."""
-    rows, begin = {}, len(directions)
-    for name, vector in vectors.items():
-        each = torch.arange(n_tokens, device=vector.device)
-        rows[name] = begin + (each if len(vector) > 1 else torch.zeros_like(each))
-        begin += len(vector)
-    return torch.cat([directions, *vectors.values()]), rows
+def _constants(names: list[str], vectors: dict[str, Tensor], like: Tensor) -> Constants:
+    """These of the vectors, of which some are of one token each, some of all."""
+    stacked = like.new_empty(len(like), len(names), like.shape[1])
+    for number, name in enumerate(names):
+        stacked[:, number] = vectors[name]
+    return Constants(tuple(names), stacked)
 
 
 def _worst(replay: dict[str, float], name: str, replayed: Tensor, was: Tensor) -> None:

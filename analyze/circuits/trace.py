@@ -98,22 +98,26 @@ class Trace:
         if self.n_blocks < 1:
             raise UsageError("this trace has no blocks: harvest it again with --trace")
 
-    @cached_property
+    @property
     def tokens(self) -> dict[Stream, int]:
         """How many tokens each stream has, text first."""
-        first = self._arrays(0)
-        return {stream: int(first[f"resid.{stream}"].shape[0]) for stream in STREAMS}
+        return {stream: self._shapes[f"resid.{stream}"][0] for stream in STREAMS}
 
-    @cached_property
+    @property
     def d_model(self) -> int:
         """Width of the residual."""
-        return int(self._arrays(0)["resid.img"].shape[1])
+        return self._shapes["resid.img"][1]
 
-    @cached_property
+    @property
     def heads(self) -> tuple[int, int]:
         """Heads, and the width of each."""
-        _, heads, d_head = self._arrays(0)["q"].shape
-        return int(heads), int(d_head)
+        _, heads, d_head = self._shapes["q"]
+        return heads, d_head
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the arrays of block 0: it is read for them once."""
+        return {name: array.shape for name, array in self._arrays(0).items()}
 
     def block(self, layer: int) -> dict[str, Tensor]:
         """Every array of one block, in the trace's dtype; `DamagedError` when one is missing or has another shape."""
@@ -151,9 +155,9 @@ class Trace:
         return weight, weight.new_zeros(len(weight)) if bias is None else self._tensor(bias)
 
     def _arrays(self, layer: int) -> Mapping[str, np.ndarray]:
-        """The arrays of a block; the last two read are kept, for a block is prepared with the one above it, going down."""
-        found = self._read.pop(layer, None) or self.source.block(layer)
-        self._read = dict([*self._read.items(), (layer, found)][-2:])
+        """The arrays of a block; those of its neighbours are kept, for a block is prepared with the one above it, going down."""
+        found = self._read.get(layer) or self.source.block(layer)
+        self._read = {other: arrays for other, arrays in self._read.items() if abs(other - layer) == 1} | {layer: found}
         return found
 
     def _tensor(self, values: np.ndarray) -> Tensor:
