@@ -68,9 +68,9 @@ def test_a_pruned_graph_of_the_reference_is_written_again_as_it_was(tmp_path: Pa
         "num_edges": len(summed), "attribution_sum": pytest.approx(expected["stats"]["attribution_sum"]),
         "edges_by_type": {"feature": kinds["feature"], "error": kinds["error"], "residual": kinds["input"], "input": kinds["input"]},
     }  # fmt: skip
-    expected["metadata"]["pruning"] = {  # what was there before pruning is not in a file of ours
-        key: value for key, value in expected["metadata"]["pruning"].items() if not key.startswith("original") and "sum" not in key
-    } | {"pruned_num_edges": len(summed)}  # fmt: skip
+    expected["metadata"]["pruning"] |= {
+        "pruned_num_edges": len(summed), "pruned_attribution_sum": expected["stats"]["attribution_sum"],
+    }  # fmt: skip
     expected["metadata"]["constants"] = []
     expected["config"]["circuit_max_nodes"] = (
         40  # it says 1,000 there, a default, and 40, the budget that was kept, in the metadata
@@ -279,6 +279,9 @@ def test_a_finished_graph_is_exported_into_its_folder_in_the_forms_asked_for(sma
         "graph.json", "circuit-tracer/image-00003.step-2.img_2.p4.f7.json", "graph.graphml", "aggregated.graphml",
     ]  # fmt: skip
     assert all(path.is_file() for path in paths)
+    for slug in ("a", "b"):
+        exchange.write_exports(tmp_path, ["circuit-tracer"], shared=tmp_path / slug)
+    assert (tmp_path / "b" / "circuit-tracer" / "graph-metadata.json").is_file(), "several graphs have one list"
     with pytest.raises(UsageError, match=r"gexf is no form .* difract, circuit-tracer, graphml"):
         exchange.write_exports(tmp_path, ["gexf"])
 

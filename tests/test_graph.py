@@ -266,10 +266,11 @@ def test_compaction_names_everything_anew_and_loses_nothing() -> None:
     features = encode("feature", rng.integers(0, 3, count), tokens, rng.integers(0, 9, count))
     source = np.where(rng.random(count) < 0.8, features, encode("error", 1, tokens))
     edges = Edges(source, rng.integers(0, 5, count).astype(np.int32), rng.normal(size=count) * 0.1, rng.normal(size=5))
-    expanded = np.unique(source)[::3]
+    asked = encode("supernode", feature=np.arange(5))
+    expanded = np.concatenate([asked, np.unique(source)[::3]])
     whole = edges.dropped + np.bincount(edges.target, edges.value, minlength=5)
     for budget in (None, 20):
-        found = compact(edges, expanded, 0.05, budget)
+        found = compact(edges, expanded, 0.05, budget, len(asked))
         kinds = decode(found.source)[0]
         assert set(found.source[kinds == 1].tolist()) <= set(expanded.tolist())
         assert (kinds == 4).any()
@@ -277,8 +278,27 @@ def test_compaction_names_everything_anew_and_loses_nothing() -> None:
         pairs = list(zip(found.target.tolist(), found.source.tolist(), strict=True))
         assert pairs == sorted(set(pairs))
         np.testing.assert_allclose(found.dropped + np.bincount(found.target, found.value, minlength=5), whole)
-    every = np.sort(np.abs(compact(edges, expanded, 0.05, None).value))
-    assert np.array_equal(np.sort(np.abs(found.value)), every[-20:])
+    every = compact(edges, expanded, 0.0, None, len(asked))
+    shares = [
+        abs(value) / np.abs(every.value[every.target == end]).sum()
+        for value, end in zip(every.value, every.target, strict=True)
+    ]
+    best = sorted((s for s, value in zip(shares, every.value, strict=True) if abs(value) >= 0.05), reverse=True)[:20]
+    kept = {(source, end) for source, end in zip(found.source, found.target, strict=True)}
+    own = [s for s, source, end in zip(shares, every.source, every.target, strict=True) if (source, end) in kept]
+    assert sorted(own, reverse=True) == best
+
+
+def test_a_budget_of_edges_leaves_the_target_its_strongest_whatever_the_size_of_those_below() -> None:
+    """A feature of block 0 has edges a thousand times as large, and passes on a tenth of what the target gets."""
+    target, below = (encode("feature", site, 0, 1)[None] for site in (2, 0))
+    codes = np.concatenate([encode("feature", 1, np.arange(9), 7), below, encode("input", 0, np.arange(20))])
+    ends = np.concatenate([np.zeros(10), np.ones(20)]).astype(np.int32)
+    value = np.concatenate([np.full(9, 0.1), [0.1], np.linspace(100, 200, 20)])
+    expanded = np.concatenate([target, below, encode("feature", 1, np.arange(9), 7)])
+    found = compact(Edges(codes, ends, value, np.zeros(len(expanded))), expanded, 1e-4, 12)
+    assert (found.target == 0).sum() == 10, "all its edges"
+    assert found.value[found.target == 1].tolist() == value[-2:].tolist()
 
 
 @pytest.mark.parametrize(("nodes", "edges"), [(0.5, 0.9), (1.0, 1.0), (0.8, 0.5)])

@@ -11,17 +11,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from analyze.circuits import checks, experiments
 from analyze.circuits.command import GraphsMade, run
 from analyze.circuits.folders import write_graph
 from analyze.circuits.frozen import perturbed
-from analyze.circuits.graph import Graph
+from analyze.circuits.graph import NODES, Graph
+from analyze.circuits.inquiry import open_inquiry
 from analyze.circuits.settings import GraphSettings
+from analyze.circuits.targets import Ask
 from analyze.circuits.trace import stored_trace
-from store import Store, open_store
+from store import Site, Store, open_store
 from store.errors import GranaryError
 from tests.object_server import tree
+from train.dictionaries.collection import load_dictionaries
 
 ROOT = Path(__file__).parent.parent
 TARGETS = "image,step,site,token,feature,score,group\n"
@@ -68,6 +72,12 @@ def test_one_target_makes_one_graph_in_all_its_forms(
     ]
     said = json.loads((tmp_path / "g" / "graph.json").read_text())
     assert said["version"] == 2
+    weights = load_dictionaries(traced_flux / "dictionaries", [Site.parse("img_2")])[0]
+    assert said["target"]["encoder_bias"] == pytest.approx(float(weights.encoder.bias[3]))
+    pruning = said["metadata"]["pruning"]
+    assert pruning["original_num_nodes"] >= pruning["pruned_num_nodes"] > 0
+    assert pruning["original_num_edges"] > pruning["pruned_num_edges"] > 0
+    assert {type(pruning[f"{when}_attribution_sum"]) for when in ("original", "pruned")} == {float}
     assert {node["id"] for node in said["nodes"]} <= {name.replace("rest_", "error_") for name in over_tokens.names}
 
 
@@ -105,10 +115,16 @@ def test_each_of_several_targets_images_and_steps_has_a_graph(graph: Callable[..
     assert np.abs(sums - 1).max() < 1e-4
 
 
-def test_targets_asked_for_together_share_a_graph(graph: Callable[..., GraphsMade], tmp_path: Path) -> None:
+def test_targets_asked_for_together_share_a_graph(
+    graph: Callable[..., GraphsMade], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     graph(target=("img_2:max:3", "txt_2:max:7"), together=True)
     found = Graph.read(tmp_path / "g")
     assert sum(found.nodes["target"].to_pylist()) == 2
+    said = capsys.readouterr().out
+    assert "pre-activations together" in said
+    assert "along all paths" in said
+    assert all(isinstance(target["encoder_bias"], float) for target in found.facts["targets"])
 
 
 def write_csv(path: Path, *rows: str, header: str = TARGETS) -> Path:
@@ -125,7 +141,62 @@ def test_a_csv_makes_a_graph_of_each_row_and_group_and_its_columns_are_carried(
     made = graph(targets=path)
     assert made.summary["name"].to_pylist()[0] == "image-00000.step-1.pair"
     assert made.summary["score"].to_pylist() == ["0.25", "0.5"]
-    assert (tmp_path / "g" / "graphs" / "image-00000.step-1.pair" / "facts.json").exists()
+    clash = write_csv(
+        tmp_path / "c.csv", "1,3,img_2,max,3,p,q", header="image,step,site,token,feature,prompt,csv_prompt\n"
+    )
+    said = graph("c", targets=clash).summary.to_pylist()[0]
+    assert said["prompt"] != "p"
+    assert (said["csv_csv_prompt"], said["csv_prompt"]) == ("p", "q"), "no column is lost"
+
+
+def test_summary_page_and_what_is_gathered_hold_all_graphs_of_out_whichever_run_made_them(
+    graph: Callable[..., GraphsMade], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = write_csv(tmp_path / "a.csv", "1,3,img_2,max,3,0.5,")
+    graph(targets=first, page=True)
+    made = graph(targets=write_csv(tmp_path / "b.csv", "0,1,img_1,max,3,0.25,"), page=True)
+    assert len(made.made) == 1
+    assert [(row["image"], row["score"]) for row in made.summary.to_pylist()] == [(0, "0.25"), (1, "0.5")]
+    assert [len(list((tmp_path / "g" / place).glob("*"))) for place in ("graphs", "page/data/graphs")] == [2, 2]
+    assert "g holds 2 in all -> " in capsys.readouterr().out
+    graph(targets=write_csv(tmp_path / "c.csv", "0,3,img_1,max,3,0.25,"))
+    assert not (tmp_path / "g" / "index.html").exists(), "it would lack the new graph"
+    assert capsys.readouterr().out.rstrip().endswith("/g")
+
+
+def test_max_in_the_text_is_a_real_token_unless_padding_counts(traced_flux: Path, tmp_path: Path) -> None:
+    differs = 0
+    for padding in (False, True):
+        settings = GraphSettings(
+            store=traced_flux / "store", dictionaries=traced_flux / "dictionaries", out=tmp_path / "g", image=1, step=3,
+            target=("txt_2:max:3",), padding=padding,
+        )  # fmt: skip
+        inquiry = open_inquiry(settings)
+        length = inquiry.store.prompts()["text_length"][1].as_py()
+        model = experiments.LazyModel(inquiry, 1, 3, inquiry.experiments)
+        active = model().active(Site.parse("txt_2"))
+        for feature in range(96):
+            mine = (active.feature == feature) & ((active.token < length) | padding)
+            best = active.token[mine][active.z[mine].argmax()] if mine.any() else None
+            assert model.most_active(Ask(Site.parse("txt_2"), None, feature)) == best
+            differs += padding and best is not None and best >= length
+    assert differs, "some feature is most active at padding"
+
+
+def test_a_run_goes_on_with_as_many_threads_as_it_began_with(
+    graph: Callable[..., GraphsMade], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    graph(target=("img_2:max:3",))
+    record = tmp_path / "g" / "run.json"
+    said = json.loads(record.read_text())
+    now = torch.get_num_threads()
+    assert (said["settings"]["threads"], said["settings"]["device"]) == (now, "cpu")
+    said["settings"]["threads"] = now + 1
+    record.write_text(json.dumps(said))
+    graph(target=("img_2:max:3",))
+    assert f"computing with {now + 1} threads" in capsys.readouterr().out
+    assert torch.get_num_threads() == now
+    assert json.loads(record.read_text())["settings"]["threads"] == now + 1
 
 
 def test_one_trace_read_feeds_all_its_targets(
@@ -142,12 +213,20 @@ def test_one_trace_read_feeds_all_its_targets(
     assert opened == [(0, 3), (1, 3)]
 
 
+@pytest.mark.parametrize(
+    ("images", "kept"),
+    [("0", [False, True]), pytest.param("0-1", [False, False, True, True], marks=pytest.mark.slow)],
+)
 def test_a_run_that_was_interrupted_goes_on_and_ends_with_the_same_bytes(
-    graph: Callable[..., GraphsMade], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: str, kept: list[bool], graph: Callable[..., GraphsMade], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: dict[str, Any] = {"image": "0-1", "step": 3, "target": ("img_2:max:3", "txt_2:max:7")}
+    options: dict[str, Any] = {
+        "image": images,
+        "step": "1,3" if images == "0" else 3,
+        "target": ("img_2:max:3", "txt_2:max:7")[: len(kept) // 2],
+    }
     graph("whole", **options)
-    left = [3]
+    left = [len(kept) // 2 + 1]
 
     def dying(*given: Any) -> None:
         left[0] -= 1
@@ -160,7 +239,7 @@ def test_a_run_that_was_interrupted_goes_on_and_ends_with_the_same_bytes(
         graph("g", **options)
     monkeypatch.undo()
     made = graph("g", **options)
-    assert [each.new for each in made.made] == [False, False, True, True]
+    assert [each.new for each in made.made] == kept
     assert tree(tmp_path / "g") == tree(tmp_path / "whole")
 
 
@@ -184,6 +263,7 @@ def test_the_checks_pass_on_a_trace_of_the_model(
     assert check is not None
     assert check.compared == 20
     assert not check.worst
+    assert 0 < check.activation < (1e-3 if dtype == "float32" else 1e-9)
     assert "largest edge error" in capsys.readouterr().out
 
 
@@ -194,10 +274,25 @@ def test_a_check_over_its_bound_fails_when_the_graphs_are_written(
     with pytest.raises(GranaryError, match=r"1 check failed, the first of .*: edges \d.*expected at most 1e-03"):
         graph(target=("img_2:max:3",), check=True)
     monkeypatch.undo()
+    monkeypatch.setitem(checks.ACTIVATION, "float32", 0.0)
+    with pytest.raises(GranaryError, match=r"1 check failed.*: activation \d"):
+        graph(target=("img_2:max:3",), check=True)
+    monkeypatch.undo()
     monkeypatch.setitem(checks.CONSERVATION, "float32", 0.0)
     with pytest.raises(GranaryError, match="conservation"):
         graph(target=("img_2:max:3",), check=True)
     assert (tmp_path / "g" / "summary.parquet").exists()
+
+
+def test_an_activation_that_is_not_the_preactivation_is_seen(graph: Callable[..., GraphsMade], tmp_path: Path) -> None:
+    graph(target=("img_2:max:3",))
+    found = Graph.read(tmp_path / "g")
+    z = found.nodes["activation"].to_numpy(zero_copy_only=False).astype(float)
+    z[found.nodes["order"].to_numpy(zero_copy_only=False) == 2] *= 1.01
+    place = NODES.get_field_index("activation")
+    wrong = Graph(found.nodes.set_column(place, NODES.field(place), pa.array(z, from_pandas=True)), found.edges, {})
+    assert checks.activation_error(found) < 1e-5
+    assert 5e-3 < checks.activation_error(wrong) < 1.1e-2
 
 
 def test_a_plan_says_what_it_would_take_and_writes_nothing(
@@ -208,7 +303,11 @@ def test_a_plan_says_what_it_would_take_and_writes_nothing(
     assert not (tmp_path / "g").exists()
     said = capsys.readouterr().out
     assert "plan: 2 graphs" in said
+    assert "about 2 GB held" in said
+    assert "sweeps of 3 nodes" in said
     assert "TFLOP" in said
+    graph(target=("img_2:max:3",), plan=True, memory="1KB")
+    assert "note: --memory 1KB is less than one node" in capsys.readouterr().out
 
 
 def test_the_page_and_the_further_forms_lie_beside_the_graph(graph: Callable[..., GraphsMade], tmp_path: Path) -> None:
@@ -217,6 +316,7 @@ def test_the_page_and_the_further_forms_lie_beside_the_graph(graph: Callable[...
         assert (tmp_path / "g" / name).exists(), name
 
 
+@pytest.mark.slow
 def test_flux_is_not_run_and_no_module_of_it_is_made(traced_flux: Path, tmp_path: Path) -> None:
     script = f"""
 import sys

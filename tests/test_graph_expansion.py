@@ -1,6 +1,7 @@
 """A graph grows best first, adds up whatever is left out, and is the same alone and beside others."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 from analyze.circuits import expansion, feeds
 from analyze.circuits.aggregation import aggregate
 from analyze.circuits.expansion import expand, expand_many
-from analyze.circuits.frozen import Member, Target
+from analyze.circuits.frozen import Attribution, Member, Target
 from analyze.circuits.graph import Graph
+from analyze.circuits.influence import edge_weights, influence
 from analyze.circuits.nodes import Node
 from analyze.circuits.pruning import prune
 from analyze.circuits.ranking import Ranking
@@ -125,16 +127,21 @@ def test_edges_are_those_of_the_model_and_the_rest_is_summed(model: PlantedModel
 
 
 @pytest.mark.parametrize("budget", [None, 1000, 60, 5, 1])
-def test_a_budget_keeps_the_strongest_edges_and_the_sums(model: PlantedModel, budget: int | None) -> None:
+def test_a_budget_keeps_the_edges_that_pass_on_most_to_the_target_and_the_sums(
+    model: PlantedModel, budget: int | None
+) -> None:
     whole = expand(model, [target_of(model)], "influence", 20, 5, LEAST)
     found = expand(model, [target_of(model)], "influence", 20, 5, LEAST, budget)
     assert_adds_up(found)
     assert expanded_names(found) == expanded_names(whole)
-    kept = [abs(value) for (source, _), value in named_edges(found).items() if source != "dropped"]
-    every = sorted(
-        (abs(value) for (source, _), value in named_edges(whole).items() if source != "dropped"), reverse=True
-    )
-    assert sorted(kept, reverse=True) == every[: budget or len(every)]
+    score = edge_weights(whole) * influence(whole)[whole.targets]
+    ends = zip(whole.sources, whole.targets, score.tolist(), strict=True)
+    every = {(whole.names[a], whole.names[b]): value for a, b, value in ends if whole.names[a] != "dropped"}
+    kept = {pair for pair in named_edges(found) if pair[0] != "dropped"}
+    assert kept <= set(every)
+    assert len(kept) == min(budget or len(every), len(every))
+    left = [value for pair, value in every.items() if pair not in kept]
+    assert min(every[pair] for pair in kept) >= 0.99 * max(left, default=0.0)  # sums here lack what the threshold took
     totals = found.facts["totals"]
     assert totals["edges"] == len(found.edges)
     assert totals["nodes"] == len(found.nodes)
@@ -240,3 +247,21 @@ def test_what_is_no_graph_is_refused(model: PlantedModel) -> None:
     ):
         with pytest.raises(UsageError, match=said):
             expand(model, targets, "influence", 1 if "2 targets" in said else 9, 5, LEAST)
+
+
+def test_little_memory_traces_few_nodes_at_a_time_and_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = PlantedModel(seed=3)
+    sizes: list[int] = []
+    trace = model.attribute
+
+    def counted(targets: Sequence[Target], least: float) -> Attribution:
+        sizes.append(len(targets))
+        return trace(targets, least)
+
+    monkeypatch.setattr(model, "attribute", counted)
+    whole = expand(model, [target_of(model)], "influence", 12, 6, 1e-4)
+    assert max(sizes) == 6
+    sizes.clear()
+    monkeypatch.setattr(model, "memory", 1)
+    small = expand(model, [target_of(model)], "influence", 12, 6, 1e-4)
+    assert max(sizes) == 1 and small.nodes == whole.nodes and small.edges == whole.edges

@@ -19,11 +19,13 @@ from analyze.circuits.graph import Graph
 from analyze.circuits.viewer.columns import edge_scores, view_columns
 from analyze.circuits.viewer.pages import graph_name, write_pages
 from analyze.inputs import open_analysis
+from analyze.labels.book import LabelBook
 from analyze.report import building as report
 from analyze.report.settings import ReportSettings
 from analyze.settings import Inputs
 from store import Store
 from store.errors import MismatchError, UsageError
+from store.labels import Label
 from tests.analyze_planted import Plan
 from tests.chromium import chromium, complaints, contrast, wait
 from tests.synthetic_analysis import synthetic_analysis
@@ -107,6 +109,27 @@ class Pages:
             "s.dispatchEvent(new Event('input'))",
             which,
             share,
+        )
+
+    def search(self, text: str) -> None:
+        """Put words into the search."""
+        self.js(
+            "const s = document.getElementById('search'); s.value = arguments[0]; s.dispatchEvent(new Event('input'))",
+            text,
+        )
+
+    def heading(self) -> str:
+        """What the panel is of: the chosen node, or the targets."""
+        return str(self.js("return document.querySelector('#panel h2').textContent"))
+
+    def away(self) -> int:
+        """How many nodes that are shown lie off the canvas."""
+        return int(
+            self.js(
+                "const {net, vis} = granary.drawing.scene(), {width, height} = granary.drawing.size;"
+                "return net.nodes.map((n, i) => i).filter(i => vis.mask[i]).map(i => granary.drawing.screen(i))"
+                ".filter(([x, y]) => x < 0 || y < 0 || x > width || y > height).length"
+            )
         )
 
     def hash(self) -> str:
@@ -232,14 +255,38 @@ def test_search_finds_by_number_site_kind_and_label(pages: Pages, made: Fixture)
     wait(lambda: "node=feature_L5_img_f66" in pages.hash())
     pages.press("\ue00c")
     pages.js("granary.controls.clearSearch()")
-    for text, part in (("bias", "bias_L"), ("txt_2", "_L2_txt"), ("nothing-of-the-kind", None)):
-        pages.js(
-            "const s = document.getElementById('search'); s.value = arguments[0]; s.dispatchEvent(new Event('input'))",
-            text,
-        )
+    for text, part in (
+        ("bias", "bias_L"),
+        ("txt_2", "_L2_txt"),
+        ("block 3", "_L3_"),
+        ("img_5/66 at row 3, column 5", "feature_L5_img_f66"),  # where it was traced from
+        ("nothing-of-the-kind", None),
+    ):
+        pages.search(text)
         found = pages.js(listed)
-        assert bool(found) == (part is not None)
+        assert bool(found) == (part is not None), text
         assert all(str(part) in name for name in found), (text, found)
+    pages.search("suppresses")
+    signs = (
+        "const net = granary.graphs.network(), listed = [...document.querySelectorAll('#found button')];"
+        "return listed.map(b => net.nodes[granary.graphs.row(b.dataset.node)].effect < 0)"
+    )
+    assert pages.js(signs) and all(pages.js(signs))
+    width = "return document.getElementById('search').getBoundingClientRect().width"
+    searching = pages.js(width)
+    pages.js("granary.controls.clearSearch()")
+    assert pages.js(width) == searching  # the count takes no room away
+
+
+@pytest.mark.browser
+def test_a_node_is_found_by_its_own_heading_and_its_row_and_column(pages: Pages) -> None:
+    pages.open("#/?view=positional&nodes=1&edges=1&node=feature_L5_img_p22_f66")
+    heading = pages.js("return document.getElementById('node-name').textContent")
+    for text, all_there in ((heading, True), ("row 3, column 5", False)):
+        pages.search(text)
+        found = pages.js("return [...document.querySelectorAll('#found button')].map(b => b.dataset.node)")
+        assert "feature_L5_img_p22_f66" in found and all("_img_p22" in name for name in found)
+        assert (len(found) == 1) == all_there
 
 
 @pytest.mark.browser
@@ -316,12 +363,104 @@ def test_sliders_thin_the_graph_and_a_link_shows_the_same_afresh(pages: Pages) -
     assert len(fewest["nodes"]) < len(fewer["nodes"])
     assert not any(name.startswith("error") for name in fewest["nodes"])
     link = pages.hash()
+    assert pages.js("return document.getElementById('nodes-count').textContent").endswith("70 % of the influence")
     assert "nodes=0.7" in link and "edges=0.6" in link and "pin=feature_L5_img_p22_f66" in link and "hide=error" in link
     pages.open(link)
     assert pages.shown() == fewest
     assert pages.js("return document.getElementById('node-name').textContent") == "img_5/66 at row 3, column 5"
     pages.js("document.getElementById('reset').click()")
     assert "nodes=" not in pages.hash() and "pin=" not in pages.hash()
+    pages.browser.back()
+    wait(lambda: pages.hash() == link and pages.shown() == fewest)
+    pages.open("#/?view=positional")
+    pages.slide("nodes", 0.8)  # the other share stays what it was, and is said too
+    fewer, link = pages.shown(), pages.hash()
+    assert "nodes=0.8" in link and "edges=" in link
+    pages.open(link)
+    assert pages.shown() == fewer
+
+
+LAST = """
+    const net = granary.graphs.network(), vis = granary.graphs.visible();
+    return net.nodes.filter((n, i) => vis.mask[i] && n.kind === 'feature').at(-1).name;
+"""
+
+
+@pytest.mark.browser
+def test_view_graph_and_supernodes_change_while_a_node_of_the_end_of_the_table_is_chosen(pages: Pages) -> None:
+    complaints(pages.browser)
+    for change, heading in (
+        ("document.querySelector('[name=view][value=aggregated]').click()", "same"),
+        ("for (const n of ['feature_L5_img_p22_f66', arguments[0]]) granary.graphs.choose(granary.graphs.row(n), true);"
+         "document.getElementById('group-name').value = 'two'; document.querySelector('#grouping > button').click()", "two"),
+        ("const s = document.getElementById('graph'); s.value = s.options[1].value; s.dispatchEvent(new Event('change'))", "Target"),
+    ):  # fmt: skip
+        pages.open("#/?view=positional&nodes=1&edges=1")
+        last = pages.js(LAST)
+        pages.choose(last)
+        pages.js("granary.graphs.hover(granary.graphs.row(arguments[0]))", last)
+        title = pages.heading().split(" at ")[0]
+        pages.js(change, last)
+        wait(lambda heading=heading, title=title: pages.heading() == (title if heading == "same" else heading))
+        names = pages.js("return granary.graphs.network().names || granary.graphs.network().nodes.map(n => n.name)")
+        assert set(pages.shown()["out"] or []) <= set(names)
+    pages.js("for (const k of [0, 1, 0]) location.hash = '#/' + document.getElementById('graph').options[k].value")
+    wait(lambda: "image-00003" in pages.js("return document.title") and pages.heading() == "Target")
+    assert pages.js("return granary.graphs.state().graph") in pages.hash()
+    assert complaints(pages.browser) == []
+
+
+@pytest.mark.browser
+def test_what_was_chosen_pinned_and_put_together_stays_when_the_view_changes(pages: Pages) -> None:
+    group = "group=two:feature_L5_img_f66,input_img"
+    pages.open(f"#/?view=aggregated&nodes=1&edges=1&{group}&node=feature_L5_txt_f999")
+    assert "no node feature_L5_txt_f999 in this graph over tokens" in pages.js(
+        "return document.getElementById('failed').textContent"
+    )
+    pages.open(f"#/?view=positional&nodes=1&edges=1&pin=feature_L5_img_p22_f66&node=feature_L5_img_p22_f66&{group}")
+    assert pages.js("return document.getElementById('elsewhere').textContent") == "1 more over tokens"
+    pages.press("v")
+    assert pages.js("return granary.graphs.row('group_two')") is not None
+    assert pages.js("return document.getElementById('elsewhere').textContent") == "1 more per token"
+    pages.browser.back()
+    wait(lambda: pages.heading() == "img_5/66 at row 3, column 5")
+    pages.js("granary.graphs.choose(null)")
+    pages.open("#/?view=aggregated&node=feature_L5_img_f66")
+    assert pages.js("return document.querySelectorAll('#traced .cells .cell').length") == 1  # where it was traced
+    assert "traced at row 3, column 5" in pages.js("return document.getElementById('traced-caption').textContent")
+    pages.press("v")
+    assert pages.heading() == "img_5/66 at row 3, column 5"
+    pages.open("#/?view=positional&group=below:input_L0_img_p0,input_L0_img_p3,dropped&nodes=1&edges=1")
+    script = (
+        "const {place} = granary.drawing.scene(), y = place.y[granary.graphs.row('group_below')];"
+        "return place.bands.find(b => y >= b.top && y <= b.bottom).title"
+    )
+    assert pages.js(script) == "input"
+
+
+@pytest.mark.browser
+def test_the_drawing_is_fitted_until_the_reader_moves_it_and_then_stays(pages: Pages) -> None:
+    pages.open("#/?view=positional&nodes=0.3&edges=1")
+    for share in (1, 0.2):
+        pages.slide("nodes", share)
+        assert pages.away() == 0
+    pages.choose("feature_L5_img_p22_f66")
+    pages.js("granary.drawing.zoomBy(2)")
+    where = "return granary.drawing.screen(granary.graphs.row('feature_L5_img_p22_f66'))"
+    wait(lambda: pages.js("return granary.graphs.row('feature_L5_img_p22_f66')") is not None)
+    before = pages.js(where)
+    pages.slide("nodes", 1)
+    assert pages.js(where) == pytest.approx(before, abs=0.5)
+    pages.js("document.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight', shiftKey: true}))")
+    assert pages.js(where)[0] == pytest.approx(before[0] - 60, abs=0.5)
+    pages.js("document.getElementById('reset').click()")
+    assert pages.away() == 0
+    left = "return parseFloat(document.getElementById('tip').style.left)"
+    pages.js("granary.graphs.hover(granary.graphs.row('feature_L5_img_p22_f66'))")
+    pages.js("granary.drawing.panBy(-200, 0)")  # away from the edge, where it would have to turn aside
+    before = pages.js(left)
+    pages.js("granary.drawing.panBy(-40, 0)")
+    assert pages.js(left) == pytest.approx(before - 40, abs=0.5)  # what is said of a node goes along with it
 
 
 @pytest.mark.browser
@@ -409,10 +548,26 @@ def test_the_graph_leaves_as_png_and_svg(pages: Pages, downloads: Path) -> None:
     picture = np.asarray(Image.open(downloads / f"{name}.png").convert("RGB"))
     assert picture.shape[1] == 2 * round(pages.js("return granary.drawing.size.width"))
     assert len(np.unique(picture[::9, ::9].reshape(-1, 3), axis=0)) > 50
+    assert picture.shape[0] > 2 * round(pages.js("return granary.drawing.size.height"))  # what it is of stands above
     root = ET.parse(downloads / f"{name}.svg").getroot()
     space = "{http://www.w3.org/2000/svg}"
     assert len(root.findall(f".//{space}g/{space}title")) == nodes
     assert root.findtext(f"{space}title", "").startswith("Attribution graph of img_5/66")
+    said = " ".join(text.text or "" for text in root.findall(f"{space}text"))
+    assert "Target img_5/66 at row 3, column 5 image 3, step 2: “a small red circle” excites suppresses" in said
+    script = """
+        granary.graphs.choose(granary.graphs.row('feature_L5_img_f66'));
+        const scene = granary.drawing.scene();
+        return granary.svg.text(scene, granary.drawing.marked(), 'a\\u0001b', granary.graphs.facts(), ['c\\u0008d', 'e']);
+    """
+    root = ET.fromstring(pages.js(script))
+    everything, out = (root.find(f"{space}g[@class='{name}']") for name in ("all", "out"))
+    assert everything is not None and out is not None and everything.get("opacity") == "0.2"
+    ends = "".join(path.get("d", "") for path in everything.findall(f"{space}g[@class='edges']/{space}path"))
+    assert ends.count("M") == len(pages.shown()["edges"])
+    assert len(out.findall(f"{space}g/{space}title")) == len(pages.shown()["out"])
+    assert len(root.findall(f"{space}circle[@class='ring']")) == 1
+    assert root.findtext(f"{space}title") == "ab"
 
 
 @pytest.mark.browser
@@ -433,7 +588,7 @@ def test_the_keyboard_walks_along_edges_and_layers(pages: Pages) -> None:
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", [pytest.param("light", marks=pytest.mark.slow), "dark"])
 def test_edges_and_words_stand_out_in_light_and_dark(pages: Pages, scheme: str) -> None:
     emulate(pages, scheme)  # type: ignore[arg-type]
     pages.open()
@@ -459,6 +614,8 @@ def test_beside_a_report_features_have_examples_and_their_pages_name_the_graphs(
     address = beside.address.replace("graphs.html", link)
     beside.browser.get(address)
     wait(lambda: beside.js("return document.querySelectorAll('#in-graphs a').length") >= 1)
+    said = beside.js("return document.querySelector('#in-graphs a b').textContent")
+    assert said == "img_5/66 at row 3, column 5 in image 3, step 2"
     beside.js("document.querySelector('#in-graphs a').click()")
     wait(lambda: beside.js("return document.getElementById('node-name')?.textContent || ''").startswith("img_0/"))
     assert complaints(beside.browser) == []
@@ -507,7 +664,50 @@ def test_equal_graphs_give_equal_pages_wherever_they_lie(tmp_path: Path) -> None
     assert pages_in(tmp_path / "a") == pages_in(tmp_path / "b")  # written again over itself
 
 
-def test_graphs_of_another_store_and_places_without_graphs_are_refused(made: Fixture, tmp_path: Path) -> None:
+def test_every_graph_has_a_name_and_every_dictionary_too(tmp_path: Path) -> None:
+    book = LabelBook(None, labels=[Label(7, "2026-01-01T00:00:00Z", "Ada", "red edges")])
+    folders = []
+    for number, name in enumerate(("red", "red-2", "red", "red")):
+        identity = f"{number % 2}" * 64
+        target = {"name": f"supernode_{name}", "site": None, "token": None, "feature": None}
+        facts = {
+            "image": 0, "step": 0, "grid": [1, 1], "targets": [target],
+            "transcoders": {"img_0": {"name": "transcoder", "identity": identity}},
+        }  # fmt: skip
+        graph_of([("feature_L0_img_p0_f7", "feature_L1_img_p0_f3", 1.0)], facts, {}).write(tmp_path / str(number))
+        folders.append(tmp_path / str(number))
+    write_pages(folders, tmp_path / "out", None, {"1" * 64: book})
+    contents = script_value(tmp_path / "out" / "page" / "data" / "graphs.js")
+    assert contents["pictures"]["without"] == "the page was made without the store"
+    names = [entry["name"] for entry in contents["graphs"]]
+    assert names == [f"image-00000.step-0.{name}" for name in ("red", "red-2", "red-3", "red-4")]
+    assert all((tmp_path / "out" / "page" / "data" / "graphs" / f"{name}.js").is_file() for name in names)
+    called = [entry["dictionaries"]["img_0"]["name"] for entry in contents["graphs"]]
+    assert called == ["transcoder-00000000", "transcoder-11111111"] * 2
+    labels = script_value(tmp_path / "out" / "page" / "data" / "labels.js")
+    assert [label["text"] for label in labels[called[1]]] == ["red edges"]
+
+
+def script_value(path: Path) -> Any:
+    """What a script of data hands over."""
+    text = path.read_text()
+    return json.loads(text[text.index(",") + 1 : text.rindex(")")])
+
+
+def test_graphs_that_do_not_fit_leave_a_report_as_it_is(made: Fixture, tmp_path: Path) -> None:
+    other = {"store": "sha256-0", "image": 0, "step": 0, "grid": [1, 1]}
+    graph_of([("input_L0_img_p0", "feature_L1_img_p0_f3", 1.0)], other, {}).write(tmp_path / "g")
+    before = {path: path.stat().st_mtime_ns for path in made.report.rglob("*")}
+    for plan in (False, True):
+        for place, error in ((tmp_path / "g", MismatchError), (tmp_path / "nothing", UsageError)):
+            with pytest.raises(
+                error, match="make the graphs from this one" if error is MismatchError else "holds no graph"
+            ):
+                report.run(ReportSettings(**made.inputs, graphs=(place,), plan=plan))
+    assert {path: path.stat().st_mtime_ns for path in made.report.rglob("*")} == before
+
+
+def test_graphs_of_another_store_are_refused(made: Fixture, tmp_path: Path) -> None:
     other = graph_of(
         [("input_L0_img_p0", "feature_L1_img_p0_f3", 1.0)],
         {"store": "sha256-0", "image": 0, "step": 0, "grid": [1, 1]},
@@ -516,5 +716,3 @@ def test_graphs_of_another_store_and_places_without_graphs_are_refused(made: Fix
     other.write(tmp_path / "g")
     with pytest.raises(MismatchError, match="is of store sha256-0"):
         write_pages([tmp_path / "g"], tmp_path / "out", made.store)
-    with pytest.raises(UsageError, match="holds no graph"):
-        report.run(ReportSettings(**made.inputs, graphs=(tmp_path / "nothing",)))

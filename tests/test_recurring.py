@@ -21,7 +21,7 @@ from analyze.circuits.gathering import GraphsSettings, Together, run
 from analyze.circuits.graph import Graph
 from analyze.circuits.panels import Panel, draw_panels, layout
 from analyze.circuits.settings import GraphSettings
-from store.errors import MismatchError, UsageError
+from store.errors import ForeignError, MismatchError, UsageError
 from tests.circuit_graphs import Edge, aggregated, graph_of
 
 TARGET = "feature_L2_img_p4_f7"
@@ -179,6 +179,7 @@ def test_tables_on_the_disk_are_those_returned_and_equal_runs_write_equal_bytes(
 
 def test_a_single_graph_has_nothing_that_recurs_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "G", 0, 0)
+    run(GraphsSettings(graphs=(tmp_path / "G",)))
     (tmp_path / "G" / "together" / "over_steps").mkdir(parents=True)
     (tmp_path / "G" / "together" / "over_steps" / "image-00009.feature_L2_img_f7.png").touch()
     made = run(GraphsSettings(graphs=(tmp_path / "G",)))
@@ -196,6 +197,39 @@ def test_graphs_of_different_dictionaries_and_folders_without_graphs_are_refused
     for wrong in ({"min_graphs": 0}, {"min_prompts": 0}, {"best": 0}, {"drawn": 0}):
         with pytest.raises(UsageError, match="at least 1"):
             GraphsSettings(graphs=(graphs,), **wrong)
+
+
+def test_one_graph_from_two_places_is_refused_with_both(graphs: Path, tmp_path: Path) -> None:
+    write(tmp_path / "H", 0, 0)
+    with pytest.raises(UsageError, match=r"image-00000\.step-0\S* and \S*H explain the same: .* would count twice"):
+        run(GraphsSettings(graphs=(graphs, tmp_path / "H"), out=tmp_path / "o"))
+    write(tmp_path / "H", 0, 0, store="sha256-another")
+    made = tables(graphs, tmp_path / "H", out=tmp_path / "o")
+    assert max(made.edges["images"].to_pylist()) == 4, "image 0 of another store is another image"
+
+
+def test_a_folder_of_something_else_is_not_written_into_and_nothing_there_is_removed(
+    graphs: Path, tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine" / "over_steps" / "image-1.png"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    with pytest.raises(UsageError, match="is not empty and holds no graphs together"):
+        tables(graphs, out=tmp_path / "mine")
+    assert mine.exists()
+    (tmp_path / "mine" / "run.json").write_text('{"format": "granary graphs", "version": 1}')
+    with pytest.raises(ForeignError, match="not the record of graphs together"):
+        tables(graphs, out=tmp_path / "mine")
+
+
+def test_an_edge_that_excites_is_orange_and_one_that_suppresses_blue_as_on_the_page() -> None:
+    nodes = {TARGET: 1.0, "feature_L1_img_f1": 0.5}
+    for sign, more, less in ((1.0, 0, 2), (-1.0, 2, 0)):
+        panel = Panel("a", nodes, [("feature_L1_img_f1", TARGET, sign)], frozenset({TARGET}))
+        picture = np.asarray(Image.open(io.BytesIO(draw_panels([panel], "", 5))).convert("RGB")).astype(int)
+        drawn = picture[: picture.shape[0] * 4 // 5]  # the legend has both
+        assert (drawn[..., more] - drawn[..., less] > 100).any()
+        assert not (drawn[..., less] - drawn[..., more] > 100).any()
 
 
 def test_a_node_stands_at_one_place_in_all_panels_and_the_most_influential_are_drawn() -> None:
@@ -240,11 +274,13 @@ def test_what_the_command_graph_makes_is_exported_and_looked_at_together(traced_
     folders = [each.folder for each in made.made if each.folder is not None]
     assert len(folders) >= 2
     for folder in folders:
-        said = json.loads((folder / "circuit-tracer" / f"{folder.name}.json").read_text())
+        said = json.loads((tmp_path / "g" / "circuit-tracer" / f"{folder.name}.json").read_text())
         assert said["metadata"]["slug"] == folder.name, "it is called as its folder is"
         assert {"const", "img", "txt"} >= {token.split()[0] for token in said["metadata"]["prompt_tokens"]}
         assert nx.read_graphml(folder / "graph.graphml").number_of_edges() == len(Graph.read(folder).edges)
         assert difract.read(folder / "graph.json").facts["step"] == Graph.read(folder).facts["step"]
+    listed = json.loads((tmp_path / "g" / "circuit-tracer" / "graph-metadata.json").read_text())["graphs"]
+    assert [graph["slug"] for graph in listed] == sorted(folder.name for folder in folders), "one list for all"
     together = tables(tmp_path / "g", out=tmp_path / "together")
     assert set(together.edges["target"].to_pylist()) >= {"feature_L2_img_f3"}
     assert together.edges["graphs"].to_pylist()[0] >= 2

@@ -29,7 +29,7 @@ class Grown:
 
 def assemble(model: FrozenModel, index: ActiveIndex, grown: Grown, least: float, budget: int | None) -> Graph:
     """The graph per token: expanded nodes in their order first, then what else feeds them, in order of codes."""
-    edges = compact(_all_edges(index, grown), grown.codes, least, budget)
+    edges = compact(_all_edges(index, grown), grown.codes, least, budget, len(grown.targets))
     others = np.setdiff1d(edges.source, grown.codes)
     codes = np.concatenate([grown.codes, others, encode("dropped")[None]])
     order = np.argsort(codes, kind="stable")

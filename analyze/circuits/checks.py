@@ -4,8 +4,12 @@ conservation   of every expanded node, |pre-activation - sum of all that flows i
                any threshold
 replay         attention outputs, MLP inputs and residuals computed again from the trace, against those that were recorded: the largest
                difference over the largest value.  What does not replay is in the graph as a bias node, so it breaks no conservation
-edges          edges drawn at random; the source is made larger in the frozen model, which is then run forwards, and the target's
-               pre-activation read again: |change - attribution| over |attribution| + a thousandth of all |edges| into that target
+activation     of every expanded feature, |z - pre-activation| / (|pre-activation| + a thousandth of all |edges| into it): a feature that
+               is active passes its pre-activation on as it is (ReLU, TopK, BatchTopK, JumpReLU), and z and the pre-activation are
+               computed apart, z by what says which features are active and the pre-activation from the row of one feature
+edges          edges drawn at random; what the source writes to the residual is sent through the frozen model forwards, block after
+               block by the equations as they stand (`perturbation`), and the change of the target's pre-activation is read:
+               |change - attribution| over |attribution| + a thousandth of all |edges| into that target
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +19,7 @@ import numpy as np
 
 from analyze.circuits.frozen import FrozenModel, Member, Target, perturbed
 from analyze.circuits.graph import Graph
+from analyze.circuits.influence import column
 from analyze.circuits.nodes import Node
 from analyze.circuits.settings import GraphSettings
 
@@ -22,7 +27,9 @@ CONSERVATION = {"float32": 1e-5, "float64": 1e-12}
 """by what attributions are computed in"""
 REPLAY = {"float32": 1e-4, "bfloat16": 5e-2}
 """by what traces are written in"""
+ACTIVATION = {"float32": 1e-3, "float64": 1e-9}
 EDGES = {"float32": 1e-3, "float64": 1e-9}
+KINDS = ("conservation", "replay", "activation", "edges")
 SMALL = 1e-3
 """of all that flows into a target: an edge is not judged to more digits than this has"""
 PERTURBED = ("feature", "error", "input")
@@ -35,18 +42,17 @@ class Check:
 
     conservation: float
     replay: float
+    activation: float
     edges: float
     compared: int
     """edges that were compared with a perturbation"""
-    bounds: tuple[float, float, float]
-    """of conservation, replay, edges"""
+    bounds: tuple[float, float, float, float]
+    """of conservation, replay, activation, edges"""
 
     @property
     def worst(self) -> tuple[tuple[str, float, float], ...]:
         """What is over its bound: what, the error, the bound.  A NaN is."""
-        found = zip(
-            ("conservation", "replay", "edges"), (self.conservation, self.replay, self.edges), self.bounds, strict=True
-        )
+        found = zip(KINDS, (self.conservation, self.replay, self.activation, self.edges), self.bounds, strict=True)
         return tuple((what, error, bound) for what, error, bound in found if not error <= bound)
 
 
@@ -57,9 +63,18 @@ def check_graph(
     conservation = graph.nodes["conservation"].drop_null().to_numpy()
     edges, compared = _edge_error(settings, model, graph, asked)
     return Check(
-        conservation=_largest(conservation), replay=_largest(np.asarray(list(model.replay_error().values()))), edges=edges,
-        compared=compared, bounds=(CONSERVATION[settings.dtype], REPLAY[trace_dtype], EDGES[settings.dtype]),
+        conservation=_largest(conservation), replay=_largest(np.asarray(list(model.replay_error().values()))),
+        activation=activation_error(graph), edges=edges, compared=compared,
+        bounds=(CONSERVATION[settings.dtype], REPLAY[trace_dtype], ACTIVATION[settings.dtype], EDGES[settings.dtype]),
     )  # fmt: skip
+
+
+def activation_error(graph: Graph) -> float:
+    """The largest difference of an expanded feature's z from its pre-activation."""
+    z, pre, conservation = (column(graph, name) for name in ("activation", "pre", "conservation"))
+    expanded = np.isfinite(conservation) & (np.asarray(graph.nodes["kind"].to_pylist()) == "feature")
+    flow = np.bincount(graph.targets, np.abs(graph.attributions), len(graph.nodes))[expanded]
+    return _largest(np.abs(z - pre)[expanded] / np.maximum(np.abs(pre)[expanded] + SMALL * flow, np.finfo(float).tiny))
 
 
 def _largest(errors: np.ndarray) -> float:
@@ -109,12 +124,15 @@ def _target(name: str, known: Mapping[str, Target]) -> Target:
 def check_table(checks: Sequence[tuple[str, Check]]) -> str:
     """A line a graph, for a terminal."""
     width = max(len("graph"), *(len(name) for name, _ in checks))
-    lines = [f"  {'graph':<{width}}  conservation  replay error  edges perturbed  largest edge error"]
+    lines = [f"  {'graph':<{width}}  conservation  replay error  z against pre  edges perturbed  largest edge error"]
     for name, check in checks:
         mark = "" if not check.worst else "  OVER: " + ", ".join(what for what, _, _ in check.worst)
         lines.append(
-            f"  {name:<{width}}  {check.conservation:>12.2e}  {check.replay:>12.2e}  {check.compared:>15}  {check.edges:>18.2e}{mark}"
+            f"  {name:<{width}}  {check.conservation:>12.2e}  {check.replay:>12.2e}  {check.activation:>13.2e}  {check.compared:>15}  "
+            f"{check.edges:>18.2e}{mark}"
         )
     bounds = checks[0][1].bounds
-    lines.append(f"  {'bound':<{width}}  {bounds[0]:>12.0e}  {bounds[1]:>12.0e}  {'':>15}  {bounds[2]:>18.0e}")
+    lines.append(
+        f"  {'bound':<{width}}  {bounds[0]:>12.0e}  {bounds[1]:>12.0e}  {bounds[2]:>13.0e}  {'':>15}  {bounds[3]:>18.0e}"
+    )
     return "\n".join(lines)

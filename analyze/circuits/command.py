@@ -2,25 +2,30 @@
 
 1. What is asked is checked against the store and the dictionaries; with `--plan` its cost is printed, and that is all.
 2. The graphs that OUT does not hold yet are made, trace by trace.
-3. The further forms, the page and the summary are written from the graphs on the disk.
+3. The further forms of these graphs are written; the page and the summary, of all graphs that OUT holds.
 4. A failure of `--check`, or a target that is not active, ends the command with exit 1 when all else is done.
 """
 
 import platform
+import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import torch
 
 from analyze.circuits.exchange import write_exports
 from analyze.circuits.experiments import Made, device_of, make_all
-from analyze.circuits.folders import check_claim, claim, held
+from analyze.circuits.folders import check_claim, check_dictionaries, claim, graph_folders, held, threads_of
 from analyze.circuits.inquiry import Inquiry, open_inquiry, sites_below
-from analyze.circuits.planning import announce
+from analyze.circuits.planning import announce, memory_note
 from analyze.circuits.settings import GraphSettings
-from analyze.circuits.summary import Labels, printed, row_of, summary_table
+from analyze.circuits.summary import Labels, printed, row_of, rows_of_others, summary_table
 from analyze.circuits.viewer.pages import write_pages
 from store.errors import GranaryError
 from store.files import write_json
@@ -36,12 +41,17 @@ class GraphsMade:
     made: tuple[Made, ...]
     """Every experiment: its graph's folder, or why it has none, and its check."""
     summary: pa.Table
-    """A row an experiment: what the target is and what it comes from."""
+    """What `OUT/summary.parquet` holds: a row an experiment, then one for each further graph in OUT."""
     seconds: float = field(compare=False)
 
 
 def run(settings: GraphSettings) -> GraphsMade:
-    """Make the graphs that are not there yet, each in its folder under OUT; the same settings on the same store give the same bytes.
+    """Make the graphs that are not there yet, each in its folder under OUT.
+
+    Same bytes: the same command on the same store and dictionaries, wherever they lie, stopped and gone on with or not, gives the same
+    bytes with the same `memory`, kind of device, number of threads (`torch.get_num_threads`) and version of PyTorch; these decide in
+    which parts sums are added up, and so their last digits.  OUT records memory, device and threads: another memory or device is
+    refused there, and later runs take as many threads as the first did.
 
     Errors: `UsageError` for what cannot be explained and for an OUT made with other settings, `MismatchError` for dictionaries of another
     model, `DamagedError` for a trace that cannot be read, `GranaryError` at the end where --check finds an error over its bound or a
@@ -50,37 +60,85 @@ def run(settings: GraphSettings) -> GraphsMade:
     started = time.monotonic()
     device_of(settings.device)
     inquiry = open_inquiry(settings)
-    record = {"store": inquiry.store.id, "alone": inquiry.alone, "settings": settings.choices}
-    check_claim(settings.out, record)
+    _check_out(inquiry)
     for note in notes(inquiry):
         print(note)
     announce(inquiry)
     if settings.plan:
         return GraphsMade((), summary_table([]), time.monotonic() - started)
     with held(settings.out):
-        check_claim(settings.out, record)  # another process may have had the lock
+        record = _check_out(inquiry)  # another process may have had the lock
         claim(settings.out, record)
-        done = GraphsMade(*_make(inquiry), time.monotonic() - started)
+        with _threads(record["settings"]["threads"]):
+            done = GraphsMade(*_make(inquiry), time.monotonic() - started)
     _record(inquiry, done)
     print(_sentence(inquiry, done))
     refuse_failures(inquiry, done.made)
     return done
 
 
+def _check_out(inquiry: Inquiry) -> dict[str, Any]:
+    """Refuse an OUT of other choices or dictionaries; else what decides the bytes of the graphs there."""
+    settings = inquiry.settings
+    record: dict[str, Any] = {
+        "store": inquiry.store.id, "alone": inquiry.alone,
+        "settings": {
+            **settings.choices, "memory": settings.held, "device": device_of(settings.device).type,
+            "threads": threads_of(settings.out) or torch.get_num_threads(),
+        },
+    }  # fmt: skip
+    check_claim(settings.out, record)
+    check_dictionaries(settings.out, inquiry.identities(*inquiry.experiments))
+    return record
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Inside, PyTorch computes with so many threads."""
+    before = torch.get_num_threads()
+    if count != before:
+        print(
+            f"note: computing with {many(count, 'thread')}, as the graphs that are there already were, for the same bytes"
+        )
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if count != before:
+            torch.set_num_threads(before)
+
+
 def _make(inquiry: Inquiry) -> tuple[tuple[Made, ...], pa.Table]:
     """Graphs, further forms, page and summary."""
     settings, labels = inquiry.settings, Labels(inquiry)
-    made = tuple(make_all(inquiry))
+    order = {id(each): number for number, each in enumerate((*inquiry.experiments, *inquiry.untraced))}
+    made = tuple(sorted(make_all(inquiry), key=lambda each: order[id(each.experiment)]))
     folders = [each.folder for each in made if each.folder is not None]
     for folder in folders:
-        write_exports(folder, settings.exports, labels.books)
+        write_exports(folder, settings.exports, labels.books, settings.out)
     rows = [row_of(each, labels, inquiry) for each in made]
-    table = summary_table(rows)
-    write_table(settings.out / "summary.parquet", table)
-    if settings.page and folders:
-        write_pages(folders, settings.out, inquiry.store, labels.books)
+    path = settings.out / "summary.parquet"
+    others = [folder for folder in graph_folders(settings.out) if folder not in folders]
+    table = summary_table([*rows, *rows_of_others(others, labels, path)])
+    write_table(path, table)
+    if settings.page and (every := graph_folders(settings.out)):
+        books = labels.books
+        named = {subject.identity: books[str(site)] for site, subject in inquiry.subjects.items()}
+        write_pages(every, settings.out, inquiry.store, named)
+    elif any(each.new for each in made):
+        _remove_page(settings.out)
     print(printed(made, rows))
     return made, table
+
+
+def _remove_page(out: Path) -> None:
+    """Take away the page of an earlier run, which does not show the new graphs."""
+    if (out / "index.html").exists():
+        (out / "index.html").unlink()
+        shutil.rmtree(out / "page", ignore_errors=True)
+        print(
+            "note: the page of an earlier run was removed, which did not show the new graphs: run without --no-page to have one"
+        )
 
 
 def notes(inquiry: Inquiry) -> list[str]:
@@ -94,14 +152,24 @@ def notes(inquiry: Inquiry) -> list[str]:
     without = [site for site in sites_below(inquiry.experiments) if site not in inquiry.subjects]
     if without:
         found.append(
-            f"note: {', '.join(map(str, without))} have no transcoder: what their MLPs add counts as error (--allow-missing)"
+            f"note: {', '.join(map(str, without))} {'has' if len(without) == 1 else 'have'} no transcoder: what "
+            f"{'its MLP adds' if len(without) == 1 else 'their MLPs add'} counts as error (--allow-missing)"
         )
+    if inquiry.untraced:
+        found.append(f"note: {many(len(inquiry.untraced), 'target')} left out, of images or steps that are not traced")
+    if not inquiry.scanned:
+        found.append(
+            f"note: that the dictionaries which {inquiry.settings.targets} names are these is not checked: the record of the scan "
+            "does not lie beside it"
+        )
+    if warning := memory_note(inquiry):
+        found.append(warning)
     return found
 
 
 def refuse_failures(inquiry: Inquiry, made: tuple[Made, ...]) -> None:
     """Raise for a check over its bound, and for targets that are not active; all else is done by then."""
-    inactive = [each for each in made if each.reason is not None]
+    inactive = [each for each in made if each.inactive]
     said = []
     if inactive and not inquiry.settings.skip_inactive:
         said.append(
@@ -123,9 +191,11 @@ def _sentence(inquiry: Inquiry, done: GraphsMade) -> str:
     new = sum(each.new for each in done.made)
     there = sum(each.folder is not None for each in done.made) - new
     count = many(new, "graph") + (f" ({there:,} were there already)" if there else "")
-    page = inquiry.settings.out / "index.html"
-    where = page if page.exists() else inquiry.settings.out
-    return f"graph: {count} of {many(len(inquiry.traces), 'trace')} in {done.seconds:.1f} s -> {where}"
+    settings = inquiry.settings
+    held = len(graph_folders(settings.out))
+    more = f"; {settings.out} holds {held:,} in all" if held > new + there else ""
+    where = settings.out / "index.html" if settings.page and held else settings.out
+    return f"graph: {count} of {many(len(inquiry.traces), 'trace')} in {done.seconds:.1f} s{more} -> {where}"
 
 
 def _record(inquiry: Inquiry, done: GraphsMade) -> None:

@@ -11,7 +11,7 @@ import pyarrow as pa
 from analyze.circuits.graph import EDGES, Graph
 from analyze.circuits.influence import CONSTANT, with_influence
 from analyze.circuits.nodes import Node
-from analyze.circuits.ranking import best
+from analyze.circuits.ranking import SMALL, best, flow
 from analyze.circuits.sources import FEATURE_BITS, KINDS, SITE_BITS, TOKEN_BITS, decode, encode
 
 WHERE = (1 << SITE_BITS + TOKEN_BITS) - 1 << FEATURE_BITS
@@ -32,10 +32,11 @@ class Edges:
     """float64 (node,): what of each expanded node's feed is no edge"""
 
 
-def compact(edges: Edges, expanded: np.ndarray, least: float, budget: int | None) -> Edges:
+def compact(edges: Edges, expanded: np.ndarray, least: float, budget: int | None, asked: int = 1) -> Edges:
     """The same with features that are not among the codes `expanded` summed into rests, then only edges of at least `least`.
 
-    Of more than `budget` edges the strongest stay.  Sorted by (target, source), a pair once.
+    Of more than `budget` edges those stay that pass on most to the first `asked` of `expanded`, the graph's targets (`passed_on`).
+    Sorted by (target, source), a pair once.
     """
     feature = decode(edges.source)[0] == KINDS.index("feature")
     rest = feature & ~np.isin(edges.source, expanded)
@@ -43,11 +44,32 @@ def compact(edges: Edges, expanded: np.ndarray, least: float, budget: int | None
     source, target, value = _summed(source, edges.target, edges.value)
     keep = np.abs(value) >= least
     if budget is not None and keep.sum() > budget:
-        strongest = best(np.where(keep, np.abs(value), 0.0), budget)
+        strongest = best(np.where(keep, passed_on(source, target, value, expanded, asked), 0.0), budget)
         keep = np.zeros(len(value), dtype=bool)
         keep[strongest] = True
     dropped = edges.dropped + np.bincount(target[~keep], value[~keep], minlength=len(edges.dropped))
     return Edges(source[keep], target[keep], value[keep], dropped)
+
+
+def passed_on(
+    source: np.ndarray, target: np.ndarray, value: np.ndarray, expanded: np.ndarray, asked: int
+) -> np.ndarray:
+    """What each edge has to do with the targets, float64 (edge,): its share of |a| into its target, times that one's influence.
+
+    Raw |a| would not do: features of the lowest layers have the largest edges, and the targets would keep none of theirs.  Shares
+    and influence are those of `influence`, where constants are in no sum but their own.
+    """
+    magnitude, count = np.abs(value), len(expanded)
+    constant = np.isin(decode(source)[0], [KINDS.index(kind) for kind in CONSTANT])
+    fed = np.bincount(target[~constant], magnitude[~constant], minlength=count)
+    every = np.bincount(target, magnitude, minlength=count)
+    share = magnitude / np.maximum(np.where(constant, every[target], fed[target]), SMALL)
+    order = np.argsort(expanded, kind="stable")
+    at = order[np.minimum(np.searchsorted(expanded, source, sorter=order), count - 1)]
+    between = expanded[at] == source
+    start = np.zeros(count)
+    start[:asked] = 1 / asked
+    return np.asarray(share * flow(at[between], target[between], share[between], start)[target])
 
 
 def reference_form(graph: Graph) -> Graph:

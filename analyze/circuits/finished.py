@@ -22,6 +22,8 @@ class Finished:
     prompt: str
     targets: tuple[str, ...]
     """the targets' names, with tokens"""
+    store: str = ""
+    """id of the store whose trace it explains"""
 
     @property
     def explained(self) -> tuple[str, ...]:
@@ -48,11 +50,19 @@ def read_finished(folder: Path) -> Finished:
     if not names or None in names:
         asked = graph.nodes.filter(graph.nodes["target"])
         names = asked["name"].to_pylist()
-    return Finished(folder, graph, facts["image"], facts["step"], facts.get("prompt") or "", tuple(names))
+    return Finished(
+        folder,
+        graph,
+        facts["image"],
+        facts["step"],
+        facts.get("prompt") or "",
+        tuple(names),
+        str(facts.get("store") or ""),
+    )
 
 
 def check_alike(members: Sequence[Finished]) -> None:
-    """Refuse graphs whose features are not of the same dictionaries: equal names would mean different things."""
+    """Refuse graphs whose features are not of the same dictionaries, as equal names would mean different things; and one graph twice."""
     known: dict[str, tuple[str | None, Path]] = {}
     for member in members:
         for site, of in (member.graph.facts.get("transcoders") or {}).items():
@@ -63,3 +73,11 @@ def check_alike(members: Sequence[Finished]) -> None:
                     f"{member.folder} and {folder} were made with different dictionaries of {site} ({str(identity)[:16]}… and "
                     f"{str(before)[:16]}…): features of one number are not the same there; give graphs of one set of dictionaries"
                 )
+    seen: dict[tuple[object, ...], Path] = {}
+    for member in members:
+        first = seen.setdefault((member.store, member.image, member.step, member.targets), member.folder)
+        if first != member.folder:
+            raise UsageError(
+                f"{first} and {member.folder} explain the same: {' and '.join(member.targets)} in image {member.image} at step "
+                f"{member.step}; it would count twice: give --graphs one of them"
+            )

@@ -2,7 +2,10 @@
 
     OUT/run.json                      store and choices that every graph of OUT was made with
     OUT/nodes.parquet, …, facts.json  the graph, where it is the only one; else
-    OUT/graphs/NAME/…                 one folder a graph, and OUT/summary.parquet, a row a graph
+    OUT/graphs/NAME/…                 one folder a graph
+    OUT/summary.parquet               a row a graph, whichever run made it; and one for each target of the last run without a graph
+    OUT/index.html, OUT/page/         the page of all of them
+    OUT/circuit-tracer/               all of them in that program's form, where it was asked for
 
 A graph's folder holds its tables per token, `positional.json`, `aggregated/` (over tokens, pruned) and `graph.json` (the same
 in DifFRACT's form).  `facts.json` comes last: a folder without it is made again.
@@ -23,9 +26,10 @@ from analyze.circuits.graph import Graph
 from store.errors import ForeignError, MismatchError, StoreError, UsageError
 from store.files import is_temporary, publish, read_json, write_json
 from store.layout import runs_folder
+from store.sizes import human_size
 from train.claim import refuse_place
 
-RUN, FACTS = "run.json", "facts.json"
+RUN, FACTS, THREADS = "run.json", "facts.json", "threads"
 FORMAT, VERSION = "granary graphs", 1
 
 
@@ -87,16 +91,35 @@ def check_claim(out: Path, record: Mapping[str, Any]) -> None:
     if not graph_folders(out):  # of a run that made none
         return
     before, now = found.get("settings", {}), record["settings"]
-    for key in sorted({*before, *now}):
+    for key in sorted({*before, *now} - {THREADS}):
         if before.get(key) != now.get(key):
+            was, is_now = (
+                human_size(v) if key == "memory" and isinstance(v, int) else v for v in (before.get(key), now.get(key))
+            )
+            if was == is_now:
+                was, is_now = before.get(key), now.get(key)
             raise UsageError(
-                f"{out} holds graphs made with --{key.replace('_', '-')} {before.get(key)}, now {now.get(key)}: choose another "
+                f"{out} holds graphs made with --{key.replace('_', '-')} {was}, now {is_now}: choose another "
                 "--out, or the setting that they were made with"
             )
     if found.get("alone") != record["alone"]:
         one, several = "one graph, in OUT itself", "a graph each of several targets, in OUT/graphs"
         held, asked = (one, several) if found.get("alone") else (several, one)
         raise UsageError(f"{out} holds {held}; this command makes {asked}: choose another --out")
+
+
+def threads_of(out: Path) -> int | None:
+    """With how many threads the graphs of OUT were made; None where there are none yet."""
+    if not (out / RUN).exists() or not graph_folders(out):
+        return None
+    found = read_json(out / RUN).get("settings", {}).get(THREADS)
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def check_dictionaries(out: Path, dictionaries: Mapping[str, str]) -> None:
+    """Refuse an OUT with a graph of other dictionaries (site -> identity) of these sites: features of one number would differ."""
+    for folder in graph_folders(out):
+        _refuse_other(folder, read_json(folder / FACTS), dictionaries, False)
 
 
 def claim(out: Path, record: Mapping[str, Any]) -> None:
@@ -138,11 +161,16 @@ def is_done(folder: Path, asked: list[str], dictionaries: Mapping[str, str]) -> 
             f"{folder} holds the graph of {' and '.join(facts.get('asked', ['another target']))}, not of {' and '.join(asked)}: "
             "choose another --out or another name"
         )
+    _refuse_other(folder, facts, dictionaries, True)
+    return True
+
+
+def _refuse_other(folder: Path, facts: Mapping[str, Any], dictionaries: Mapping[str, str], every: bool) -> None:
+    """Refuse a graph made with other dictionaries of the sites that both have, or of `every` site that one has."""
     there = {site: str(of.get("identity")) for site, of in facts.get("transcoders", {}).items()}
-    for site in sorted({*there, *dictionaries}):
+    for site in sorted({*there, *dictionaries} if every else {*there} & {*dictionaries}):
         if there.get(site) != dictionaries.get(site):
             raise MismatchError(
                 f"{folder} was made with another dictionary of {site}: {there.get(site, 'none')[:16]}…, now "
                 f"{dictionaries.get(site, 'none')[:16]}…: choose another --out for these dictionaries"
             )
-    return True

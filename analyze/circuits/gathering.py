@@ -6,6 +6,7 @@
     OUT/over_steps.parquet          a row a node and step: of every image and target that has graphs at several steps
     OUT/edges_over_steps.parquet    a row an edge and step
     OUT/over_steps/NAME.png         the graphs of one image and target, a panel a step
+    OUT/run.json                    that OUT is such a folder: another one is not written into
 
 Graphs are compared as they lie in `aggregated/`, over tokens and pruned: names there mean the same in every image.
 """
@@ -23,11 +24,13 @@ from analyze.circuits.finished import Finished, check_alike, finished_folders, r
 from analyze.circuits.panels import draw_panels
 from analyze.circuits.recurring import recurring_edges, recurring_nodes, recurring_panel, recurring_text
 from analyze.circuits.side_by_side import edges_over_steps, grouped, nodes_over_steps, over_steps_text, step_panels
-from store.errors import UsageError
-from store.files import write_bytes
+from store.errors import ForeignError, UsageError
+from store.files import is_temporary, read_json, write_bytes, write_json
 from store.sizes import many
 from store.tables import write_table
 from train.claim import refuse_place
+
+RUN, FORMAT, VERSION = "run.json", "granary graphs together", 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,31 +82,50 @@ def run(settings: GraphsSettings) -> Together:
     `UsageError` for folders without graphs, `MismatchError` for graphs of different dictionaries.
     """
     started = time.monotonic()
-    refuse_place(settings.place)
+    check_claim(settings.place)
     members = [read_finished(folder) for folder in tqdm(finished_folders(settings.graphs), desc="graphs", leave=False)]
     check_alike(members)
+    write_json(settings.place / RUN, {"format": FORMAT, "version": VERSION})
     edges = recurring_edges(members, settings.min_graphs, settings.min_prompts)
     nodes = recurring_nodes(members, settings.min_graphs, settings.min_prompts)
     groups = grouped(members)
-    made = Together(
-        edges, nodes, nodes_over_steps(groups), edges_over_steps(groups), tuple(_draw(settings, edges, nodes, groups))
-    )
+    pictures = tuple(_draw(settings, members, edges, nodes, groups))
+    made = Together(edges, nodes, nodes_over_steps(groups), edges_over_steps(groups), pictures)
     tables = {"recurring": edges, "recurring_nodes": nodes}
     tables |= {"over_steps": made.over_steps, "edges_over_steps": made.edges_over_steps}
     for name, table in tables.items():
         write_table(settings.place / f"{name}.parquet", table)
+    for stale in {*settings.place.glob("over_steps/*image-*.png"), *settings.place.glob("recurring.png")} - {*pictures}:
+        stale.unlink()  # of other graphs, or of an earlier run over these
     print(recurring_text(edges, len(members), settings.best))
     print(over_steps_text(groups, settings.best))
-    of = f"{many(len(members), 'graph')} of {many(len({member.image for member in members}), 'image')}"
+    of = _counted(members)
     found = f"{many(len(edges), 'recurring edge')}, {many(len(groups), 'target')} over steps"
     print(f"graphs: {of}: {found}, in {time.monotonic() - started:.1f} s -> {settings.place}")
     return made
 
 
-def _draw(settings: GraphsSettings, edges: pa.Table, nodes: pa.Table, groups: dict[str, list[Finished]]) -> list[Path]:
+def check_claim(out: Path) -> None:
+    """Refuse an OUT that holds something else: what is there would be overwritten or removed."""
+    refuse_place(out)
+    if (out / RUN).exists():
+        found = read_json(out / RUN)
+        if not isinstance(found, dict) or (found.get("format"), found.get("version")) != (FORMAT, VERSION):
+            raise ForeignError(
+                f"{out / RUN} is not the record of graphs together in format {VERSION}: choose another --out"
+            )
+    elif out.exists() and not all(is_temporary(path) for path in out.iterdir()):
+        raise UsageError(f"{out} is not empty and holds no graphs together: choose another --out")
+
+
+def _draw(
+    settings: GraphsSettings,
+    members: list[Finished],
+    edges: pa.Table,
+    nodes: pa.Table,
+    groups: dict[str, list[Finished]],
+) -> list[Path]:
     """Publish the pictures; where nothing recurs there is none of it."""
-    for stale in (*settings.place.glob("over_steps/image-*.png"), *settings.place.glob("recurring.png")):
-        stale.unlink()  # of other graphs, or of an earlier run over these
     if not settings.pictures:
         return []
     pictures = {
@@ -114,11 +136,17 @@ def _draw(settings: GraphsSettings, edges: pa.Table, nodes: pa.Table, groups: di
         for name, group in groups.items()
     }
     if len(edges):
-        panel = recurring_panel(edges, nodes)
-        pictures[settings.place / "recurring.png"] = ([panel], "Edges that recur")
+        targets = {name for member in members for name in member.explained}
+        title = f"Edges that recur over {_counted(members)}: the {settings.drawn} nodes that have most influence"
+        pictures[settings.place / "recurring.png"] = ([recurring_panel(edges, nodes, targets)], title)
     for path, (panels, title) in pictures.items():
         write_bytes(path, draw_panels(panels, title, settings.drawn))
     return list(pictures)
+
+
+def _counted(members: list[Finished]) -> str:
+    """`15 graphs of 5 images`"""
+    return f"{many(len(members), 'graph')} of {many(len({(each.store, each.image) for each in members}), 'image')}"
 
 
 def _shown(member: Finished) -> str:

@@ -1,24 +1,32 @@
 """What is explained from what: the store with its traces, the transcoders below the targets, the graphs that are wanted.
 
 Everything that cannot be is refused here, before a trace is read: an image or step without a trace, a block above those traced,
-a token or feature that does not exist, a site without a transcoder, an SAE, a dictionary of another model.
+a token or feature that does not exist, a site without a transcoder, an SAE, a dictionary of another model, or another one than the
+scan that found the targets looked at.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from analyze.circuits.settings import GraphSettings
 from analyze.circuits.targets import Experiment, experiments
 from analyze.inputs import Subject, check_fits, dictionary_identity, loaded
 from store import Store, open_store
-from store.errors import MismatchError, UsageError
+from store.errors import DamagedError, MismatchError, UsageError
+from store.files import read_json
 from store.sites import Site, spans
+from store.sizes import many
 from store.traces import Traced
 from train import Dictionary
 from train.dictionaries.collection import outline_dictionaries
 from train.dictionaries.hub import on_hub
 from train.dictionaries.provenance import check_same_model
+
+LISTED = 20
+"""images or steps that one message names"""
 
 
 @dataclass(frozen=True)
@@ -33,11 +41,15 @@ class Inquiry:
     """The transcoders of the sites below the targets and of the targets themselves."""
     unchecked: tuple[str, ...]
     """Transcoders of which it is not known whether they belong to the store's model."""
+    untraced: tuple[Experiment, ...] = ()
+    """Graphs of images or steps without a trace, which --skip-untraced lets pass."""
+    scanned: bool = True
+    """Whether the dictionaries that a CSV names are known to be these; true where it names none."""
 
     @property
     def alone(self) -> bool:
         """Whether one graph is wanted, which lies in OUT itself."""
-        return self.settings.targets is None and len(self.experiments) == 1
+        return self.settings.targets is None and len(self.experiments) + len(self.untraced) == 1
 
     @property
     def traces(self) -> dict[tuple[int, int], list[Experiment]]:
@@ -47,9 +59,9 @@ class Inquiry:
             found.setdefault((experiment.image, experiment.step), []).append(experiment)
         return found
 
-    def identities(self, experiment: Experiment) -> dict[str, str]:
-        """Site -> SHA-256 of each transcoder that a graph depends on."""
-        there = self.needed([experiment])
+    def identities(self, *wanted: Experiment) -> dict[str, str]:
+        """Site -> SHA-256 of each transcoder that these graphs depend on."""
+        there = self.needed(wanted)
         return {str(site): self.subjects[site].identity for site in there}
 
     def needed(self, wanted: Iterable[Experiment]) -> list[Site]:
@@ -68,13 +80,27 @@ def open_inquiry(settings: GraphSettings) -> Inquiry:
             f"{store.path} holds no traces, from which graphs are made: harvest with --trace --trace-images "
             "0-9 --trace-steps 1,3 (and the same prompts, seed and model as before)"
         )
-    wanted = experiments(settings, traced.images, traced.steps)
+    asked = experiments(settings, traced.images, traced.steps)
+    untraced = [each for each in asked if each.image not in traced.images or each.step not in traced.steps]
+    wanted = [each for each in asked if each not in untraced] if untraced else asked
+    if untraced and not (wanted and settings.skip_untraced):
+        raise UsageError(_untraced(store, traced, untraced, len(asked)))
     for experiment in wanted:
-        _check_traced(store, traced, experiment)
-    subjects, unchecked = _transcoders(settings, store, sites_below(wanted), {a.site for e in wanted for a in e.asks})
+        _check_there(store, traced, experiment)
+    found = outline_dictionaries(settings.dictionaries, sites_below(wanted) if on_hub(settings.dictionaries) else None)
+    _refuse_inside(settings)
+    subjects, unchecked = _transcoders(settings, store, found, wanted)
     for experiment in wanted:
         _check_features(experiment, subjects)
-    return Inquiry(settings, store, traced, tuple(wanted), subjects, unchecked)
+    scanned = settings.targets is None or _check_scanned(settings.targets, store, found, wanted, subjects)
+    return Inquiry(settings, store, traced, tuple(wanted), subjects, unchecked, tuple(untraced), scanned)
+
+
+def _refuse_inside(settings: GraphSettings) -> None:
+    """`UsageError` for an OUT among the dictionaries, which are shared and published as a folder."""
+    place, out = settings.dictionaries, settings.out.resolve()
+    if not on_hub(place) and Path(place).resolve() in (out, *out.parents):
+        raise UsageError(f"--out {settings.out} lies in the folder of dictionaries {place}: choose a folder beside it")
 
 
 def sites_below(wanted: Iterable[Experiment]) -> list[Site]:
@@ -86,15 +112,29 @@ def sites_below(wanted: Iterable[Experiment]) -> list[Site]:
     return sorted(asked)
 
 
-def _check_traced(store: Store, traced: Traced, experiment: Experiment) -> None:
-    """`UsageError` for an image, a step, a block or a token of which there is no trace."""
+def _untraced(store: Store, traced: Traced, untraced: Sequence[Experiment], of: int) -> str:
+    """All images and steps that are not traced, each with how many targets want it, in one message."""
+    said, flags = [], []
+    for what, there, wanted in (
+        ("image", traced.images, Counter(each.image for each in untraced)),
+        ("step", traced.steps, Counter(each.step for each in untraced)),
+    ):
+        if missing := {number: count for number, count in sorted(wanted.items()) if number not in there}:
+            counts = [
+                f"{what} {number}" + (f" ({count} targets)" if count > 1 else "") for number, count in missing.items()
+            ]
+            more = f" and {len(counts) - LISTED:,} more" if len(counts) > LISTED else ""
+            said.append(f"no trace of {', '.join(counts[:LISTED])}{more}; traced {what}s are {spans(there)}")
+            flags.append(f"--trace-{what}s {spans(list(missing))}")
+    skip = (
+        "" if len(untraced) == of else f", or leave {many(len(untraced), 'target')} of {of:,} out with --skip-untraced"
+    )
+    return f"{untraced[0].where}: {store.path} has {', and '.join(said)}: choose of them, harvest with {' '.join(flags)}{skip}"
+
+
+def _check_there(store: Store, traced: Traced, experiment: Experiment) -> None:
+    """`UsageError` for a block or a token of which there is no trace."""
     where = experiment.where
-    for what, number, there in (("image", experiment.image, traced.images), ("step", experiment.step, traced.steps)):
-        if number not in there:
-            raise UsageError(
-                f"{where}: {store.path} has no trace of {what} {number}; traced {what}s are {spans(there)}: choose one of "
-                f"them, or harvest with --trace-{what}s {number}"
-            )
     for ask in experiment.asks:
         if ask.site.layer not in traced.blocks:
             raise UsageError(
@@ -122,15 +162,70 @@ def _check_features(experiment: Experiment, subjects: dict[Site, Subject]) -> No
             )
 
 
+def _check_scanned(
+    path: Path,
+    store: Store,
+    found: Iterable[Dictionary],
+    wanted: Iterable[Experiment],
+    subjects: Mapping[Site, Subject],
+) -> bool:
+    """Whether the dictionaries that a CSV names are known to be these, by the record that `analyze scan` writes beside it.
+
+    `MismatchError` for a scan of another store or of another dictionary, `UsageError` for one of an SAE.
+    """
+    record = _scan_record(path)
+    if record is None:
+        return not any(experiment.dictionaries for experiment in wanted)
+    if record.get("store") != store.id:
+        raise MismatchError(
+            f"{path} is a scan of store {str(record.get('store'))[:23]}…, and {store.path} is {store.id[:23]}…: give the store that "
+            "was scanned, or scan this one"
+        )
+    known = True
+    for experiment in wanted:
+        for site, name in experiment.dictionaries:
+            scanned, subject = record["dictionaries"].get(name), subjects[site]
+            if scanned is None:
+                known = False
+            elif scanned != subject.identity:
+                _refuse_scanned(experiment.where, name, scanned, found, subject)
+    return known
+
+
+def _refuse_scanned(where: str, name: str, scanned: str, found: Iterable[Dictionary], subject: Subject) -> None:
+    """Say of a scanned dictionary that is not the one here what it is."""
+    for dictionary in found:
+        if dictionary.site == subject.site and dictionary.config.kind == "sae" and _identity(dictionary) == scanned:
+            raise UsageError(
+                f"{where}: {name} was scanned as {dictionary.name}, an SAE: only transcoders make graphs; scan {subject.outline.name}"
+            )
+    raise MismatchError(
+        f"{where}: the scan looked at {name} {scanned[:16]}…, and {subject.place} is {subject.identity[:16]}…, another dictionary "
+        "in which that feature is not the same: give --dictionaries that were scanned (transcoders), or scan these"
+    )
+
+
+def _scan_record(path: Path) -> dict[str, Any] | None:
+    """What `analyze scan` wrote beside a CSV of its; None where there is nothing of that kind."""
+    beside = path.with_suffix(".json")
+    try:
+        record = read_json(beside) if beside.is_file() else None
+    except DamagedError:
+        return None
+    if not isinstance(record, dict) or record.get("format") != "granary scan":
+        return None
+    return record if isinstance(record.get("dictionaries"), dict) else None
+
+
 def _transcoders(
-    settings: GraphSettings, store: Store, needed: Sequence[Site], targets: Collection[Site]
+    settings: GraphSettings, store: Store, found: Sequence[Dictionary], wanted: Sequence[Experiment]
 ) -> tuple[dict[Site, Subject], tuple[str, ...]]:
     """The transcoder of each site, and the names of those that do not say which model they are of.
 
     `UsageError` for SAEs and for sites without a transcoder (targets always, others without --allow-missing); `MismatchError` for a
     transcoder of another model.
     """
-    found = outline_dictionaries(settings.dictionaries, needed if on_hub(settings.dictionaries) else None)
+    needed, targets = sites_below(wanted), {ask.site for experiment in wanted for ask in experiment.asks}
     at = {dictionary.site: dictionary for dictionary in found if dictionary.config.kind == "transcoder"}
     saes = sorted({d.site for d in found if d.config.kind == "sae" and d.site in needed and d.site not in at})
     missing = [site for site in needed if site not in at]

@@ -2,7 +2,7 @@
 
 Layers go upwards, text left and image right.  A node is the larger the more influence it has, and hollow in panels where it is
 missing; an edge is the wider the more it passes on to the targets (its share of what feeds its end, times the influence of that
-end), blue where it excites, orange where it suppresses.
+end), orange where it excites, blue where it suppresses, as on the page.  A target has a black ring.
 """
 
 from collections import defaultdict
@@ -21,11 +21,14 @@ PANEL_WIDTH, LAYER_HEIGHT = 5.2, 0.62
 ACROSS = 4
 """panels in a row"""
 STREAMS = {"txt": "#8C6D1F", "img": "#3B3B3B"}
-MISSING = "#C9C9C9"
+MISSING, ASKED = "#C9C9C9", "#000000"
 LARGEST, WIDEST = 190.0, 5.0
 """points² of a node that has all influence, points of an edge that passes on all of it"""
 NARROWEST_STREAM = 0.25
 """part of a panel that a stream has at least"""
+MARGIN = 0.75
+"""inches for the names of blocks"""
+WORDS = {"feature": "feature", "input": "input", "error": "error", "rest": "not expanded"}
 MARKERS = {"feature": "o", "supernode": "o", "input": "s", "error": "D", "rest": "d"}
 
 
@@ -53,7 +56,12 @@ def draw_panels(panels: Sequence[Panel], title: str, most: int) -> bytes:
         grid = np.atleast_1d(figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)).ravel()
         total = figure.get_figheight()
         figure.subplots_adjust(
-            left=0.06, right=0.99, top=1 - 0.72 / total, bottom=0.62 / total, wspace=0.04, hspace=0.18
+            left=MARGIN / figure.get_figwidth(),
+            right=0.99,
+            top=1 - 0.72 / total,
+            bottom=0.62 / total,
+            wspace=0.04,
+            hspace=0.18,
         )
         for axes, panel in zip(grid, panels, strict=False):
             _panel(axes, panel, plan)
@@ -62,7 +70,7 @@ def draw_panels(panels: Sequence[Panel], title: str, most: int) -> bytes:
         named = {-1: "input"} | {layer: f"block {layer}" for layer in layers if layer >= 0}
         for axes in grid[::across]:
             axes.set_yticks(layers, [named[layer] for layer in layers])
-        figure.legend(handles=_legend(), loc="lower center", ncols=7, frameon=False, fontsize=9)
+        figure.legend(handles=_legend(panels, plan), loc="lower center", ncols=8, frameon=False, fontsize=9)
         return png(figure)
 
 
@@ -141,7 +149,7 @@ def _panel(axes: Axes, panel: Panel, plan: Layout) -> None:
             (x0, y0), (x1, y1) = places[source], places[target]
             strength = abs(value) ** 0.5
             axes.plot(
-                (x0, x1), (y0, y1), color=BLUE if value > 0 else VERMILION, linewidth=0.3 + WIDEST * strength,
+                (x0, x1), (y0, y1), color=VERMILION if value > 0 else BLUE, linewidth=0.3 + WIDEST * strength,
                 alpha=min(0.9, 0.12 + strength), solid_capstyle="round", zorder=1,
             )  # fmt: skip
     for name, (x, y) in places.items():
@@ -150,7 +158,7 @@ def _panel(axes: Axes, panel: Panel, plan: Layout) -> None:
         colour = STREAMS[_stream(name)] if there else MISSING
         axes.scatter(
             x, y, s=size, marker=MARKERS.get(Node.parse(name).kind, "o"), facecolors=colour if there else "white",
-            edgecolors=VERMILION if asked else colour, linewidths=1.8 if asked else 0.8, zorder=3,
+            edgecolors=ASKED if asked else colour, linewidths=1.8 if asked else 0.8, zorder=3,
         )  # fmt: skip
         axes.annotate(
             _word(name), (x, y), xytext=(0, 5 + np.sqrt(size) / 2.2), textcoords="offset points", ha="center", va="center",
@@ -164,13 +172,20 @@ def _word(name: str) -> str:
     return {"feature": str(node.feature), "supernode": str(node.term)}.get(node.kind, "")
 
 
-def _legend() -> list[Line2D]:
-    def mark(marker: str, text: str) -> Line2D:
-        return Line2D([], [], marker=marker, color=GREY, linestyle="none", markersize=6, label=text)
+def _legend(panels: Sequence[Panel], plan: Layout) -> list[Line2D]:
+    """What is drawn, and no more."""
 
-    return [
-        Line2D([], [], color=BLUE, linewidth=2.5, label="excites"),
-        Line2D([], [], color=VERMILION, linewidth=2.5, label="suppresses"),
-        mark("o", "feature"), mark("s", "input"), mark("D", "error"), mark("d", "not expanded"),
-        Line2D([], [], marker="o", mfc="white", mec=MISSING, linestyle="none", markersize=6, label="not in this graph"),
-    ]  # fmt: skip
+    def mark(marker: str, text: str, **style: str) -> Line2D:
+        return Line2D([], [], marker=marker, color=GREY, linestyle="none", markersize=6, label=text, **style)  # type: ignore[arg-type]
+
+    drawn = {Node.parse(name).kind for name in plan.places}
+    found = [
+        Line2D([], [], color=VERMILION, linewidth=2.5, label="excites"),
+        Line2D([], [], color=BLUE, linewidth=2.5, label="suppresses"),
+    ]
+    if any(panel.targets for panel in panels):
+        found.append(mark("o", "target", mec=ASKED))
+    found += [mark(MARKERS[kind], text) for kind, text in WORDS.items() if kind in drawn]
+    if any(name not in panel.nodes for panel in panels for name in plan.places):
+        found.append(mark("o", "not in this graph", mfc="white", mec=MISSING))
+    return found

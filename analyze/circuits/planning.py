@@ -30,20 +30,44 @@ def announce(inquiry: Inquiry) -> None:
     operations = encoding + sum(sweeps[key] * blocks[key] * _operations(inquiry) for key in traces)
     images, steps = sorted({image for image, _ in traces}), sorted({step for _, step in traces})
     print(
-        f"plan: {many(len(inquiry.experiments), 'graph')} of at most {settings.nodes:,} expanded nodes, from {many(len(traces), 'trace')} "
-        f"(images {spans(images)}, steps {spans(steps)}) and {many(len(inquiry.subjects), 'transcoder')}\n"
-        f"  {human_size(read)} of traces are read; at most {many(sum(sweeps.values()), 'sweep')} of {settings.batch} nodes over up to "
-        f"{many(max(blocks.values()), 'block')}; {operations / 1e12:.3g} TFLOP in {settings.dtype} on "
-        f"{device_of(settings.device).type}, about {_duration(inquiry, operations)}; memory at most {settings.memory}",
+        f"plan: {many(len(inquiry.experiments), 'graph')} of at most {settings.nodes:,} expanded nodes, from "
+        f"{many(len(traces), 'trace')} (images {spans(images)}, steps {spans(steps)}) and {many(len(inquiry.subjects), 'transcoder')}\n"
+        f"  {human_size(read)} of traces are read; at most {many(sum(sweeps.values()), 'sweep')} of "
+        f"{many(_batch(inquiry), 'node')} over up to {many(max(blocks.values()), 'block')}; {operations / 1e12:.3g} TFLOP in "
+        f"{settings.dtype} on {device_of(settings.device).type}, about {_duration(inquiry, operations)}; "
+        f"about {human_size(max(settings.held, 3 * _column(inquiry)))} held of trace and gradients",
         flush=True,
     )
 
 
 def _sweeps(inquiry: Inquiry) -> dict[tuple[int, int], int]:
-    """Sweeps of each trace at most: the targets, then batches."""
+    """Sweeps of each trace at most: the targets, then batches, each in as many sweeps as its memory asks for."""
     settings = inquiry.settings
-    each = 1 + -(-max(settings.nodes - 1, 0) // settings.batch)
+    batches = -(-max(settings.nodes - 1, 0) // settings.batch)
+    each = 1 + batches * -(-settings.batch // _batch(inquiry))
     return {key: each * len(wanted) for key, wanted in inquiry.traces.items()}
+
+
+def _column(inquiry: Inquiry) -> int:
+    """About how many bytes one node's gradients take: three arrays (token, d_model)."""
+    size = 8 if inquiry.settings.dtype == "float64" else 4
+    return 3 * size * sum(tokens_of(inquiry.store).values()) * inquiry.store.meta.d_model
+
+
+def _batch(inquiry: Inquiry) -> int:
+    """How many nodes go backward at once: those of a batch, or about as many as a third of the memory has room for."""
+    return max(1, min(inquiry.settings.batch, inquiry.settings.held // (3 * _column(inquiry))))
+
+
+def memory_note(inquiry: Inquiry) -> str | None:
+    """A warning where --memory is less than one node takes; None where it is not."""
+    least = 3 * _column(inquiry)
+    if inquiry.settings.held >= least:
+        return None
+    return (
+        f"note: --memory {inquiry.settings.memory} is less than one node of this trace takes: about {human_size(least)} are used, "
+        "node after node; give more to be quicker"
+    )
 
 
 def _bytes(inquiry: Inquiry, blocks: int) -> int:
@@ -66,7 +90,7 @@ def _encoding(inquiry: Inquiry, blocks: int) -> int:
 def _operations(inquiry: Inquiry) -> int:
     """Of one sweep through one block: patterns from q and k, and for every node P^T g and the two projections."""
     tokens, d_model = sum(tokens_of(inquiry.store).values()), inquiry.store.meta.d_model
-    nodes = inquiry.settings.batch
+    nodes = _batch(inquiry)
     return 2 * tokens**2 * d_model + nodes * (2 * tokens**2 * d_model + 4 * tokens * d_model**2)
 
 

@@ -97,7 +97,7 @@ def _counts(stands: Iterable[tuple[Finished, float, float]], of: int) -> dict[st
     return {
         "graphs": len(members),
         "of_graphs": of,
-        "images": len({member.image for member in members}),
+        "images": len({(member.store, member.image) for member in members}),
         "prompts": len({normalise(member.prompt) for member in members}),
         "steps": sorted({member.step for member in members}),
     }
@@ -119,15 +119,16 @@ def telling(edges: pa.Table) -> list[dict[str, Any]]:
     return [row for row in edges.to_pylist() if Node.parse(row["source"]).kind not in CONSTANT]
 
 
-def recurring_panel(edges: pa.Table, nodes: pa.Table) -> Panel:
-    """What is drawn of recurring edges: their nodes by mean influence, and each edge by its mean share."""
+def recurring_panel(edges: pa.Table, nodes: pa.Table, targets: Iterable[str] = ()) -> Panel:
+    """What is drawn of recurring edges: their nodes by mean influence, and each edge by its mean share; `targets` get a ring."""
     rows = telling(edges)
     names = dict.fromkeys(name for row in rows for name in (row["source"], row["target"]))
     known = dict(zip(nodes["name"].to_pylist(), nodes["influence"].to_pylist(), strict=True))
     return Panel(
-        f"{len(rows)} edges that stand in at least {min((row['graphs'] for row in rows), default=0)} graphs",
+        f"{many(len(rows), 'edge')}, each in {min((row['graphs'] for row in rows), default=0)} graphs or more; wide: much is passed on",
         {name: known.get(name, 0.0) for name in names},
         [(row["source"], row["target"], float(np.copysign(row["share"], row["mean"]))) for row in rows],
+        frozenset(targets) & frozenset(names),
     )
 
 

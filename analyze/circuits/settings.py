@@ -33,8 +33,8 @@ class GraphSettings:
     step: int | str | None = None
     """Traced denoising step; several make a graph each: 0-3, or all that are traced."""
     target: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """What to explain, site:token:feature such as img_3:12:66; token `max` is the one where the feature is most active. Several
-    --target make a graph each."""
+    """What to explain, site:token:feature such as img_3:12:66; token `max` is the one where the feature is most active, padding
+    aside. Several --target make a graph each."""
     supernode: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Several features as one target, name=img_3:12:66+img_3:13:66; a weight may stand before each, as in 0.5*img_3:12:66."""
     targets: Path | None = None
@@ -44,6 +44,10 @@ class GraphSettings:
     """Make one graph of all --target and --supernode (for each image and step), not one each."""
     skip_inactive: bool = False
     """A target that is not active in a trace gets a line in the summary and no graph; by default the command fails at its end."""
+    skip_untraced: bool = False
+    """A target of an image or a step that is not traced gets a line in the summary and no graph; by default nothing is made."""
+    padding: bool = False
+    """Token `max` may be padding of the text; by default it is a real token of the prompt."""
 
     nodes: int = 40
     """How many nodes of a graph to expand at most, targets included."""
@@ -52,7 +56,7 @@ class GraphSettings:
     min_attribution: float = 1e-4
     """Edges under this are not kept; what they add up to is, as `dropped`."""
     edges: int | None = None
-    """How many edges of a graph to keep at most, the strongest; the others count as `dropped`. Default: all."""
+    """How many edges of a graph to keep at most, those that pass on most to the targets; the others count as `dropped`. Default: all."""
     ranking: Ranking = "influence"
     """What is expanded next: by influence on the targets, or by the rule of DifFRACT."""
     node_threshold: float = 0.8
@@ -78,7 +82,7 @@ class GraphSettings:
     device: Device = "auto"
     """Where: auto (a GPU where there is one), cpu or cuda."""
     memory: str = "2GB"
-    """Bound on what is held at once of a trace and its gradients (Python, its libraries and the transcoders come on top)."""
+    """About what is held at once of a trace and its gradients (Python, its libraries and the transcoders come on top)."""
     plan: bool = False
     """Print what would be read, computed and written, and stop."""
 
@@ -99,7 +103,7 @@ class GraphSettings:
     @property
     def exports(self) -> tuple[str, ...]:
         """The further forms that are asked for; `UsageError` for one that there is not."""
-        words = tuple(word.strip() for word in (self.export or "").split(",") if word.strip())
+        words = () if self.export is None else tuple(word.strip() for word in self.export.split(","))
         for word in words:
             if word not in EXPORTS:
                 raise UsageError(f"--export {word!r} is no form of a graph: choose of {', '.join(EXPORTS)}")
@@ -113,6 +117,11 @@ class GraphSettings:
             "allow_missing", "together",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def held(self) -> int:
+        """`memory` in bytes."""
+        return parse_size(self.memory)
 
 
 def _check_choice(settings: GraphSettings) -> None:

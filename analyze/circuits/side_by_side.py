@@ -52,19 +52,22 @@ def grouped(members: Sequence[Finished]) -> dict[str, list[Finished]]:
 
     A target may stand at another token at each step, as `max` finds it; where a step has several tokens of it, tokens are kept apart.
     """
-    groups: dict[tuple[int, tuple[str, ...]], list[Finished]] = defaultdict(list)
+    groups: dict[tuple[str, int, tuple[str, ...]], list[Finished]] = defaultdict(list)
     for member in members:
-        groups[member.image, member.explained].append(member)
-    apart: dict[tuple[int, tuple[str, ...]], list[Finished]] = {}
-    for (image, explained), group in groups.items():
+        groups[member.store, member.image, member.explained].append(member)
+    apart: dict[tuple[str, int, tuple[str, ...]], list[Finished]] = {}
+    for (store, image, explained), group in groups.items():
         if len({member.step for member in group}) == len(group):
-            apart[image, explained] = group
+            apart[store, image, explained] = group
             continue
         for member in group:
-            apart.setdefault((image, member.targets), []).append(member)
+            apart.setdefault((store, image, member.targets), []).append(member)
+    several = len({member.store for member in members}) > 1
     return {
-        f"image-{image:05d}." + re.sub(r"[^\w+-]+", "-", "+".join(names)): sorted(group, key=lambda member: member.step)
-        for (image, names), group in apart.items()
+        (f"store-{store.removeprefix('sha256-')[:8]}." if several else "")
+        + f"image-{image:05d}."
+        + re.sub(r"[^\w+-]+", "-", "+".join(names)): sorted(group, key=lambda member: member.step)
+        for (store, image, names), group in apart.items()
         if len({member.step for member in group}) == len(group) > 1
     }
 

@@ -1,19 +1,21 @@
-"""What came out of a run of `graph`: a row an experiment, as Parquet and for a terminal.
+"""What came out of `graph`: a row an experiment, then those of the other graphs in OUT, as Parquet; this run's for a terminal.
 
-Rows are read from the graphs on the disk, so that those of an earlier run and those of this one are told alike.
+Rows are read from the graphs on the disk, so that those of an earlier run and those of this one are told alike.  The columns of a
+CSV of targets are carried; one that is called as a column here gets `csv_` before its name.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from analyze.circuits.checks import check_table
 from analyze.circuits.experiments import Made
 from analyze.circuits.graph import Graph
 from analyze.circuits.inquiry import Inquiry
-from analyze.circuits.targets import COLUMNS
 from analyze.labels.book import LabelBook
 from analyze.prompts import prompt_text
 from store.sites import Site
@@ -36,7 +38,7 @@ SUMMARY = pa.schema(
         ("seed", pa.int64()),
         ("sigma", pa.float64()),
         ("activation", pa.float64()),
-        ("pre", pa.float64()),
+        ("pre", pa.float64()),  # of several targets their sum
         # parts of the target's pre-activation, which add up to 1: of the edges into it, and along all paths
         *((f"{way}_{kind}", pa.float64()) for way, kinds in SHARES.items() for kind in kinds),
         ("excites", pa.string()),  # the strongest features, with what they add along all paths
@@ -84,35 +86,72 @@ class Labels:
 def row_of(made: Made, labels: Labels, inquiry: Inquiry) -> dict[str, Any]:
     """What is said of one experiment: the columns of `SUMMARY`, then those of its CSV."""
     experiment = made.experiment
+    carried = _carried(experiment.columns)
+    if made.folder is not None:
+        return _of_graph(made.name, made.folder, labels) | carried
     row: dict[str, Any] = dict.fromkeys(SUMMARY.names) | {
         "name": made.name, "image": experiment.image, "step": experiment.step,
         "target": " and ".join(map(str, experiment.wanted)), "reason": made.reason,
-        "prompt": prompt_text(inquiry.store, experiment.image),
     }  # fmt: skip
-    asks = list(experiment.asks)
+    asks, store = list(experiment.asks), inquiry.store
     if len(asks) == 1 and experiment.wanted[0].name is None:
         row |= {"site": str(asks[0].site), "token": asks[0].token, "feature": asks[0].feature}
         row["label"] = labels.text(asks[0].site, asks[0].feature)
-    if made.folder is not None:
-        row |= _of_graph(made, labels)
-    return row | {name: text for name, text in experiment.columns.items() if name not in row and name not in COLUMNS}
+    if experiment.image < store.n_images:
+        sigmas = store.prompts()["sigma"][experiment.image].as_py()
+        row |= {
+            "prompt": prompt_text(store, experiment.image),
+            "seed": store.prompts()["seed"][experiment.image].as_py(),
+        }
+        row["sigma"] = float(sigmas[experiment.step]) if experiment.step < len(sigmas) else None
+    return row | carried
 
 
-def _of_graph(made: Made, labels: Labels) -> dict[str, Any]:
-    assert made.folder is not None
-    aggregated = Graph.read(made.folder / "aggregated")
+def rows_of_others(folders: Sequence[Path], labels: Labels, before: Path) -> list[dict[str, Any]]:
+    """What is said of graphs that other runs made; the columns of their CSV are taken from the summary `before`."""
+    known: dict[str, dict[str, Any]] = {}
+    if folders and before.is_file():
+        try:
+            known = {row["name"]: row for row in pq.read_table(before).to_pylist()}
+        except (OSError, KeyError, pa.ArrowException):
+            known = {}  # it is written anew
+    return [
+        _of_graph(folder.name, folder, labels)
+        | {name: text for name, text in known.get(folder.name, {}).items() if name not in SUMMARY.names}
+        for folder in folders
+    ]
+
+
+def _carried(columns: Mapping[str, str]) -> dict[str, str]:
+    """The columns of a CSV, with `csv_` before those that a summary has itself."""
+    found: dict[str, str] = {}
+    for name, text in columns.items():
+        own = name
+        while own in SUMMARY.names or (own != name and own in columns):
+            own = f"csv_{own}"
+        found[own] = text
+    return found
+
+
+def _of_graph(name: str, folder: Path, labels: Labels) -> dict[str, Any]:
+    """What is said of a finished graph."""
+    aggregated = Graph.read(folder / "aggregated")
     facts, totals = aggregated.facts, aggregated.facts["totals"]
-    found = {
+    targets = facts["targets"]
+    row = dict.fromkeys(SUMMARY.names) | {
+        "name": name, "image": facts["image"], "step": facts["step"], "prompt": facts["prompt"],
         "target": " and ".join(facts["asked"]), "seed": facts["seed"], "sigma": facts["sigma"],
+        "pre": sum(target["pre"] for target in targets),
         "excites": _strongest(aggregated, labels, 1), "suppresses": _strongest(aggregated, labels, -1),
         "replay_error": max(totals["replay_error"].values(), default=None),
-        **{name: totals.get(name) for name in ("nodes", "edges", "expanded", "pruned_nodes", "pruned_edges", "conservation")},
+        **{key: totals.get(key) for key in ("nodes", "edges", "expanded", "pruned_nodes", "pruned_edges", "conservation")},
         **{f"{way}_{kind}": totals["shares"][way][kind] for way, kinds in SHARES.items() for kind in kinds},
     }  # fmt: skip
-    if len(facts["targets"]) == 1:
-        (target,) = facts["targets"]
-        found |= {key: target.get(key) for key in ("activation", "pre", "token")}
-    return found
+    if len(targets) == 1:
+        row |= {key: targets[0].get(key) for key in ("activation", "site", "token", "feature")}
+        if row["site"] is not None:
+            row["label"] = labels.text(Site.parse(str(row["site"])), int(targets[0]["feature"]))
+    return row
 
 
 def _strongest(graph: Graph, labels: Labels, sign: int) -> str | None:
@@ -153,10 +192,11 @@ def _one(row: Mapping[str, Any]) -> str:
     named = row["target"] + (f' "{row["label"]}"' if row["label"] else "")
     lines = [f'  {named} in image {row["image"]} at step {row["step"]}, sigma {row["sigma"]:.3g}: "{row["prompt"]}"']
     if row["pre"] is not None:
-        lines.append(f"  pre-activation {row['pre']:.4g} = {_parts(row, 'direct')}")
+        what = "pre-activations together" if " and " in row["target"] else "pre-activation"
+        lines.append(f"  {what} {row['pre']:.4g} = {_parts(row, 'direct')}")
         lines.append(f"  along all paths {_parts(row, 'paths')}")
-    lines.append(f"  excited most by     {row['excites'] or 'no feature'}")
-    lines.append(f"  suppressed most by  {row['suppresses'] or 'no feature'}")
+    lines.append(f"  of the expanded features, excited most by     {row['excites'] or 'none'}")
+    lines.append(f"                            suppressed most by  {row['suppresses'] or 'none'}")
     lines.append(
         f"  {many(row['nodes'], 'node')}, {row['expanded']:,} expanded, and {many(row['edges'], 'edge')}; over tokens and pruned "
         f"{many(row['pruned_nodes'], 'node')} and {many(row['pruned_edges'], 'edge')}"
@@ -182,19 +222,19 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     shown = rows[:SHOWN]
     targets = [_cut(row["target"] + (f" · {row['label']}" if row["label"] else ""), 40) for row in shown]
     width = max(len("target"), *map(len, targets))
-    heads = ("image", "text", "error", "const", "rest")
-    names = ("img", "txt", "error", "bias", "rest")
+    heads = ("image", "text", "error", "const", "rest", "dropped")
+    names = ("img", "txt", "error", "bias", "rest", "dropped")
     lines = [
         f"  {'image':>5} {'step':>4}  {'target':<{width}} {'pre':>8} "
-        + " ".join(f"{head:>6}" for head in heads)
-        + "  excited most by"
+        + " ".join(f"{head:>7}" for head in heads)
+        + "  excited most by (of expanded features)"
     ]
     for row, target in zip(shown, targets, strict=True):
         start = f"  {row['image']:>5} {row['step']:>4}  {target:<{width}} "
         if row["reason"] is not None:
             lines.append(f"{start}{'–':>8}  no graph: {row['reason']}")
             continue
-        figures = " ".join(f"{row[f'paths_{name}']:>6.0%}" for name in names)
+        figures = " ".join(f"{row[f'paths_{name}']:>7.0%}" for name in names)
         pre = "" if row["pre"] is None else f"{row['pre']:.4g}"
         lines.append(f"{start}{pre:>8} {figures}  {_cut((row['excites'] or '–').split(', ')[0], 44)}")
     if len(rows) > SHOWN:

@@ -20,10 +20,12 @@ from store.sites import Site, parse_numbers
 
 COLUMNS = ("image", "step", "site", "token", "feature")
 """the columns that a CSV of targets needs"""
-GROUP = "group"
+GROUP, DICTIONARY = "group", "dictionary"
+DIGITS = 12
+"""of an image or a step at most"""
 _LABEL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _ASK = re.compile(
-    r"(?:(?P<weight>[+-]?\d+(?:\.\d+)?)\*)?(?P<site>(?:img|txt|joint)_\d+):(?P<token>\d+|max):(?P<feature>\d+)"
+    r"(?:(?P<weight>[+-]?\d+(?:\.\d+)?)\*)?(?P<site>(?:img|txt|joint)_\d{1,9}):(?P<token>\d{1,9}|max):(?P<feature>\d{1,9})"
 )
 
 
@@ -77,6 +79,8 @@ class Experiment:
     """how messages name it: the flag, or the file and line"""
     columns: dict[str, str] = field(default_factory=dict)
     """what else the CSV said of it"""
+    dictionaries: tuple[tuple[Site, str], ...] = ()
+    """which dictionary the CSV says that a feature is of, by the name that `analyze scan` gave it"""
 
     @property
     def top(self) -> int:
@@ -88,8 +92,8 @@ class Experiment:
         """Every feature of its targets."""
         return (ask for wanted in self.wanted for ask in wanted.asks)
 
-    def name(self, tokens: Sequence[int]) -> str:
-        """What its folder is called, `image-00017.step-2.img_3.p12.f66`; `tokens` are those of `asks`, `max` found."""
+    def name(self, tokens: Sequence[int | None]) -> str:
+        """What its folder is called, `image-00017.step-2.img_3.p12.f66`; `tokens` are those of `asks`; a None is called `max`."""
         start = f"image-{self.image:05d}.step-{self.step}"
         if len(self.wanted) > 1:
             return f"{start}.together"
@@ -97,7 +101,7 @@ class Experiment:
         if wanted.name is not None:
             return f"{start}.{wanted.name}"
         (ask,) = wanted.asks
-        return f"{start}.{ask.site}.p{tokens[0]}.f{ask.feature}"
+        return f"{start}.{ask.site}.{'max' if tokens[0] is None else f'p{tokens[0]}'}.f{ask.feature}"
 
 
 def experiments(settings: GraphSettings, images: Sequence[int], steps: Sequence[int]) -> list[Experiment]:
@@ -112,7 +116,9 @@ def experiments(settings: GraphSettings, images: Sequence[int], steps: Sequence[
     _refuse_twice([(str(each), f"--target {each}") for each in wanted])
     _refuse_twice([(each.name, f"--supernode {each.name}") for each in wanted if each.name is not None])
     return [
-        Experiment(image, step, group, " ".join(f"--target {each}" for each in group))
+        Experiment(
+            image, step, group, " ".join(f"--{'target' if each.name is None else 'supernode'} {each}" for each in group)
+        )
         for image in _numbers(settings.image, images, "image")
         for step in _numbers(settings.step, steps, "step")
         for group in ([tuple(wanted)] if settings.together else [(each,) for each in wanted])
@@ -133,14 +139,26 @@ def _supernode(text: str) -> Wanted:
             "points, _ and -"
         )
     asks = tuple(Ask.parse(part, "--supernode") for part in parts.split("+"))
-    _refuse_members(asks, f"--supernode {text}")
+    _refuse_twice([((ask.site, ask.token, ask.feature), f"--supernode {text}: {ask}") for ask in asks])
+    if nothing := [str(ask) for ask in asks if ask.weight == 0]:
+        raise UsageError(f"--supernode {text}: {nothing[0]} weighs nothing: leave it out, or give it another weight")
     return Wanted(asks, name.strip())
 
 
 def _numbers(text: int | str | None, every: Sequence[int], what: str) -> Sequence[int]:
+    """The numbers that are asked for; of a range that goes on beyond all that are traced, the first beyond stands for the others."""
     words = str(text).strip()
     if words == "all":
         return every
+    beyond = max(every, default=-1) + 1
+
+    def bounded(match: re.Match[str]) -> str:
+        first, last = (int(digits[:DIGITS]) for digits in match.groups())
+        return match[0] if last < first else f"{first}-{min(last, max(first, beyond))}"
+
+    words = re.sub(r"(\d+)-(\d+)", bounded, words)  # 0-99999999999 would be held number by number
+    if any(len(digits) > DIGITS for digits in re.findall(r"\d+", words)):
+        raise UsageError(f"there is no {what} {words}: the last that is traced is {beyond - 1}")
     last = max((int(digits) for digits in re.findall(r"\d+", words)), default=0)
     return parse_numbers(words, last + 1, what)  # which of them are traced is checked against the store later
 
@@ -150,25 +168,42 @@ def read_targets(path: Path) -> list[Experiment]:
 
     `UsageError` names file and line for a column that is missing, a value that is none, and a target that stands twice.
     """
-    groups: dict[tuple[int, int, str], tuple[list[Ask], str, dict[str, str]]] = {}
+    groups: dict[tuple[int, int, str], list[tuple[Ask, int, dict[str, str]]]] = {}
     for line, row in _rows(path):
         where = f"{path} line {line}:"
         image, step = (_whole(row[column], column, where) for column in ("image", "step"))
         ask = Ask.parse(":".join(row[column].strip() for column in ("site", "token", "feature")), where)
-        if row.get("dictionary", "").startswith("sae_"):
-            raise UsageError(f"{where} {ask} is a feature of {row['dictionary']}, an SAE: only transcoders make graphs")
+        if row.get(DICTIONARY, "").startswith("sae_"):
+            raise UsageError(f"{where} {ask} is a feature of {row[DICTIONARY]}, an SAE: only transcoders make graphs")
         label = row.get(GROUP, "").strip()
         if label and _LABEL.fullmatch(label) is None:
             raise UsageError(f"{where} the group {label!r} is no name: use letters, digits, points, _ and -")
-        more = {name: text for name, text in row.items() if name not in COLUMNS}
-        asks, _, _ = groups.setdefault((image, step, f"group {label}" if label else str(ask)), ([], where, more))
-        asks.append(ask)
+        groups.setdefault((image, step, f"group {label}" if label else str(ask)), []).append((ask, line, row))
     found = []
-    for (image, step, key), (asks, where, more) in groups.items():
-        _refuse_members(asks, where)
+    for (image, step, key), members in groups.items():
         name = key.removeprefix("group ") if key.startswith("group ") else None
-        found.append(Experiment(image, step, (Wanted(tuple(asks), name),), where.removesuffix(":"), more))
+        _refuse_rows(members, path, name)
+        asks, lines, rows = zip(*members, strict=True)
+        found.append(
+            Experiment(
+                image, step, (Wanted(asks, name),), f"{path} line {lines[0]}" + (f", group {name}" if name else ""),
+                {column: text for column, text in rows[0].items() if column not in COLUMNS},
+                tuple((ask.site, row[DICTIONARY]) for ask, row in zip(asks, rows, strict=True) if row.get(DICTIONARY)),
+            )
+        )  # fmt: skip
     return sorted(found, key=lambda each: (each.image, each.step))
+
+
+def _refuse_rows(members: Sequence[tuple[Ask, int, dict[str, str]]], path: Path, name: str | None) -> None:
+    """`UsageError` for two rows that are one target, naming both lines."""
+    seen: dict[object, int] = {}
+    for ask, line, _ in members:
+        before = seen.setdefault((ask.site, ask.token, ask.feature), line)
+        if before != line:
+            of = "" if name is None else f" in the group {name}"
+            raise UsageError(
+                f"{path} line {line}: {ask} stands twice{of}, first in line {before}: name each target once"
+            )
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
@@ -184,6 +219,9 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         there = [name.strip() for name in reader.fieldnames or ()]
+        twice = sorted({name for name in there if there.count(name) > 1})
+        if twice:
+            raise UsageError(f"{path} has the column {', '.join(map(repr, twice))} twice: name each column once")
         missing = [name for name in COLUMNS if name not in there]
         if missing:
             raise UsageError(
@@ -209,7 +247,7 @@ def _fields(row: dict[str | None, str | list[str] | None]) -> int:
 
 
 def _whole(text: str, column: str, where: str) -> int:
-    if re.fullmatch(r"\d+", text.strip()) is None:
+    if re.fullmatch(rf"\d{{1,{DIGITS}}}", text.strip()) is None:
         raise UsageError(f"{where} the {column} {text!r} is no number: expected 0, 1, 2 …")
     return int(text)
 
@@ -225,10 +263,6 @@ def _double(text: str, where: str) -> Site:
 
 def _token(text: str) -> int | None:
     return None if text == "max" else int(text)
-
-
-def _refuse_members(asks: Sequence[Ask], where: str) -> None:
-    _refuse_twice([((ask.site, ask.token, ask.feature), f"{where} {ask}") for ask in asks])
 
 
 def _refuse_twice(given: Sequence[tuple[object, str]]) -> None:

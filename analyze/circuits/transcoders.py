@@ -1,12 +1,14 @@
 """The transcoders that stand in for the MLPs of a frozen model: one a site, of the store's own model."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 from analyze.inputs import Analysis, Subject, check_fits
 from store import Store
 from store.errors import UsageError
 from store.sites import Site
 from train import Dictionary
+from train.dictionaries.collection import load_dictionaries
 
 
 class Transcoders(Mapping[Site, Dictionary]):
@@ -30,18 +32,20 @@ class Transcoders(Mapping[Site, Dictionary]):
 
 
 def frozen_transcoders(
-    given: Analysis | Iterable[Dictionary],
+    given: Analysis | Iterable[Dictionary] | str | Path,
     sites: Iterable[Site],
     allow_missing: bool = False,
     store: Store | None = None,
 ) -> Transcoders:
     """The transcoder of each of `sites`.
 
-    `given`: an analysis, whose dictionaries were checked when it was opened, or dictionaries, which are checked here when `store` is
-    given.  With `allow_missing` a site may have none: all that its MLP writes is then an error node.  `UsageError` names SAEs,
-    sites without a transcoder and sites with several; `MismatchError` a dictionary of another model.
+    `given`: a folder of dictionaries, an analysis, whose dictionaries were checked when it was opened, or dictionaries, which are
+    checked here when `store` is given.  With `allow_missing` a site may have none: all that its MLP writes is then an error node.
+    `UsageError` names SAEs, sites without a transcoder and sites with several; `MismatchError` a dictionary of another model.
     """
     wanted = set(sites)
+    if isinstance(given, str | Path):
+        given = load_dictionaries(Path(given), wanted)
     everything: list[Subject | Dictionary] = list(given.subjects if isinstance(given, Analysis) else given)
     here = [one for one in everything if one.site in wanted]
     outlines = [one.outline if isinstance(one, Subject) else one for one in here]

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from analyze.circuits.viewer.pages import write_beside_report
+from analyze.circuits.viewer.pages import check_graphs, write_beside_report
 from analyze.compare.directions import nearest
 from analyze.features.ranking import step_profile
 from analyze.inputs import Analysis, Subject, check_output, open_analysis
@@ -60,6 +60,7 @@ def run(settings: ReportSettings) -> Report | Plan:
     check_top(choices["top"], settings.top)
     truth = read_truth(analysis)
     limit = heat_limit(analysis, settings)
+    check_graphs(settings.graphs, analysis.store)  # before a report that is there already is touched
     if settings.plan:
         plan = plan_of(analysis, settings, limit)
         print(plan.sentence())

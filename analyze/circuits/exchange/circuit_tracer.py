@@ -68,7 +68,7 @@ def write(
     (folder / f"{slug}.features").mkdir(parents=True, exist_ok=True)
     for number, rows in alike.items():
         page = folder / f"{slug}.features" / f"{number}.json"
-        page.write_bytes(json_bytes(_page(number, rows, graph.facts)))
+        write_bytes(page, json_bytes(_page(number, rows, graph.facts)))
     path = folder / f"{slug}.json"
     write_json(path, content)
     _list(folder, content["metadata"])
@@ -248,9 +248,11 @@ def _page(number: int, rows: list[dict[str, Any]], facts: Mapping[str, Any]) -> 
 
 
 def _list(folder: Path, metadata: dict[str, Any]) -> None:
-    """Enter a graph into the list of the folder, by slug."""
+    """Enter a graph into the list of the folder, by slug; a list that says it already is left alone."""
     path = folder / "graph-metadata.json"
     known = read_json(path)["graphs"] if path.is_file() else []
+    if metadata in known:
+        return
     graphs = [graph for graph in known if graph["slug"] != metadata["slug"]] + [metadata]
     write_bytes(path, json_bytes({"graphs": sorted(graphs, key=lambda graph: str(graph["slug"]))}))
 

@@ -26,6 +26,8 @@ from store.files import read_json, write_json
 from store.sites import Site
 
 VERSION = 2
+SIZES = {"nodes": "num_nodes", "edges": "num_edges", "sum": "attribution_sum"}
+"""what is said of the aggregated graph before pruning and after: in our totals, and there"""
 DIGITS = 6
 """of the values of activation maps, as the reference rounds them; attributions are not rounded"""
 CONSTANT = ("bias", "dropped")
@@ -61,15 +63,22 @@ def content(graph: Graph) -> dict[str, Any]:
         else:
             edges[names[source], names[target]] += value
     target = _target(graph.facts, rows, constants)
+    stats = _stats(nodes, edges, target["id"])
     return {
         "version": VERSION,
         "target": target,
         "config": _config(graph.facts),
-        "stats": _stats(nodes, edges, target["id"]),
+        "stats": stats,
         "nodes": list(nodes.values()),
         "edges": [{"src": src, "tgt": tgt, "attribution": value} for (src, tgt), value in edges.items()],
-        "metadata": {**_metadata(graph.facts, len(nodes), len(edges)), "constants": constants},
+        "metadata": {**_metadata(graph.facts, stats), "constants": constants},
     }
+
+
+def sizes(graph: Graph) -> dict[str, Any]:
+    """Of an aggregated graph before pruning, what the file of the pruned one says of it: totals `aggregated_nodes` to `_sum`."""
+    stats = content(graph)["stats"]
+    return {f"aggregated_{name}": stats[key] for name, key in SIZES.items()}
 
 
 def read(path: Path) -> Graph:
@@ -136,7 +145,7 @@ def _target(
         "feat_idx": -1 if row.get("feature") is None else row["feature"],
         "position": asked.get("token"),
         "preactivation": asked.get("pre") if pre is None else pre,
-        "encoder_bias": sum(encoder) if encoder else asked.get("encoder_bias"),
+        "encoder_bias": float(sum(encoder)) if asked.get("encoder_bias") is None else asked["encoder_bias"],
     }
 
 
@@ -185,7 +194,7 @@ def _stats(
     }
 
 
-def _metadata(facts: Mapping[str, Any], nodes: int, edges: int) -> dict[str, Any]:
+def _metadata(facts: Mapping[str, Any], stats: Mapping[str, Any]) -> dict[str, Any]:
     settings, totals = facts.get("settings") or {}, facts.get("totals") or {}
     return {
         "circuit_tracing": {
@@ -197,8 +206,8 @@ def _metadata(facts: Mapping[str, Any], nodes: int, edges: int) -> dict[str, Any
         "pruning": {
             **{f"node_threshold_{stream}": settings.get("node_threshold") for stream in ("img", "txt")},
             **{f"edge_threshold_{stream}": settings.get("edge_threshold") for stream in ("img", "txt")},
-            "pruned_num_nodes": nodes,
-            "pruned_num_edges": edges,
+            **{f"original_{key}": totals.get(f"aggregated_{name}") for name, key in SIZES.items()},
+            **{f"pruned_{key}": stats[key] for key in SIZES.values()},
         },
     }
 
@@ -237,6 +246,7 @@ def _facts(said: Mapping[str, Any]) -> dict[str, Any]:
             "expanded": tracing.get("nodes_expanded"),
             "nodes": tracing.get("total_nodes"),
             "edges": tracing.get("total_edges"),
+            **{f"aggregated_{name}": pruning.get(f"original_{key}") for name, key in SIZES.items()},
         },
     }
 

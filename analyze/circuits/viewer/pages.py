@@ -10,8 +10,9 @@ D3's modules, 100 KB, and a canvas of ours: with 2,000 nodes and 20,000 edges Cy
 0.8 s a move where D3 takes a tenth (measured in headless Chromium on two cores), and sigma.js needs WebGL.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from analyze.report.packing import packed
 from analyze.report.picture_files import FOLDER_IMAGES, write_pictures
 from store import Store
 from store.errors import ForeignError, MismatchError, UsageError
-from store.files import write_bytes
+from store.files import read_json, write_bytes
 
 REPORT_SCRIPTS = (
     "loading.js",
@@ -65,19 +66,20 @@ def write_pages(
     """Write `OUT/index.html`, one page for all these graphs; returns its place.
 
     `folders`: of finished graphs (`Graph.write`, and `aggregated/` in it where there is one).  `store`: the one that they were traced
-    in, for pictures and words of the prompt; None: without.  `labels`: site such as `img_3` -> what its features are called.
+    in, for pictures and words of the prompt; None: without.  `labels`: a dictionary's identity -> what its features are called.
     `ForeignError` for a folder without a graph, `MismatchError` for a graph of another store.  Equal graphs give equal bytes.
     """
     page = ReportFolder(out / "page")
     (out / "index.html").unlink(missing_ok=True)
     contents = write_graphs(page, folders, store, None)
-    sites = {site: of for entry in contents["graphs"] for site, of in entry["dictionaries"].items()}
+    books = labels or {}
+    known = {of["name"]: of["identity"] for entry in contents["graphs"] for of in entry["dictionaries"].values()}
     page.script(
         "labels",
         {
-            of["name"]: [asdict(label) for label in (labels or {})[site].labels]
-            for site, of in sites.items()
-            if site in (labels or {})
+            name: [asdict(label) for label in books[identity].labels]
+            for name, identity in known.items()
+            if identity in books
         },
     )
     page.write("report.css", resources.files("analyze.report").joinpath("templates", "report.css").read_bytes())
@@ -99,6 +101,12 @@ def graphs_in(places: Sequence[Path]) -> list[Path]:
             raise UsageError(f"{place} holds no graph: give what python -m analyze graph wrote (--graphs)")
         folders += found
     return folders
+
+
+def check_graphs(places: Sequence[Path], store: Store) -> None:
+    """Refuse places without graphs, and graphs that are not of this store, before anything is written."""
+    for folder in graphs_in(places):
+        _refuse_other_store(folder, _facts(folder), store)
 
 
 def planned(places: Sequence[Path]) -> tuple[int, int]:
@@ -126,17 +134,17 @@ def write_graphs(
 ) -> dict[str, Any]:
     """Write data, pictures, scripts and library of the page of graphs into a folder; what the page must know first."""
     entries: list[dict[str, Any]] = []
-    names: dict[str, int] = {}
+    names: set[str] = set()
+    dictionaries = _dictionary_names([_facts(path) for path in folders], beside)
     images: set[int] = set()
     standing: dict[str, dict[str, list[int]]] = {}
     for path in folders:
         graph = Graph.read(path)
-        _refuse_other_store(path, graph, store)
-        name = graph_name(graph.facts)
-        names[name] = names.get(name, 0) + 1
-        name += f"-{names[name]}" if names[name] > 1 else ""
+        _refuse_other_store(path, graph.facts, store)
+        name = _free_name(graph_name(graph.facts), names)
+        names.add(name)
         aggregated = Graph.read(path / "aggregated") if (path / "aggregated" / "facts.json").is_file() else None
-        entry = {"name": name, **_entry(graph.facts, beside)}
+        entry = {"name": name, **_entry(graph.facts, dictionaries)}
         views = {
             "positional": view_columns(graph),
             "aggregated": None if aggregated is None else view_columns(aggregated),
@@ -153,7 +161,12 @@ def write_graphs(
     same = write_pictures(folder, store, images, SIDE) if there and store is not None else {}
     contents = {
         "graphs": entries,
-        "pictures": {"there": there, "folder_images": FOLDER_IMAGES, "same": {str(k): v for k, v in same.items()}},
+        "pictures": {
+            "there": there,
+            "without": "the page was made without the store" if store is None else "the store keeps no pictures",
+            "folder_images": FOLDER_IMAGES,
+            "same": {str(k): v for k, v in same.items()},
+        },
         "in_report": beside is not None,
     }
     folder.script("graphs", contents)
@@ -209,18 +222,50 @@ def features_of(graph: Graph) -> set[tuple[str, int]]:
     return {(f"{stream}_{layer}", feature) for stream, layer, feature in zip(*columns, strict=True)}
 
 
-def _entry(facts: Mapping[str, Any], beside: Mapping[str, str] | None) -> dict[str, Any]:
-    """What the list of graphs says of one."""
+def _free_name(name: str, taken: Collection[str]) -> str:
+    """A graph's name that no other has: `name`, else `name-2`, `name-3` and so on."""
+    found, number = name, 1
+    while found.lower() in {each.lower() for each in taken}:  # some file systems know no capitals
+        number += 1
+        found = f"{name}-{number}"
+    return found
+
+
+@dataclass(frozen=True)
+class _Named:
+    """What a dictionary is called on the page, and whether a report beside it shows its features."""
+
+    name: str
+    in_report: bool
+
+
+def _dictionary_names(facts: Iterable[Mapping[str, Any]], beside: Mapping[str, str] | None) -> dict[str, _Named]:
+    """Identity -> name, each name once: dictionaries of one name and different weights get the beginning of their identity."""
+    full = {
+        str(of.get("identity")): str(of.get("name") or site)
+        for each in facts
+        for site, of in (each.get("transcoders") or {}).items()
+    }
+    known = beside or {}
+    counts = Counter([*known.values(), *(name for identity, name in full.items() if identity not in known)])
+    return {
+        identity: _Named(known[identity], True)
+        if identity in known
+        else _Named(f"{name}-{identity.removeprefix('sha256-')[:8]}" if counts[name] > 1 else name, False)
+        for identity, name in full.items()
+    }
+
+
+def _entry(facts: Mapping[str, Any], names: Mapping[str, _Named]) -> dict[str, Any]:
+    """What the list of graphs says of one; `names`: of all dictionaries by identity."""
     dictionaries = {}
     for site, of in (facts.get("transcoders") or {}).items():
         identity = str(of.get("identity"))
-        own = None if beside is None else beside.get(identity)
-        full = str(of.get("name") or site)
         dictionaries[site] = {
-            "name": own or full,
-            "full_name": full,
+            "name": names[identity].name,
+            "full_name": str(of.get("name") or site),
             "identity": identity,
-            "in_report": own is not None,
+            "in_report": names[identity].in_report,
         }
     keys = ("image", "prompt", "step", "targets", "grid", "n_txt")
     return {**{key: facts.get(key) for key in keys}, "dictionaries": dictionaries}
@@ -233,16 +278,26 @@ def _pieces(store: Store | None, facts: Mapping[str, Any]) -> list[str]:
     return [readable(piece) for piece in store.prompts()["text_pieces"][int(facts["image"])].as_py() or []]
 
 
-def _refuse_other_store(path: Path, graph: Graph, store: Store | None) -> None:
+def _facts(folder: Path) -> dict[str, Any]:
+    """What a graph is of, without its tables."""
+    found = read_json(folder / "facts.json")
+    if not isinstance(found, dict):
+        raise ForeignError(
+            f"{folder / 'facts.json'} is not the record of a graph: make it with python -m analyze graph"
+        )
+    return found
+
+
+def _refuse_other_store(path: Path, facts: Mapping[str, Any], store: Store | None) -> None:
     for key in ("image", "step", "grid"):
-        if graph.facts.get(key) is None:
+        if facts.get(key) is None:
             raise ForeignError(
                 f"{path / 'facts.json'} does not say its {key}: make the graph again with python -m analyze graph"
             )
-    if store is not None and graph.facts.get("store") not in (None, store.id):
+    if store is not None and facts.get("store") not in (None, store.id):
         raise MismatchError(
-            f"the graph in {path} is of store {str(graph.facts['store'])[:23]}…, not of {store.id[:23]}…: give the store that it was "
-            "made from"
+            f"the graph in {path} is of store {str(facts['store'])[:23]}…, not of {store.id[:23]}…: analyze the store that the "
+            "graphs are of, or make the graphs from this one"
         )
 
 

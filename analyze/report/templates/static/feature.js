@@ -2,6 +2,7 @@
 "use strict";
 granary.feature = (() => {
   const { h, show } = granary;
+  const GRAPHS = 8; // of those that it stands in, the others on demand
   const LOOKS = [["smooth", "smooth"], ["patches", "patches"], ["none", "none"]];
   let here = null; // {dictionary, step, feature, filters, found, prepared}
   let look = "smooth";
@@ -176,6 +177,17 @@ granary.feature = (() => {
     document.getElementById("history").replaceChildren(...said());
   }
 
+  // What a graph is of, in words: img_4/5 at row 3, column 6.
+  function targetsOf(targets, grid) {
+    const one = ({ name, site, token, feature }) => {
+      if (feature === null || feature === undefined) return name || "a supernode";
+      const place = token === null || token === undefined ? "" : site.startsWith("img") ? ` at row ${Math.floor(token / grid[1]) + 1}, column ${(token % grid[1]) + 1}` : ` at text token ${token}`;
+      return `${site}/${feature}${place}`;
+    };
+    const said = (targets || []).slice(0, 2).map(one).join(" and ") || "graph";
+    return (targets || []).length > 2 ? `${said} and ${targets.length - 2} more` : said;
+  }
+
   // The attribution graphs that the feature stands in, where the report has any.
   function graphs() {
     if (!granary.features.report().graphs) return null;
@@ -184,12 +196,13 @@ granary.feature = (() => {
     granary.load("graph_features").then((found) => {
       const [stream, layer] = known.site.split("_");
       const links = (found.standing[dictionary]?.[feature] || []).map((place) => {
-        const { name, prompt, over_tokens } = found.graphs[place];
+        const { name, prompt, over_tokens, image, step, grid, targets } = found.graphs[place];
         const node = over_tokens ? `?view=aggregated&node=feature_L${layer}_${stream}_f${feature}` : "";
-        return h("li", {}, h("a", { href: `graphs.html#/${encodeURIComponent(name)}${node}` }, h("span", {}, h("b", {}, name), h("small", {}, prompt ? `“${show.short(prompt, 90)}”` : ""))));
+        return h("li", {}, h("a", { href: `graphs.html#/${encodeURIComponent(name)}${node}` }, h("span", {}, h("b", {}, `${targetsOf(targets, grid)} in image ${image}, step ${step}`), h("small", {}, h("bdi", {}, prompt ? `“${show.short(prompt, 90)}”` : "")))));
       });
       box.hidden = !links.length;
-      box.append(h("ul", { class: "similar" }, ...links));
+      box.append(h("ul", { class: "similar" }, ...links.slice(0, GRAPHS)));
+      if (links.length > GRAPHS) box.append(h("details", {}, h("summary", {}, `${show.whole(links.length - GRAPHS)} more`), h("ul", { class: "similar" }, ...links.slice(GRAPHS))));
     });
     return box;
   }

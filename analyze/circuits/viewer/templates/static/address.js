@@ -13,7 +13,7 @@ granary.address = (() => {
     return {
       graph: known.includes(name) ? name : known[0], unknown: name && !known.includes(name) ? name : null,
       view: ["positional", "aggregated"].includes(asked.get("view")) ? asked.get("view") : null,
-      nodes: share("nodes"), edges: share("edges"), node: asked.get("node") || null, follow: FOLLOWS.includes(asked.get("follow")) ? asked.get("follow") : "near",
+      nodes: share("nodes"), edges: share("edges"), shares: asked.has("nodes") || asked.has("edges"), node: asked.get("node") || null, follow: FOLLOWS.includes(asked.get("follow")) ? asked.get("follow") : "near",
       pins: list("pin"), hidden: list("hide"),
       groups: asked.getAll("group").map((text) => ({ title: text.slice(0, text.indexOf(":")), names: text.slice(text.indexOf(":") + 1).split(",").filter(Boolean) })).filter((group) => group.title && group.names.length),
     };
@@ -27,11 +27,11 @@ granary.address = (() => {
     }
   }
 
-  // The link to a state; shares are rounded, which a slider is too.
+  // The link to a state; shares to the last digit, so that the link shows what was seen.
   function link(state) {
     const said = new URLSearchParams();
     if (state.view) said.set("view", state.view);
-    for (const key of ["nodes", "edges"]) if (state[key] !== null) said.set(key, String(Number(state[key].toFixed(4))));
+    for (const key of ["nodes", "edges"]) if (state.shares && state[key] !== null) said.set(key, String(state[key]));
     if (state.node) said.set("node", state.node);
     if (state.follow !== "near") said.set("follow", state.follow);
     if (state.pins.length) said.set("pin", state.pins.join(","));

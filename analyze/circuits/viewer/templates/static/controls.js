@@ -52,8 +52,10 @@ granary.controls = (() => {
     for (const key of ["nodes", "edges"]) {
       at(`${key}-slider`).value = String(Math.round(state[key] * 1000));
       const [count, all] = key === "nodes" ? [vis.count, net.count] : [vis.edges.length, net.edges.source.length];
-      at(`${key}-count`).textContent = `${show.whole(count)} of ${show.whole(all)}`;
-      at(`${key}-slider`).setAttribute("aria-valuetext", `${show.percent(state[key])} of the ${key === "nodes" ? "influence" : "weight"}, ${show.whole(count)} of ${show.whole(all)} ${key}`);
+      const what = `${show.percent(state[key])} of the ${key === "nodes" ? "influence" : "weight"}`;
+      at(`${key}-count`).replaceChildren(`${show.whole(count)} of ${show.whole(all)}`, h("small", {}, what));
+      at(`${key}-slider`).title = key === "nodes" ? `The nodes that matter most, until they have ${what} on the targets` : `The edges that matter most, until they have ${what}: each counts by its share of what its upper node gets, times that node's influence`;
+      at(`${key}-slider`).setAttribute("aria-valuetext", `${what}, ${show.whole(count)} of ${show.whole(all)} ${key}`);
     }
     kinds(state, net);
   }
@@ -72,16 +74,26 @@ granary.controls = (() => {
       icon.setAttribute("viewBox", "-8 -8 16 16");
       icon.setAttribute("aria-hidden", "true");
       icon.innerHTML = `<path d="${path}" ${["feature", "group", "supernode"].includes(kind) ? 'fill="currentColor"' : 'fill="none"'} stroke="currentColor" stroke-width="1.3"/>${kind === "group" ? '<circle r="7.3" fill="none" stroke="currentColor"/>' : ""}`;
-      return h("label", { title: granary.words.MEANINGS?.[kind] }, h("input", { type: "checkbox", value: kind, checked: !state.hidden.includes(kind), on: { change: (event) => calls.kind(kind, event.target.checked) } }), icon, granary.words.KINDS[kind]);
+      return h("label", { title: granary.words.MEANINGS[kind] }, h("input", { type: "checkbox", value: kind, checked: !state.hidden.includes(kind), on: { change: (event) => calls.kind(kind, event.target.checked) } }), icon, granary.words.KINDS[kind]);
     }));
+  }
+
+  // Whether the words have a term; one that ends in a number has to end there: img_4/5 is not img_4/502.
+  function has(words, term) {
+    if (!/\d$/.test(term)) return words.includes(term);
+    for (let from = words.indexOf(term); from >= 0; from = words.indexOf(term, from + 1)) if (!/\d/.test(words[from + term.length] || "")) return true;
+    return false;
   }
 
   // Nodes whose name, label, token or term has what is searched for; without a word the strongest.
   function matches(net, graph, text) {
-    const terms = text.toLowerCase().split(/\s+/).filter(Boolean);
+    const terms = text.toLowerCase().match(/(?:block|layer|row|column|token)\s+\d+|[^\s,]+/g) || [];
+    const phrase = text.trim().toLowerCase();
     const fits = (node) => {
-      const words = `${node.name} ${granary.words.title(node, graph.facts)} ${granary.panel.label(node, graph)} ${(node.members || []).map((each) => each.name).join(" ")}`.toLowerCase();
-      return terms.every((term) => (/^\d+$/.test(term) ? String(node.feature) === term || String(node.token) === term : words.includes(term)));
+      const label = granary.panel.label(node, graph);
+      const words = granary.words.searched(node, label, graph.facts);
+      const said = `${granary.words.title(node, graph.facts)} ${label}`;
+      return terms.every((term) => (/^\d+$/.test(term) ? new RegExp(`\\b${term}\\b`).test(said) : has(words, term))) || (!/^\d+$/.test(phrase) && has(words, phrase));
     };
     return [...net.nodeOrder].filter((i) => !terms.length || fits(net.nodes[i]));
   }
@@ -98,11 +110,14 @@ granary.controls = (() => {
     const { net, graph } = calls.now();
     const all = matches(net, graph, text);
     at("found-count").textContent = `${show.whole(all.length)} found`;
-    list.hidden = false;
+    list.hidden = !all.length;
     list.replaceChildren(...all.slice(0, FOUND).map((i) => h("li", {}, h("button", { type: "button", class: "edge", "data-node": net.nodes[i].name, on: { click: () => (clearSearch(), at("search").blur(), calls.choose(i)), pointerenter: () => calls.hover(i), pointerleave: () => calls.hover(null), focus: () => calls.hover(i) } },
-      h("span", { class: "who" }, granary.words.title(net.nodes[i], graph.facts), h("b", {}, ` ${granary.panel.label(net.nodes[i], graph)}`)), h("small", {}, net.nodes[i].weight > 0 ? `influence ${show.number(net.nodes[i].weight)}` : "")))));
+      h("span", { class: "who" }, granary.words.title(net.nodes[i], graph.facts), " ", h("b", {}, h("bdi", {}, granary.panel.label(net.nodes[i], graph)))), h("small", {}, net.nodes[i].weight > 0 ? `influence ${granary.words.number(net.nodes[i].weight)}` : "")))));
     calls.found(new Set(all));
   }
+
+  // Search again: the network is another one.
+  const again = () => at("search").value.trim() && found();
 
   function clearSearch() {
     at("search").value = "";
@@ -115,5 +130,5 @@ granary.controls = (() => {
     setTimeout(() => URL.revokeObjectURL(url), 10000);
   }
 
-  return { open, set, matches, clearSearch, save };
+  return { open, set, again, matches, clearSearch, save };
 })();

@@ -15,6 +15,7 @@ granary.drawing = (() => {
   let marked = null; // {nodes, edges, main}
   let turn = 0;
   let resting = null;
+  let own = false; // whether the reader has zoomed or moved it: then it stays where it is
   const size = { width: 0, height: 0, ratio: 1 };
 
   function open(element, callbacks) {
@@ -22,7 +23,7 @@ granary.drawing = (() => {
     calls = callbacks;
     base = room.querySelector("canvas.base");
     over = room.querySelector("canvas.over");
-    zoom = d3.zoom().scaleExtent([0.05, 12]).filter((event) => !event.shiftKey && !event.button).on("zoom", (event) => moved(event.transform));
+    zoom = d3.zoom().scaleExtent([0.05, 12]).filter((event) => !event.shiftKey && !event.button).on("zoom", (event) => ((own ||= Boolean(event.sourceEvent)), moved(event.transform)));
     d3.select(over).call(zoom).on("dblclick.zoom", null);
     over.addEventListener("pointermove", (event) => event.buttons || calls.hover(pick(event)));
     over.addEventListener("pointerleave", () => calls.hover(null));
@@ -43,15 +44,21 @@ granary.drawing = (() => {
   }
 
   function resized() {
+    const { width, height } = size;
     if (!measure() || !scene) return;
-    fit(false);
+    if (!own) return fit(false);
+    d3.select(over).call(zoom.translateBy, (size.width - width) / 2 / transform.k, (size.height - height) / 2 / transform.k);
+    paint();
   }
 
   const aspect = () => Math.max(0.5, (size.width - 60) / Math.max(1, size.height - 40));
 
-  // Show a scene; `refit`: from the start, as a whole.
-  function show(next, refit) {
+  // Show a scene; `refit`: from the start, as a whole.  Else it is fitted until the reader moves it himself; from then on `anchor`, a
+  // node of his, stays where it is.
+  function show(next, refit, anchor = null) {
+    const before = scene;
     scene = next;
+    if (before?.net !== next.net) forget(); // what stood out has other rows now
     colours = ink.palette();
     const { net, vis, place } = scene;
     const nodes = [];
@@ -59,11 +66,30 @@ granary.drawing = (() => {
     scene.order = nodes.sort((a, b) => net.nodes[a].weight - net.nodes[b].weight);
     scene.straight = vis.edges.length > ink.STRAIGHT;
     tree = d3.quadtree(nodes, (i) => place.x[i], (i) => place.y[i]);
-    if (refit) fit(false);
-    else paint();
+    if (refit || !own || !before) return fit(false);
+    stay(before.place, anchor);
+    paint();
+  }
+
+  function forget() {
+    marked = null;
+    base.style.opacity = "1";
+  }
+
+  // Move it so that the anchor, or without one what was in the middle, is where it was.
+  function stay(was, anchor) {
+    const { place } = scene;
+    const [x, y] = [size.width / 2, size.height / 2];
+    const inside = (part) => Math.min(1, Math.max(0, part));
+    const pinned = anchor !== null && !Number.isNaN(was.x[anchor]) && was.x[anchor] !== undefined;
+    const [from, to] = pinned
+      ? [[transform.applyX(was.x[anchor]), transform.applyY(was.y[anchor])], [place.x[anchor], place.y[anchor]]]
+      : [[x, y], [inside(transform.invertX(x) / was.width) * place.width, inside(transform.invertY(y) / was.height) * place.height]];
+    d3.select(over).call(zoom.transform, d3.zoomIdentity.translate(from[0] - transform.k * to[0], from[1] - transform.k * to[1]).scale(transform.k));
   }
 
   function fit(smoothly) {
+    own = false;
     const { place } = scene;
     const margin = { left: 58, right: 18, top: 34, bottom: 18 };
     const k = Math.min((size.width - margin.left - margin.right) / place.width, (size.height - margin.top - margin.bottom) / place.height, 1.6);
@@ -81,12 +107,13 @@ granary.drawing = (() => {
     const k = to.k / drawn.k;
     base.style.transform = `translate(${to.x - k * drawn.x}px, ${to.y - k * drawn.y}px) scale(${k})`;
     paintOver();
+    calls.moved();
     clearTimeout(resting);
     resting = setTimeout(paint, scene.vis.edges.length > painting.PER_FRAME ? REST_MS : 0);
   }
 
-  const zoomBy = (factor) => d3.select(over).call(zoom.scaleBy, factor);
-  const panBy = (x, y) => d3.select(over).call(zoom.translateBy, x / transform.k, y / transform.k);
+  const zoomBy = (factor) => ((own = true), d3.select(over).call(zoom.scaleBy, factor));
+  const panBy = (x, y) => ((own = true), d3.select(over).call(zoom.translateBy, x / transform.k, y / transform.k));
 
   // Bring a node into view where it is not.
   function reveal(i) {
@@ -166,25 +193,31 @@ granary.drawing = (() => {
     const context = over.getContext("2d");
     context.setTransform(size.ratio, 0, 0, size.ratio, 0, 0);
     context.clearRect(0, 0, size.width, size.height);
-    if (scene && marked) painting.marked(context, scene, marked, transform, colours);
+    if (scene && marked) painting.marked(context, scene, marked, transform, size, colours);
   }
 
-  // The canvas as it is seen, twice as fine.
-  function png() {
-    const canvas = granary.h("canvas", { width: Math.round(size.width * 2), height: Math.round(size.height * 2) });
+  // The canvas as it is seen, twice as fine, under two lines that say what it is of.
+  function png(headline) {
+    const head = painting.HEAD;
+    const canvas = granary.h("canvas", { width: Math.round(size.width * 2), height: Math.round((size.height + head) * 2) });
     const context = canvas.getContext("2d");
     context.scale(2, 2);
     context.fillStyle = colours.card;
-    context.fillRect(0, 0, size.width, size.height);
+    context.fillRect(0, 0, size.width, size.height + head);
+    painting.heading(context, headline, size.width, colours);
+    context.translate(0, head);
+    context.beginPath();
+    context.rect(0, 0, size.width, size.height);
+    context.clip();
     context.globalAlpha = 1;
-    const layer = granary.h("canvas", { width: canvas.width, height: canvas.height });
+    const layer = granary.h("canvas", { width: canvas.width, height: Math.round(size.height * 2) });
     const own = layer.getContext("2d");
     own.scale(2, 2);
     for (const _ of painting.render(own, scene, transform, size, colours)); // all at once
     context.globalAlpha = marked?.nodes ? DIMMED : 1;
     context.drawImage(layer, 0, 0, size.width, size.height);
     context.globalAlpha = 1;
-    if (marked) painting.marked(context, scene, marked, transform, colours);
+    if (marked) painting.marked(context, scene, marked, transform, size, colours);
     return new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
   }
 

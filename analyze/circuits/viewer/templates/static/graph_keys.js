@@ -4,7 +4,7 @@ granary.keys = (() => {
   const LIST = [
     ["/", "search nodes"], ["←, →", "next node in this layer"], ["↑, ↓", "along the strongest edge, up or down"], ["Enter or Space", "choose the node"], ["s", "choose it too, for a supernode"],
     ["n, d, u, b", "paths: next, what leads here, what it leads to, both"], ["p", "pin"], ["g", "name the supernode"], ["l", "edit the label"], ["h", "heat: smooth, patches, none"], ["v", "per token, over tokens"],
-    ["+, −, 0", "closer, further, all of it"], ["Escape", "back: search, chosen nodes, node"], ["t", "light or dark"], ["?", "this list"],
+    ["+, −, 0", "closer, further, all of it"], ["Shift and an arrow", "move the drawing"], ["Escape", "back: search, chosen nodes, node"], ["t", "light or dark"], ["?", "this list"],
   ];
 
   function open(does) {
@@ -26,7 +26,7 @@ granary.keys = (() => {
     }
     const own = target.closest("a, button, summary, input");
     if (own && ["Enter", " ", "ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown"].includes(event.key)) return;
-    const act = does[event.key];
+    const act = does[(event.shiftKey && event.key.startsWith("Arrow") ? "Shift+" : "") + event.key];
     if (!act) return;
     event.preventDefault();
     act();

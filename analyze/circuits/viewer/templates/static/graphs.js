@@ -3,12 +3,14 @@
 granary.graphs = (() => {
   const NODES_AT_FIRST = 220;
   const EDGES_AT_FIRST = 900;
+  const VIEWS = { positional: "per token", aggregated: "over tokens" };
   const at = (id) => document.getElementById(id);
   const { address, network, drawing } = granary;
   let contents = null;
   let state = null; // what the address says, with nothing left open
   let graph = null; // {name, entry, facts, contents}
   let views = {}; // the networks of the graph: positional, aggregated
+  let turn = 0; // counts what was asked for: of two graphs asked for at once the later is shown
   let net = null;
   let vis = null;
   let looks = null;
@@ -27,9 +29,9 @@ granary.graphs = (() => {
     for (const entry of contents.graphs) for (const of of Object.values(entry.dictionaries)) if (!dictionaries.has(of.name)) dictionaries.set(of.name, of);
     await Promise.all([granary.labels.open({ dictionaries: [...dictionaries.values()] }), granary.heat.open()]);
     const calls = {
-      hover, choose, lasso, token, chooseToken, follow: (to) => go({ follow: to }), pin, group, ungroup, forget, graph: (name) => (location.hash = `#/${encodeURIComponent(name)}`), view: (view) => go({ view, nodes: null, edges: null }),
-      share: (key, value) => go({ [key]: value }), kind, png, svg, labels: () => granary.controls.save("labels.json", new Blob([granary.labels.file()], { type: "application/json" })), fit: () => drawing.fit(true),
-      reset: () => go({ nodes: null, edges: null, hidden: [], node: null, follow: "near", pins: [], groups: [] }), found: (set) => ((found = set), mark()), now: () => ({ net, graph }),
+      hover, choose, lasso, token, chooseToken, follow: (to) => go({ follow: to }), pin, group, ungroup, forget, graph: (name) => (location.hash = `#/${encodeURIComponent(name)}`), view: turnTo, moved: () => tip(hovered),
+      share: (key, value) => go({ [key]: value, shares: true }), kind, png, svg, labels: () => granary.controls.save("labels.json", new Blob([granary.labels.file()], { type: "application/json" })), fit: () => drawing.fit(true),
+      reset, found: (set) => ((found = set), mark()), now: () => ({ net, graph }),
     };
     drawing.open(at("canvas"), calls);
     granary.traced.open(at("traced"), calls);
@@ -39,7 +41,7 @@ granary.graphs = (() => {
     granary.keys.open(keys());
     at("canvas").addEventListener("focus", () => hovered === null && selected() === null && hover(firstTarget()));
     document.addEventListener("granary-labels", () => (redraw(false), aside(), mark()));
-    window.addEventListener("hashchange", () => arrive());
+    window.addEventListener("hashchange", () => arrive().catch((error) => tell(error.message)));
     if (granary.plots === undefined) granary.plots = { again: () => drawing.repaint() };
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawing.repaint());
     await arrive();
@@ -47,35 +49,65 @@ granary.graphs = (() => {
 
   // From the address to the page.
   async function arrive() {
+    const mine = ++turn;
     const asked = address.parse(location.hash, contents.graphs.map(({ name }) => name));
-    at("failed").hidden = !asked.unknown;
-    if (asked.unknown) at("failed").textContent = `There is no graph called ${asked.unknown} here; shown is ${asked.graph}.`;
-    const fresh = !graph || graph.name !== asked.graph;
-    if (fresh) await read(asked.graph);
-    const before = state;
+    const found = graph?.name === asked.graph ? null : await read(asked.graph);
+    if (mine !== turn) return; // something else was asked for meanwhile
+    if (found) begin(found);
+    const before = found ? null : state;
     state = asked;
     state.view = views[asked.view] ? asked.view : views.aggregated ? "aggregated" : "positional";
-    const refit = fresh || before.view !== state.view || JSON.stringify(before.groups) !== JSON.stringify(state.groups);
-    if (refit) regroup();
+    render(before);
+    const problem = asked.unknown ? `There is no graph called ${asked.unknown} here; shown is ${asked.graph}.` : lost();
+    tell(problem);
+  }
+
+  // Show the state; `before`: the one that the page shows now, null for another graph.
+  function render(before) {
+    const changed = (...keys) => !before || keys.some((key) => JSON.stringify(before[key]) !== JSON.stringify(state[key]));
+    const regrouped = changed("view", "groups");
+    if (regrouped) regroup();
+    if (regrouped && !state.shares) state.nodes = state.edges = null;
     fill();
-    redraw(refit);
+    if (changed("view", "groups", "nodes", "edges", "hidden") || missing()) redraw(regrouped);
     controls();
-    aside();
+    if (changed("view", "groups", "hidden", "node", "follow", "pins")) aside(); // while a slider moves the panel stays
     mark();
+    if (regrouped) granary.controls.again();
     at("canvas").setAttribute("aria-label", description());
     document.title = `${graph.name} · graph`;
   }
 
+  function tell(problem) {
+    at("failed").hidden = !problem;
+    at("failed").textContent = problem || "";
+  }
+
+  // What the address names and the graph has not, in words; null where all is there.
+  function lost() {
+    if (state.node === null || row(state.node) !== null) return null;
+    const name = state.node;
+    state.node = null;
+    render({ ...state, node: name });
+    return `There is no node ${name} in this graph ${VIEWS[state.view]}.`;
+  }
+
+  // A graph as its file has it; nothing on the page changes yet.
   async function read(name) {
     const { facts, pieces, views: packed } = await granary.load(`graphs/${name}`);
-    graph = { name, entry: contents.graphs.find((each) => each.name === name), facts: { ...facts, pieces }, contents };
-    views = {};
-    for (const [key, view] of Object.entries(packed)) if (view) views[key] = withMembers(network.of(view), facts);
+    const nets = {};
+    for (const [key, view] of Object.entries(packed)) if (view) nets[key] = withMembers(network.of(view), facts);
+    return { graph: { name, entry: contents.graphs.find((each) => each.name === name), facts: { ...facts, pieces }, contents }, nets };
+  }
+
+  function begin(found) {
+    graph = found.graph;
+    views = found.nets;
+    const { facts } = graph;
     chosen.clear();
-    hovered = null;
-    found = null;
     granary.traced.begin(graph, views);
-    at("prompt").textContent = facts.prompt ? `“${facts.prompt}”` : `image ${facts.image}`;
+    at("prompt").replaceChildren(...(facts.prompt ? ["“", granary.h("bdi", {}, facts.prompt), "”"] : [`image ${facts.image}`]));
+    at("prompt").title = facts.prompt || "";
   }
 
   // Supernodes that were asked for know their members, so that they have heat and are found by them.
@@ -111,6 +143,7 @@ granary.graphs = (() => {
 
   function regroup() {
     net = granary.grouping.applied(views[state.view], state.groups);
+    for (const name of chosen) if (!net.index.has(name)) chosen.delete(name);
     looks = granary.ink.looks(net);
     hovered = null;
     found = null;
@@ -121,7 +154,7 @@ granary.graphs = (() => {
     const keep = [...state.pins, state.node, ...chosen].map(row).filter((i) => i !== null);
     vis = network.shown(net, { nodes: state.nodes, edges: state.edges, hidden: new Set(state.hidden), keep });
     const place = granary.layers.placed(net, vis, drawing.aspect(), state.view === "positional");
-    drawing.show({ net, vis, place, looks, labels: (node) => granary.panel.label(node, graph) }, refit);
+    drawing.show({ net, vis, place, looks, labels: (node) => granary.panel.label(node, graph), facts: graph.facts }, refit, selected() ?? row(state.pins.at(-1) ?? null));
   }
 
   const controls = () => granary.controls.set(state, net, vis, views);
@@ -133,22 +166,34 @@ granary.graphs = (() => {
 
   // Change what is shown, and say so in the address; `step`: one that the back button undoes.
   function go(change, step = false) {
+    turn++; // a graph that is still being read comes too late
     const before = state;
     state = { ...state, ...change };
-    if (change.view && change.view !== before.view) Object.assign(state, { node: null, pins: [], groups: [] });
-    const link = address.link({ ...state, nodes: "nodes" in change ? change.nodes : explicit(before, "nodes"), edges: "edges" in change ? change.edges : explicit(before, "edges") });
-    history[step ? "pushState" : "replaceState"](null, "", link);
-    const regrouped = change.view !== undefined || change.groups !== undefined;
-    if (regrouped) regroup();
-    fill();
-    const layout = ["nodes", "edges", "hidden", "view", "groups"].some((key) => key in change) || missing();
-    if (layout) redraw(regrouped);
-    if (layout) controls();
-    if (Object.keys(change).some((key) => key !== "nodes" && key !== "edges")) aside(); // while a slider moves the panel stays
-    mark();
+    history[step ? "pushState" : "replaceState"](null, "", address.link(state));
+    tell(null);
+    render(before);
   }
-  // A share is said in the address only where the reader chose it.
-  const explicit = (before, key) => (new URLSearchParams(location.hash.split("?")[1] || "").has(key) ? before[key] : null);
+
+  // Supernodes and pins stay, each is seen where its nodes are; the chosen node goes along.
+  function turnTo(view) {
+    if (view === state.view || !views[view]) return controls();
+    go({ view, node: counterpart(state.node, view), nodes: null, edges: null, shares: false }, true);
+  }
+
+  // The node of the other view that stands for one: over tokens the sum, per token the one that matters most.
+  function counterpart(name, view) {
+    const node = name === null || row(name) === null ? null : net.nodes[row(name)];
+    if (!node) return null;
+    if (node.kind === "group") return granary.grouping.fits(views[view], state.groups.find(({ title }) => title === node.term)) ? name : null;
+    const part = granary.words.name({ ...node, token: -1 });
+    const same = views[view].nodes.filter((each) => granary.words.name({ ...each, token: -1 }) === part);
+    return same.length ? same.reduce((most, each) => ((each.target - most.target || each.weight - most.weight) > 0 ? each : most)).name : null;
+  }
+
+  function reset() {
+    go({ nodes: null, edges: null, shares: false, hidden: [], node: null, follow: "near", pins: [], groups: [] }, true);
+    drawing.fit(false);
+  }
   const missing = () => [...state.pins, state.node].some((name) => row(name) !== null && !vis.mask[row(name)]);
 
   function hover(i) {
@@ -177,18 +222,19 @@ granary.graphs = (() => {
     if (box.hidden) return;
     const node = net.nodes[i];
     const said = granary.panel.label(node, graph);
-    const figures = [["z", node.activation], ["influence", node.influence]].filter(([, value]) => value > 0).map(([name, value]) => `${name} ${granary.show.number(value)}`);
+    const figures = [["z", node.activation], ["influence", node.influence]].filter(([, value]) => value > 0).map(([name, value]) => `${name} ${granary.words.number(value)}`);
     if (node.effect && !node.target) figures.push(`${node.effect > 0 ? "excites" : "suppresses"} ${granary.words.signed(node.effect)}`);
-    box.replaceChildren(granary.h("b", {}, granary.words.title(node, graph.facts)), ...(said ? [granary.h("span", { class: "said" }, said)] : []), granary.h("small", {}, figures.join(" · ")));
+    box.replaceChildren(granary.h("b", {}, granary.words.title(node, graph.facts)), ...(said ? [granary.h("bdi", { class: "said" }, said)] : []), granary.h("small", {}, figures.join(" · ")));
     const [x, y] = drawing.screen(i);
     const { width, height } = drawing.size;
+    if (x < 0 || y < 0 || x > width || y > height) box.hidden = true; // it was moved out of sight
     box.style.left = `${Math.min(Math.max(8, x + 14), width - box.offsetWidth - 8)}px`;
     box.style.top = `${y + 16 + box.offsetHeight > height ? Math.max(4, y - box.offsetHeight - 14) : Math.max(4, y + 16)}px`;
   }
 
   function say(i) {
     const node = net.nodes[i];
-    at("said").textContent = `${granary.words.title(node, graph.facts)} ${granary.panel.label(node, graph)}, ${node.effect > 0 ? "excites" : node.effect < 0 ? "suppresses" : "no effect known"}, influence ${granary.show.number(node.weight)}`;
+    at("said").textContent = `${granary.words.title(node, graph.facts)} ${granary.panel.label(node, graph)}, ${node.effect > 0 ? "excites" : node.effect < 0 ? "suppresses" : "no effect known"}, influence ${granary.words.number(node.weight)}`;
   }
 
   // Choose a node, or with shift take it for a supernode; nothing: forget what is chosen.
@@ -252,9 +298,9 @@ granary.graphs = (() => {
   const chooseToken = (stream, number) => lasso(granary.traced.standing(net, vis.mask, stream, number));
 
   async function png() {
-    granary.controls.save(`${graph.name}.png`, await drawing.png());
+    granary.controls.save(`${graph.name}.png`, await drawing.png(granary.words.headline(graph.facts)));
   }
-  const svg = () => granary.controls.save(`${graph.name}.svg`, new Blob([granary.svg.text(drawing.scene(), drawing.marked(), description(), graph.facts)], { type: "image/svg+xml" }));
+  const svg = () => granary.controls.save(`${graph.name}.svg`, new Blob([granary.svg.text(drawing.scene(), drawing.marked(), description(), graph.facts, granary.words.headline(graph.facts))], { type: "image/svg+xml" }));
 
   const firstTarget = () => net.nodes.findIndex((node) => node.target);
   function description() {
@@ -290,13 +336,14 @@ granary.graphs = (() => {
     return {
       "/": () => at("search").focus(), "?": () => at("help").showModal(), t: () => granary.theme.next(), ArrowLeft: () => walk(true, -1), ArrowRight: () => walk(true, 1), ArrowUp: () => walk(false, 1), ArrowDown: () => walk(false, -1),
       Enter: enter, " ": enter, s: () => now() !== null && choose(now(), true), n: followed("near"), d: followed("down"), u: followed("up"), b: followed("both"), p: () => now() !== null && pin(net.nodes[now()].name),
-      g: () => at("group-name")?.focus(), l: () => at("label-text")?.focus(), h: () => granary.traced.nextLook(), v: () => { const other = state.view === "positional" ? "aggregated" : "positional"; if (views[other]) go({ view: other, nodes: null, edges: null }); },
+      g: () => at("group-name")?.focus(), l: () => at("label-text")?.focus(), h: () => granary.traced.nextLook(), v: () => turnTo(state.view === "positional" ? "aggregated" : "positional"),
+      "Shift+ArrowLeft": () => drawing.panBy(60, 0), "Shift+ArrowRight": () => drawing.panBy(-60, 0), "Shift+ArrowUp": () => drawing.panBy(0, 60), "Shift+ArrowDown": () => drawing.panBy(0, -60),
       "+": () => drawing.zoomBy(1.3), "-": () => drawing.zoomBy(1 / 1.3), "0": () => drawing.fit(true),
       Escape: () => (found ? granary.controls.clearSearch() : chosen.size ? forget() : hovered !== null ? hover(null) : state.node && go({ node: null })),
     };
   }
 
-  return { start, state: () => state, network: () => net, visible: () => vis, chosen, hover, choose, row };
+  return { start, state: () => state, network: () => net, visible: () => vis, facts: () => graph.facts, chosen, hover, choose, row };
 })();
 
 (async () => {

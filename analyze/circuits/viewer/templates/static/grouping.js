@@ -1,11 +1,14 @@
 // Supernodes by hand: nodes drawn as one, whose edges are the sums of theirs; edges between members are inside and not drawn.
 "use strict";
 granary.grouping = (() => {
-  // The network with these groups, [{title, names}]; a node belongs to the first group that names it.
+  // Whether a group can be seen in a network: it has all members.  One per token has none of one over tokens, and the other way round.
+  const fits = (net, { names }) => names.every((name) => net.index.has(name));
+
+  // The network with the groups, [{title, names}], that fit it; a node belongs to the first group that names it.
   function applied(net, groups) {
     const of = new Int32Array(net.count).fill(-1);
     const found = [];
-    for (const { title, names } of groups) {
+    for (const { title, names } of groups.filter((group) => fits(net, group))) {
       const members = names.map((name) => net.index.get(name)).filter((i) => i !== undefined && of[i] < 0);
       if (!members.length) continue;
       for (const i of members) of[i] = found.length;
@@ -49,5 +52,5 @@ granary.grouping = (() => {
     };
   }
 
-  return { applied };
+  return { applied, fits };
 })();

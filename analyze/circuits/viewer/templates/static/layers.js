@@ -38,7 +38,7 @@ granary.layers = (() => {
     const top = Math.max(-1, ...net.nodes.map((node) => node.layer)) + 1;
     net.nodes.forEach((node, i) => {
       if (!vis.mask[i]) return;
-      const level = node.kind === "input" || node.kind === "dropped" ? -1 : node.layer < 0 ? top : node.layer;
+      const level = below(node) ? -1 : node.layer < 0 ? top : node.layer;
       if (!levels.has(level)) levels.set(level, { level, rooms: { txt: [], img: [], joint: [] } });
       levels.get(level).rooms[node.stream || (node.kind === "dropped" ? "txt" : "img")].push(i);
     });
@@ -47,6 +47,7 @@ granary.layers = (() => {
     return { bands };
   }
 
+  const below = (node) => node.kind === "input" || node.kind === "dropped" || (node.kind === "group" && node.members.every(below));
   const rows = (list, columns) => Math.ceil(list.length / Math.max(1, columns));
 
   // The numbers of columns of the rooms that make the whole fit the page best.

@@ -5,7 +5,7 @@ granary.painting = (() => {
   const PER_FRAME = 1200; // edges drawn before the page may do something else
 
   // Everything onto a canvas context, in steps.
-  function* render(context, { net, vis, place, looks, labels, straight, order }, t, { width, height }, palette) {
+  function* render(context, { net, vis, place, looks, labels, straight, order, facts }, t, { width, height }, palette) {
     backdrop(context, place, t, width, palette);
     titles(context, place, t, palette);
     const many = vis.edges.length > 1500;
@@ -20,8 +20,9 @@ granary.painting = (() => {
       yield;
     }
     for (const i of order) symbol(context, net.nodes[i], looks[i], place.x[i] * t.k + t.x, place.y[i] * t.k + t.y, t.k, palette);
-    if (place.dx * t.k > 40) for (const i of order) caption(context, i, { net, place, looks, labels }, t, palette, false);
-    else for (const i of order) if (net.nodes[i].target) caption(context, i, { net, place, looks, labels }, t, palette, true);
+    const now = { net, place, looks, labels, facts };
+    const spelt = place.dx * t.k > (place.roomy ? 28 : 40) ? [...order].reverse() : order.filter((i) => net.nodes[i].target);
+    captions(context, spelt, now, t, { width, height }, palette);
   }
 
   function backdrop(context, place, t, width, { wash, line }) {
@@ -82,7 +83,28 @@ granary.painting = (() => {
     context.translate(-x, -y);
   }
 
-  function caption(context, i, { net, place, looks, labels }, t, { ink: words, card }, bold) {
+  // What nodes are called, the first before the next: what would lie over another's words is left out, pointing shows it.
+  function captions(context, list, now, t, { width, height }, palette, main = null) {
+    const boxes = [];
+    for (const i of list) {
+      const [x, y] = [now.place.x[i] * t.k + t.x, now.place.y[i] * t.k + t.y];
+      if (x < -60 || y < -30 || x > width + 60 || y > height + 30) continue;
+      const bold = i === main || now.net.nodes[i].target;
+      const box = caption(context, i, now, t, palette, bold, (mine) => i === main || boxes.every((each) => each.right <= mine.left || each.left >= mine.right || each.bottom <= mine.top || each.top >= mine.bottom));
+      if (box) boxes.push(box);
+    }
+  }
+
+  // Words on one line, or on two where they are long and can be broken.
+  function broken(text) {
+    const places = [...text.matchAll(/[ -]/g)].map(({ index }) => index + 1);
+    if (text.length < 11 || !places.length) return [text];
+    const at = places.reduce((best, each) => (Math.abs(each - text.length / 2) < Math.abs(best - text.length / 2) ? each : best));
+    return [text.slice(0, at).trimEnd(), text.slice(at)];
+  }
+
+  // Draws it where `free` says of its box that it may; the box, or null.
+  function caption(context, i, { net, place, looks, labels, facts }, t, { ink: words, card }, bold, free) {
     const node = net.nodes[i];
     const y = place.y[i] * t.k + t.y + ink.screenRadius(looks[i].radius, t.k) + 9 + (node.kind === "group" ? 3 : 0);
     context.font = `${bold ? 600 : 400} 11px ${ink.FONT}`;
@@ -90,15 +112,21 @@ granary.painting = (() => {
     context.lineWidth = 3;
     context.lineJoin = "round";
     context.strokeStyle = card;
-    const text = granary.words.short(node, labels(node));
+    const lines = broken(granary.words.short(node, labels(node), facts));
     const x = place.x[i] * t.k + t.x;
-    context.strokeText(text, x, y);
+    const half = Math.max(...lines.map((line) => context.measureText(line).width)) / 2;
+    const box = { left: x - half, right: x + half, top: y - 5, bottom: y - 6 + 11 * lines.length };
+    if (!free(box)) return null;
     context.fillStyle = words;
-    context.fillText(text, x, y);
+    lines.forEach((line, k) => {
+      context.strokeText(line, x, y + 11 * k);
+      context.fillText(line, x, y + 11 * k);
+    });
+    return box;
   }
 
   // What is pointed at, over the rest: its edges and nodes, and rings around those that are chosen or pinned.
-  function marked(context, now, { nodes, edges, main, rings }, t, palette) {
+  function marked(context, now, { nodes, edges, main, rings }, t, size, palette) {
     const { net, place, looks } = now;
     context.textBaseline = "middle";
     if (nodes) {
@@ -106,8 +134,9 @@ granary.painting = (() => {
       const straight = edges.length > ink.STRAIGHT;
       ink.runs(net, edges, (run, strength, positive) => strokes(context, { net, place, straight }, run, t, { width: ink.width(strength, 1.3), opacity: Math.max(0.55, ink.opacity(strength, false)), colour: positive ? palette.excite : palette.suppress }));
       for (const i of nodes) symbol(context, net.nodes[i], looks[i], place.x[i] * t.k + t.x, place.y[i] * t.k + t.y, t.k, palette);
-      const spelt = nodes.size <= 40 || place.dx * t.k > 40 ? [...nodes] : [];
-      for (const i of spelt) caption(context, i, now, t, palette, i === main);
+      const spelt = nodes.size <= 40 || place.dx * t.k > (place.roomy ? 28 : 40) ? [...nodes] : [];
+      spelt.sort((a, b) => (b === main) - (a === main) || net.nodes[b].weight - net.nodes[a].weight);
+      captions(context, spelt, now, t, size, palette, main);
     }
     context.lineWidth = 2;
     for (const [i, colour] of rings) {
@@ -118,5 +147,24 @@ granary.painting = (() => {
     }
   }
 
-  return { PER_FRAME, render, marked };
+  // Above a picture that leaves the page: what it is of, and what the colours mean.
+  function heading(context, [target, rest], width, palette) {
+    context.textBaseline = "middle";
+    context.textAlign = "left";
+    context.fillStyle = palette.ink;
+    context.font = `600 13px ${ink.FONT}`;
+    context.fillText(target, 10, 15, width - 230);
+    context.fillStyle = palette.soft;
+    context.font = `12px ${ink.FONT}`;
+    context.fillText(rest, 10, 34, width - 20);
+    [["excites", palette.excite, 205], ["suppresses", palette.suppress, 115]].forEach(([word, colour, from]) => {
+      context.fillStyle = colour;
+      context.fillRect(width - from, 13, 22, 4);
+      context.fillText(word, width - from + 28, 15);
+    });
+    context.fillStyle = palette.soft;
+    context.fillText(granary.words.LEGEND, 10, 51, width - 20);
+  }
+
+  return { PER_FRAME, HEAD: 62, render, marked, heading, broken };
 })();

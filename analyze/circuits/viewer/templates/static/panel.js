@@ -27,17 +27,23 @@ granary.panel = (() => {
     const said = label(node, graph);
     room.replaceChildren(...[
       h("section", { class: "box", id: "node" },
-        h("h2", { tabindex: "-1", id: "node-name" }, granary.words.title(node, graph.facts), h("span", { id: "shown-label" }, said)),
-        h("p", { class: "quiet" }, kind(node, graph)), actions(i, node, state), figures(node, graph), node.members ? members(node, graph) : null),
+        h("h2", { tabindex: "-1", id: "node-name" }, h("bdi", {}, granary.words.title(node, graph.facts)), h("span", { id: "shown-label" }, said && h("bdi", {}, said))),
+        h("p", { class: "quiet" }, kind(node, graph, state)), actions(i, node, state), figures(node, graph), node.members ? members(node, graph) : null),
       edges("What it is made of", "incoming", i, graph, net), edges("What it adds to", "outgoing", i, graph, net),
       dictionary(node, graph) ? labelling(node, graph) : null, dictionary(node, graph) ? examples(node, graph) : null,
     ].filter(Boolean));
   }
 
-  const kind = (node, graph) => [
-    node.target ? "Target. " : "",
-    granary.words.meaning(node) || `Feature ${node.feature} of ${dictionary(node, graph)?.full_name || `the transcoder of ${node.stream}_${node.layer}`}, ${granary.words.STREAMS[node.stream]} stream, block ${node.layer}.`,
+  const kind = (node, graph, state) => [
+    node.target ? `Target${traced(node, graph)}. ` : "",
+    granary.words.meaning(node, state.view === "aggregated") || `Feature ${node.feature} of ${dictionary(node, graph)?.full_name || `the transcoder of ${node.stream}_${node.layer}`}, ${granary.words.STREAMS[node.stream]} stream, block ${node.layer}.`,
   ].join("");
+
+  // Over tokens a target says where it was traced from.
+  function traced(node, graph) {
+    const places = node.token < 0 ? granary.words.tracedAt(node, graph.facts).map((token) => granary.words.place(node.stream, token, graph.facts)) : [];
+    return places.length ? `, traced at ${places.join("; ")}` : "";
+  }
 
   function actions(i, node, state) {
     const pinned = state.pins.includes(node.name);
@@ -48,18 +54,21 @@ granary.panel = (() => {
         node.kind === "group" ? h("button", { type: "button", id: "ungroup", on: { click: () => calls.ungroup(node.term) } }, "Take apart") : null));
   }
 
-  function figures(node, graph) {
+  function figures(node, { facts }) {
+    const targets = facts.targets || [];
+    const pre = targets.reduce((sum, of) => sum + (of.pre ?? NaN), 0);
+    const whole = `${targets.length > 1 ? "the targets' pre-activations, together" : "the target's pre-activation"}${Number.isNaN(pre) ? "" : ` ${granary.words.number(pre)}`}`;
+    const sign = node.effect > 0 ? "excites" : "suppresses";
     const rows = [
-      ["Activation z", node.activation, node.token < 0 ? "the largest over its tokens" : null], ["Pre-activation", node.pre, null], ["Influence on the targets", node.influence, "along all paths, whatever their sign"],
-      ["Effect on the targets", node.target ? NaN : node.effect, node.effect > 0 ? "excites, all paths together" : node.effect < 0 ? "suppresses, all paths together" : null, true],
+      ["Activation z", node.activation, node.token < 0 ? "the largest over its tokens" : null], ["Pre-activation", node.pre, null], ["Influence on the targets", node.influence, "a share, 1 for the target itself: along all paths, whatever their sign"],
+      ["Effect on the targets", node.target ? NaN : node.effect, node.effect ? `of ${whole}: ${sign}, all paths together` : null, true],
       ["Conservation", node.conservation, "what its edges miss of its pre-activation, before any threshold"],
     ].filter(([, value]) => value !== null && value !== undefined && !Number.isNaN(value));
-    if (node.order >= 0) rows.push(["Expanded", node.order === 0 ? "at first" : `as number ${node.order}`, null]);
-    void graph;
-    return h("dl", { class: "rows" }, ...rows.map(([name, value, meaning, sign]) => h("div", {}, h("dt", {}, name), h("dd", {}, typeof value === "string" ? value : sign ? granary.words.signed(value) : show.number(value)), meaning && h("dd", { class: "meaning" }, meaning))));
+    if (node.order >= 0) rows.push(["Expanded", node.order === 0 ? "target" : `as number ${node.order}`, null]);
+    return h("dl", { class: "rows" }, ...rows.map(([name, value, meaning, signed]) => h("div", {}, h("dt", {}, name), h("dd", {}, typeof value === "string" ? value : signed ? granary.words.signed(value) : granary.words.number(value)), meaning && h("dd", { class: "meaning" }, meaning))));
   }
 
-  const members = (node, graph) => h("details", {}, h("summary", {}, `${node.members.length} members`), h("ul", {}, ...node.members.map((each) => h("li", {}, granary.words.title(each, graph.facts)))));
+  const members = (node, graph) => h("details", {}, h("summary", {}, `${node.members.length} members`), h("ul", {}, ...node.members.map((each) => h("li", {}, h("bdi", {}, granary.words.title(each, graph.facts))))));
 
   // The sums of a node's edges by where they come from, then the strongest that excite and that suppress.
   function edges(title, side, i, graph, net) {
@@ -78,8 +87,11 @@ granary.panel = (() => {
       return h("div", { class: positive ? "excites" : "suppresses" }, h("h4", {}, word, h("small", {}, all.length ? ` ${all.length}, together ${granary.words.signed(sum)}` : " nothing")),
         h("ul", { class: "edges" }, ...all.slice(0, LISTED).map((e) => row(far[e], value[e], most, total, graph, net))), more(all, far, value, most, total, graph, net));
     };
-    return h("section", { class: `box ${side}`, id: side }, h("h3", {}, title), incoming ? shares(list, far, value, net) : null, group(true), group(false));
+    return h("section", { class: `box ${side}`, id: side }, h("h3", {}, title), incoming ? shares(list, far, value, net) : null,
+      h("p", { class: "quiet why" }, incoming ? `In units of its pre-activation${own(net.nodes[i])}; a percentage is the edge's part of all that comes in, excitation and suppression alike.` : "Each in units of the pre-activation of the node that it goes to; a percentage is the edge's part of all that goes out."), group(true), group(false));
   }
+
+  const own = (node) => (Number.isNaN(node.pre) ? "" : ` ${granary.words.number(node.pre)}`);
 
   function more(all, far, value, most, total, graph, net) {
     if (all.length <= LISTED) return null;
@@ -93,7 +105,7 @@ granary.panel = (() => {
     const said = label(node, graph);
     const share = total ? show.percent(Math.abs(value) / total) : "";
     return h("li", {}, h("button", { type: "button", class: "edge", "data-node": node.name, on: { click: () => calls.choose(i), pointerenter: () => calls.hover(i), pointerleave: () => calls.hover(null), focus: () => calls.hover(i), blur: () => calls.hover(null) } },
-      h("span", { class: "meter", style: { "--part": `${(100 * Math.abs(value)) / most}%` }, "aria-hidden": "true" }), h("span", { class: "who" }, granary.words.title(node, graph.facts), said ? h("b", {}, ` ${said}`) : null),
+      h("span", { class: "meter", style: { "--part": `${(100 * Math.abs(value)) / most}%` }, "aria-hidden": "true" }), h("span", { class: "who" }, granary.words.title(node, graph.facts), said ? h("b", {}, " ", h("bdi", {}, said)) : null),
       h("span", { class: "value" }, granary.words.signed(value)), h("small", {}, share)));
   }
 
@@ -132,7 +144,7 @@ granary.panel = (() => {
     };
     const said = granary.labels.history(of.name, node.feature).reverse();
     return h("section", { class: "box", id: "labelling" }, h("h3", {}, "Label"), h("form", { on: { submit } }, h("label", {}, h("span", {}, "Text"), text), h("label", {}, h("span", {}, "By"), author), h("button", {}, "Save")), problem,
-      h("ol", { class: "history" }, ...said.map((each) => h("li", {}, h("b", {}, each.text || "(taken away)"), h("small", {}, ` ${each.author}, ${each.time.slice(0, 10)}`)))));
+      h("ol", { class: "history" }, ...said.map((each) => h("li", {}, h("b", {}, h("bdi", {}, each.text || "(taken away)")), h("small", {}, " ", h("bdi", {}, each.author), `, ${each.time.slice(0, 10)}`)))));
   }
 
   // The pictures on which a feature is strongest, where the page stands beside a report.
@@ -163,13 +175,13 @@ granary.panel = (() => {
     const rows = [
       ["Image, step", `${facts.image}, step ${facts.step}${facts.sigma === undefined || facts.sigma === null ? "" : ` (sigma ${show.number(facts.sigma, 4)})`}`], ["Nodes, edges", `${show.whole(net.count)}, ${show.whole(net.edges.source.length)}`],
       ["Expanded", count(totals.expanded)], ["Conservation", totals.conservation === undefined ? null : Number(totals.conservation).toExponential(1)],
-      ["Left out of this page", net.leftOut.edges ? `${show.whole(net.leftOut.nodes)} nodes, ${show.whole(net.leftOut.edges)} edges, the weakest` : null],
+      ["Left out of this page", net.leftOut.edges ? `the weakest: ${show.whole(net.leftOut.nodes)} nodes, ${show.whole(net.leftOut.edges)} edges` : null],
     ].filter(([, value]) => value !== null && value !== undefined);
     const targets = net.nodes.map((node, i) => [node, i]).filter(([node]) => node.target);
     return h("section", { class: "box", id: "about" }, h("h2", {}, targets.length > 1 ? "Targets" : "Target"),
       h("ul", { class: "edges" }, ...targets.slice(0, 12).map(([node, i]) => h("li", {}, h("button", { type: "button", class: "edge", "data-node": node.name, on: { click: () => calls.choose(i), pointerenter: () => calls.hover(i), pointerleave: () => calls.hover(null) } },
-        h("span", { class: "who" }, granary.words.title(node, facts), label(node, graph) ? h("b", {}, ` ${label(node, graph)}`) : null), h("span", { class: "value" }, Number.isNaN(node.pre) ? "" : `pre ${show.number(node.pre)}`))))),
-      h("dl", { class: "rows" }, ...rows.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))), traced(totals.shares?.paths), targets.length ? madeOf(targets[0][1], net, targets.length > 1) : null,
+        h("span", { class: "who" }, granary.words.title(node, facts) + (traced(node, graph)), label(node, graph) ? h("b", {}, " ", h("bdi", {}, label(node, graph))) : null), h("span", { class: "value" }, Number.isNaN(node.pre) ? "" : `pre ${granary.words.number(node.pre)}`))))),
+      h("dl", { class: "rows" }, ...rows.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))), tracedBack(totals.shares?.paths), targets.length ? madeOf(targets[0][1], net, targets.length > 1) : null,
       h("p", { class: "quiet" }, "Choose a node to see what it is made of."));
   }
 
@@ -179,7 +191,7 @@ granary.panel = (() => {
   }
 
   // Where the pre-activation comes from along all paths of the whole graph, as shares that add up to 1.
-  function traced(paths) {
+  function tracedBack(paths) {
     if (!paths) return null;
     const names = { img: "image inputs", txt: "text inputs", error: "errors", bias: "biases", rest: "other features", dropped: "dropped" };
     const rows = Object.entries(paths).filter(([, share]) => share !== 0).sort(([, a], [, b]) => Math.abs(b) - Math.abs(a)).map(([key, share]) => ({ name: names[key] || key, up: Math.max(0, share), down: Math.max(0, -share), said: `${share < 0 ? "−" : "+"}${show.percent(Math.abs(share))}` }));

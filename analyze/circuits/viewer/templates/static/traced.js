@@ -20,7 +20,10 @@ granary.traced = (() => {
     const [rows, columns] = facts.grid;
     const frame = h("div", { class: "frame", id: "traced-frame", style: { "aspect-ratio": `${columns} / ${rows}` } });
     if (contents.pictures.there) frame.append(h("img", { src: show.picture(facts.image, contents), alt: `Traced image ${facts.image}: “${show.short(facts.prompt || "", 160)}”`, on: { load: (event) => (frame.style.aspectRatio = `${event.target.naturalWidth} / ${event.target.naturalHeight}`) } }));
-    else frame.classList.add("plain");
+    else {
+      frame.classList.add("plain");
+      frame.append(h("p", { class: "quiet", id: "no-picture" }, `No picture here: ${contents.pictures.without}; cells are tokens, ${rows} × ${columns}.`));
+    }
     frame.append(h("div", { class: "heat-room" }), h("div", { class: "cells" }), h("div", { class: "pointed", hidden: true }));
     const cell = (event) => {
       const box = frame.getBoundingClientRect();
@@ -77,10 +80,11 @@ granary.traced = (() => {
     last = [node, net];
     const { facts } = graph;
     const frame = room.querySelector("#traced-frame");
-    const spots = (stream) => new Set(node ? (node.members || [node]).filter((each) => each.stream === stream && each.token >= 0).map((each) => each.token) : []);
+    const spots = (stream) => new Set(node ? (node.members || [node]).filter((each) => each.stream === stream).flatMap((each) => (each.token >= 0 ? [each.token] : granary.words.tracedAt(each, facts))) : []);
     const image = node ? values(node, "img") : new Float32Array(0);
     const hottest = Math.max(0, ...image);
     frame.classList.toggle("heated", hottest > 0 && look !== "none" && graph.contents.pictures.there);
+    room.querySelector("#no-picture")?.toggleAttribute("hidden", hottest > 0 && look !== "none");
     frame.querySelector(".heat-room").replaceChildren(...(hottest > 0 && look !== "none" ? [granary.heat.canvas(image, facts.grid, hottest, look === "smooth")] : []));
     frame.querySelector(".cells").replaceChildren(...[...spots("img")].slice(0, 400).map((token) => cellBox(token, "cell")));
     words(node ? values(node, "txt") : new Float32Array(0), spots("txt"));
@@ -95,9 +99,11 @@ granary.traced = (() => {
   function caption(node, hottest) {
     const line = room.querySelector("#traced-caption");
     if (!node) return line.replaceChildren("Point at a node to see where it is active; point at the picture to see which nodes stand there.");
-    const stands = node.token >= 0 ? `, at ${granary.words.place(node.stream, node.token, graph.facts)}` : "";
+    const { place, tracedAt } = granary.words;
+    const traced = tracedAt(node, graph.facts).map((token) => place(node.stream, token, graph.facts));
+    const stands = node.token >= 0 ? `, at ${place(node.stream, node.token, graph.facts)}` : traced.length ? `, traced at ${traced.join("; ")}` : "";
     const what = node.kind === "feature" ? "z" : node.members ? "z, members alike" : "weight";
-    line.replaceChildren(`${granary.words.title({ ...node, token: -1 }, graph.facts)}${stands}${hottest > 0 && !node.members ? `: ${what} up to ${show.number(hottest)}` : ""}`);
+    line.replaceChildren(`${granary.words.title({ ...node, token: -1 }, graph.facts)}${stands}${hottest > 0 && !node.members ? `: ${what} up to ${granary.words.number(hottest)}` : ""}`);
   }
 
   // The prompt, token by token; tokens of padding together.
@@ -109,9 +115,9 @@ granary.traced = (() => {
     const piece = (token, text) => h(strength(token) > 0.02 ? "mark" : "span", {
       class: spots.has(token) ? "spot" : null, style: { "--heat": strength(token).toFixed(2) }, title: `text token ${token}`,
       on: { pointerenter: () => calls.token("txt", token), pointerleave: () => calls.token(null), click: () => calls.chooseToken("txt", token) },
-    }, text);
+    }, h("bdi", {}, text));
     line.replaceChildren();
-    if (!pieces.length) line.append(h("span", {}, prompt ? `“${prompt}” ` : ""));
+    if (!pieces.length) line.append(h("span", {}, ...(prompt ? ["“", h("bdi", {}, prompt), "” "] : [])));
     pieces.forEach((text, token) => {
       if (text.startsWith(" ") && token > 0) line.append(" ");
       line.append(piece(token, text.trimStart() || "␣"));
