@@ -6,7 +6,8 @@
 Ours is `FrozenModel.attribute` on the nodes of a graph in batches, and `expand`, which also ranks nodes and writes the graph's tables.
 The reference's way (`bench.reference_circuits`) runs the patched transformer forward to its end and backward for every node, with
 P stored, MLP outputs cached and nothing moved between devices; its edges must be ours.  Both take every edge, in float32; seconds
-are per expanded node, edges included, by turns, in one run.
+are per expanded node, edges included, by turns, in one run.  Each model has a graph of 40 nodes in batches of 10, as `analyze graph`
+makes it when nothing is said, and a larger one in larger batches, for what a sweep costs whatever is in it is shared by its batch.
 
 The floor is the counted operations (`bench.circuit_cases.operations`) at the rate of a plain product of square matrices, measured
 here as well.  What was measured is kept as JSON too.  At full FLUX dimensions on a GPU: `python bench/gpu_circuits.py`.
@@ -61,16 +62,22 @@ class BenchSettings:
 
     only: str = "tiny,random"
     """parts to measure: tiny, random"""
-    nodes: int = 40
-    """nodes that a graph expands; of the random model's the reference traces 8"""
-    batch: int = 10
-    """nodes that are expanded at once; all at once is measured as well"""
+    sizes: str = "40:10,200:50"
+    """graphs, each as NODES:BATCH: how many nodes it expands, and how many at once; all at once is measured as well.  Of the random
+    model's nodes the reference traces 8."""
     out: Path = Path("build/bench-circuits.json")
     """where the figures are kept"""
 
     def __post_init__(self) -> None:
         if odd := [part for part in self.only.split(",") if part not in PARTS]:
             raise UsageError(f"--only {self.only!r}: there is no {odd[0]!r}; there are {', '.join(PARTS)}")
+        if not re.fullmatch(r"[1-9]\d*:[1-9]\d*(,[1-9]\d*:[1-9]\d*)*", self.sizes):
+            raise UsageError(f"--sizes {self.sizes!r}: write NODES:BATCH, such as 40:10,200:50")
+
+    @property
+    def graphs(self) -> list[tuple[int, int]]:
+        """Nodes and batch of each graph."""
+        return [(int(nodes), int(batch)) for nodes, batch in (each.split(":") for each in self.sizes.split(","))]
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,8 @@ def run(settings: BenchSettings) -> None:
         print(f"\n== {part}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             subject = make(Path(folder))
-            found[part] = group(comparisons(subject, settings.nodes, settings.batch, rate), goal)
+            lines = (c for nodes, batch in settings.graphs for c in comparisons(subject, nodes, batch, rate))
+            found[part] = group(lines, goal)
         found[f"{part}_facts"] = subject.facts
         print(
             "; ".join(
@@ -136,14 +144,16 @@ def comparisons(subject: Subject, count: int, batch: int, rate: float) -> Iterat
     model.attribute([target])
     subject.facts["first target, model read"] = f"{time.perf_counter() - begun:.2f} s"
     graph = grown(model, target, count, batch)
-    subject.facts["memory"] = f"{(_peak() - before) / 1e6:.0f} MB beyond the trace at --memory {MEMORY >> 20} MB"
+    taken = f"{(_peak() - before) / 1e6:.0f} MB beyond what was held, at --memory {MEMORY >> 20} MB"
+    subject.facts[f"memory of {count} nodes"] = taken
     nodes = expanded(graph)
     some = evenly(nodes, subject.sample)
-    subject.facts.update(nodes=len(nodes), edges=len(graph.edges))
+    subject.facts[f"edges of {len(nodes)} nodes"] = len(graph.edges)
     sizes = list(dict.fromkeys((batch, len(nodes))))
     ours = [partial(in_batches, model, nodes, size) for size in sizes] + [partial(grown, model, target, count, batch)]
     with subject.reference.patched():
-        subject.facts["greatest error"] = greatest_error(model, subject.reference, some)
+        worst = max(greatest_error(model, subject.reference, some), subject.facts.get("greatest error", 0.0))
+        subject.facts["greatest error"] = worst
         *times, theirs = all_by_turns([*ours, partial(one_by_one, subject.reference, some)], subject.rounds)
     active = {site: len(model.active(site).token) for site in model.sites}
     its = work_of(subject.case, some, active, 1).reference
