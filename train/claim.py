@@ -1,6 +1,6 @@
-"""Where a training may write: in no store and no pack, and alone.
+"""Where a program may write: in no store and no pack, and alone.
 
-A lock on a file beside OUT keeps a second training out; the kernel frees it when its holder ends, however it ends.
+A lock on a file beside OUT keeps a second one out; the kernel frees it when its holder ends, however it ends.
 """
 
 import fcntl
@@ -17,19 +17,20 @@ LOCK = ".lock"
 
 
 @contextmanager
-def claimed(out: Path, runs: Path) -> Iterator[None]:
-    """Inside, no other training writes into `out`; `StoreError` when one does.  The lock is a file in `runs`, which stays."""
+def claimed(out: Path, runs: Path, another: str = "training writes into") -> Iterator[None]:
+    """Inside, nobody else does so: `StoreError`, "another training writes into OUT", when one does.
+
+    The lock is a file in `runs`, which stays.
+    """
     runs.mkdir(parents=True, exist_ok=True)
     file = os.open(runs / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StoreError(
-                f"another training writes into {out}: wait until it ends, or choose another --out"
-            ) from None
+            raise StoreError(f"another {another} {out}: wait until it ends, or choose another --out") from None
         except OSError as error:
-            print(f"note: {runs} cannot be locked ({error.strerror}): start no second training with --out {out}")
+            print(f"note: {runs} cannot be locked ({error.strerror}): start no second one with --out {out}")
         yield
     finally:
         os.close(file)

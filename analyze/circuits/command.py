@@ -21,7 +21,7 @@ import torch
 
 from analyze.circuits.exchange import write_exports
 from analyze.circuits.experiments import Made, device_of, make_all
-from analyze.circuits.folders import check_claim, check_dictionaries, claim, graph_folders, held, threads_of
+from analyze.circuits.folders import check_claim, check_dictionaries, claim, graph_folders, threads_of
 from analyze.circuits.inquiry import Inquiry, open_inquiry, sites_below
 from analyze.circuits.planning import announce, memory_note
 from analyze.circuits.settings import GraphSettings
@@ -32,6 +32,7 @@ from store.files import write_json
 from store.layout import runs_folder
 from store.sizes import many
 from store.tables import write_table
+from train.claim import claimed
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def run(settings: GraphSettings) -> GraphsMade:
     announce(inquiry)
     if settings.plan:
         return GraphsMade((), summary_table([]), time.monotonic() - started)
-    with held(settings.out):
+    with claimed(settings.out, runs_folder(settings.out), "process makes graphs in"):
         record = _check_out(inquiry)  # another process may have had the lock
         claim(settings.out, record)
         with _threads(record["settings"]["threads"]):

@@ -11,11 +11,8 @@ A graph's folder holds its tables per token, `positional.json`, `aggregated/` (o
 in DifFRACT's form).  `facts.json` comes last: a folder without it is made again.
 """
 
-import fcntl
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +20,8 @@ import numpy as np
 
 from analyze.circuits.exchange import difract
 from analyze.circuits.graph import Graph
-from store.errors import ForeignError, MismatchError, StoreError, UsageError
+from store.errors import ForeignError, MismatchError, UsageError
 from store.files import is_temporary, publish, read_json, write_json
-from store.layout import runs_folder
 from store.sizes import human_size
 from train.claim import refuse_place
 
@@ -129,26 +125,6 @@ def claim(out: Path, record: Mapping[str, Any]) -> None:
     said = {"format": FORMAT, "version": VERSION, **record}
     if not (out / RUN).exists() or read_json(out / RUN) != said:
         write_json(out / RUN, said)
-
-
-@contextmanager
-def held(out: Path) -> Iterator[None]:
-    """Nobody else makes graphs in `out` meanwhile; `StoreError` when somebody does.  What is killed holds nothing any more."""
-    runs = runs_folder(out)
-    runs.mkdir(parents=True, exist_ok=True)
-    file = os.open(runs / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StoreError(
-                f"another process makes graphs in {out}: wait until it ends, or choose another --out"
-            ) from None
-        except OSError as error:
-            print(f"note: {runs} cannot be locked ({error.strerror}): start no second run with --out {out}")
-        yield
-    finally:
-        os.close(file)
 
 
 def is_done(folder: Path, asked: list[str], dictionaries: Mapping[str, str]) -> bool:
