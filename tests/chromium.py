@@ -46,6 +46,35 @@ def wait(what: Callable[[], Any], seconds: float = 15.0) -> Any:
         time.sleep(0.02)
 
 
+class Page:
+    """A page of ours seen through a browser, at an address below which its files lie."""
+
+    def __init__(self, browser: Any, address: str, folder: Path) -> None:
+        self.browser, self.address, self.folder = browser, address, folder
+
+    def open(self, place: str = "") -> float:
+        """Open a view afresh, as somebody does who was sent the link; seconds until it is there."""
+        self.browser.get("about:blank")
+        started = time.monotonic()
+        self.browser.get(self.address + place)
+        wait(self.is_there)
+        return time.monotonic() - started
+
+    def is_there(self) -> bool:
+        """Whether everything is shown."""
+        return bool(self.js("return document.documentElement.dataset.ready") == "yes")
+
+    def js(self, script: str, *values: Any) -> Any:
+        """What a script returns."""
+        return self.browser.execute_script(script, *values)
+
+    def press(self, keys: str) -> None:
+        """Type, wherever the focus is."""
+        from selenium.webdriver.common.action_chains import ActionChains
+
+        ActionChains(self.browser).send_keys(keys).perform()
+
+
 READING_PIXELS = "Multiple readback operations using getImageData"
 """said of canvases whose pixels these tests read (no page does), whichever page is open by then"""
 

@@ -27,7 +27,7 @@ from store import Store
 from store.errors import MismatchError, UsageError
 from store.labels import Label
 from tests.analyze_planted import Plan
-from tests.chromium import chromium, complaints, contrast, wait
+from tests.chromium import Page, chromium, complaints, contrast, wait
 from tests.synthetic_analysis import synthetic_analysis
 from tests.synthetic_graphs import graph_of, random_graph, write_graphs
 from tests.test_report_browser import COLOUR, Quiet, emulate
@@ -47,30 +47,14 @@ TIMED = """
 """
 
 
-class Pages:
+class Pages(Page):
     """A page of graphs seen through a browser."""
 
-    def __init__(self, browser: Any, address: str, folder: Path) -> None:
-        self.browser, self.address, self.folder = browser, address, folder
-
-    def open(self, place: str = "") -> float:
-        """Open a link afresh; seconds until everything is there."""
-        self.browser.get("about:blank")
-        started = time.monotonic()
-        self.browser.get(self.address + place)
-        wait(lambda: self.js("return document.documentElement.dataset.ready") == "yes")
-        wait(lambda: self.js("return Number(document.getElementById('canvas').dataset.painted) > 0"))
-        return time.monotonic() - started
-
-    def js(self, script: str, *values: Any) -> Any:
-        """What a script returns."""
-        return self.browser.execute_script(script, *values)
-
-    def press(self, keys: str) -> None:
-        """Type, wherever the focus is."""
-        from selenium.webdriver.common.action_chains import ActionChains
-
-        ActionChains(self.browser).send_keys(keys).perform()
+    def is_there(self) -> bool:
+        """Whether everything is drawn, too."""
+        return super().is_there() and bool(
+            self.js("return Number(document.getElementById('canvas').dataset.painted) > 0")
+        )
 
     def point(self, name: str, click: bool = False, shift: bool = False) -> None:
         """Move the mouse onto a node, and click it."""

@@ -16,7 +16,7 @@ from analyze.report import building as report
 from analyze.report.building import Report
 from analyze.report.settings import ReportSettings
 from tests.analyze_planted import Plan
-from tests.chromium import chromium, complaints, contrast, wait
+from tests.chromium import Page, chromium, complaints, contrast, wait
 from tests.synthetic_analysis import synthetic_analysis
 
 pytestmark = pytest.mark.browser
@@ -46,29 +46,8 @@ class Quiet(SimpleHTTPRequestHandler):
         """Nothing."""
 
 
-class Pages:
-    """A report seen through a browser, at an address below which its files lie."""
-
-    def __init__(self, browser: Any, address: str, folder: Path) -> None:
-        self.browser, self.address, self.folder = browser, address, folder
-
-    def open(self, place: str = "") -> float:
-        """Open a view afresh, as somebody does who was sent the link; seconds until it is there."""
-        self.browser.get("about:blank")
-        started = time.monotonic()
-        self.browser.get(self.address + place)
-        wait(lambda: self.js("return document.documentElement.dataset.ready") == "yes")
-        return time.monotonic() - started
-
-    def js(self, script: str, *values: Any) -> Any:
-        """What a script returns."""
-        return self.browser.execute_script(script, *values)
-
-    def press(self, keys: str) -> None:
-        """Type, wherever the focus is."""
-        from selenium.webdriver.common.action_chains import ActionChains
-
-        ActionChains(self.browser).send_keys(keys).perform()
+class Pages(Page):
+    """A report seen through a browser."""
 
     def rows(self) -> list[list[str]]:
         """The texts of the table's rows that are drawn."""
