@@ -15,6 +15,10 @@ Stream = Literal["img", "txt", "joint"]
 Kind = Literal["double", "single"]
 Point = Literal["mlp_in", "mlp_out"]
 POINTS: tuple[Point, ...] = get_args(Point)
+DIGITS = 18
+"""of a number that is written in a range, at most"""
+MOST_LAYERS = 10_000
+"""a transformer is not taken to have more"""
 
 
 @dataclass(frozen=True, order=True)
@@ -50,7 +54,12 @@ def parse_sites(text: str) -> tuple[Site, ...]:
         match = re.fullmatch(r"(img|txt|joint)_(\d+)(?:-(\d+))?", word.strip())
         if match is None:
             raise UsageError(f"{word.strip()!r} in {text!r} names no sites: write for example img_0-3,txt_6")
-        for layer in _span(match[2], match[3], text):
+        layers = _span(match[2], match[3], text)
+        if layers[-1] >= MOST_LAYERS:  # before they are counted out
+            raise UsageError(
+                f"{word.strip()!r} in {text!r} names layer {layers[-1]}: layers go up to {MOST_LAYERS - 1}"
+            )
+        for layer in layers:
             found[Site.parse(f"{match[1]}_{layer}")] = None
     return tuple(found)
 
@@ -78,14 +87,24 @@ def parse_numbers(text: str, count: int, what: str) -> tuple[int, ...]:
             raise UsageError(
                 f"{word.strip()!r} in {text!r} is no {what}: write numbers and ranges such as 0-3,7, or all"
             )
-        found.update(_span(match[1], match[2], text))
-    beyond = sorted(number for number in found if number >= count)
-    if beyond:
-        raise UsageError(f"there is no {what} {spans(beyond)}: there are {count}, 0 to {count - 1}")
+        asked = _span(match[1], match[2], text)
+        if asked[-1] >= count:  # before they are counted out: 0-99999999999 would take all memory
+            low, high = max(asked[0], count), asked[-1]
+            span = str(low) if low == high else f"{low}-{high}"
+            raise UsageError(f"there is no {what} {span}: {_there(count)}")
+        found.update(asked)
     return tuple(sorted(found))
 
 
+def _there(count: int) -> str:
+    return f"there are {count}, 0 to {count - 1}" if count else "there are none"
+
+
 def _span(first: str, last: str | None, text: str) -> range:
+    if max(len(first), len(last or "")) > DIGITS:
+        raise UsageError(
+            f"{first if last is None else f'{first}-{last}'} in {text!r} has a number of more than {DIGITS} digits"
+        )
     low, high = int(first), int(last if last is not None else first)
     if high < low:
         raise UsageError(f"the range {first}-{last} in {text!r} runs backwards: write {last}-{first}")

@@ -71,6 +71,14 @@ def traced_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return traced_folder(tmp_path_factory.mktemp("traced"))
 
 
+@pytest.fixture(scope="session")
+def graph_pages(tmp_path_factory: pytest.TempPathFactory) -> object:
+    """A page of two graphs, and a report beside which they stand, too; never written to."""
+    from tests.graph_pages import Fixture
+
+    return Fixture(tmp_path_factory.mktemp("graphs"))
+
+
 @pytest.fixture
 def packs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A train and a val pack to learn from in a second; made once a session, never written to."""

@@ -9,7 +9,7 @@ import pyarrow as pa
 from analyze.circuits.compaction import summed_edges
 from analyze.circuits.frozen import Active, Attribution, FrozenModel, Target
 from analyze.circuits.graph import NODES, Graph
-from analyze.circuits.influence import with_influence
+from analyze.circuits.influence import CONSTANT, with_influence
 from analyze.circuits.nodes import Node
 from store.sites import Site, Stream
 
@@ -52,6 +52,33 @@ def without_token(name: str) -> str:
     """The name in an aggregated graph, by the look of it."""
     name = re.sub(r"_p\d+", "", name)
     return re.sub(r"_L\d+", "", name) if name.startswith("input") else name
+
+
+def reference_form(graph: Graph) -> Graph:
+    """The graph as DifFRACT would make it: rests are errors of their place, constants and what was dropped are left out.
+
+    Influence and effect are computed anew, among what is left.
+    """
+    nodes = [Node.parse(name) for name in graph.names]
+    renamed = [Node("error", node.site, node.token).name if node.kind == "rest" else node.name for node in nodes]
+    known = set(graph.names)
+    stays = [
+        node.kind not in CONSTANT and (node.kind != "rest" or name not in known)
+        for node, name in zip(nodes, renamed, strict=True)
+    ]
+    rows = np.flatnonzero(stays)
+    place = {renamed[row]: number for number, row in enumerate(rows.tolist())}
+    to = np.asarray([place.get(name, -1) for name in renamed], dtype=np.int64)
+    table = graph.nodes.take(pa.array(rows))
+    for column, values in (
+        ("name", [renamed[row] for row in rows.tolist()]),
+        ("kind", [Node.parse(renamed[row]).kind for row in rows.tolist()]),
+    ):
+        table = table.set_column(table.schema.get_field_index(column), table.schema.field(column), pa.array(values))
+    source, target = to[graph.sources], to[graph.targets]
+    there = (source >= 0) & (target >= 0)
+    merged = summed_edges(source[there], target[there], graph.attributions[there])
+    return with_influence(Graph(table, merged, graph.facts))
 
 
 class PlantedModel(FrozenModel):

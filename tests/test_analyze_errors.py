@@ -19,6 +19,7 @@ from analyze.__main__ import main
 from store.files import json_bytes, write_json
 from tests.analyze_planted import MODEL, Plan, planted_dictionaries, planted_store, reading_dictionary
 from tests.object_server import tree
+from tests.scenes import Place
 from train.dictionaries.checkpoint import save_dictionary
 from train.dictionaries.config import Parent
 
@@ -29,23 +30,10 @@ LABEL = "label --dictionaries DICTIONARIES --author ada"
 
 
 @dataclass
-class Scene:
+class Scene(Place):
     """Copies of a store, its dictionaries and their scores, to be damaged; `words` are what a command line says."""
 
-    folder: Path
     patch: pytest.MonkeyPatch
-
-    @property
-    def store(self) -> Path:
-        return self.folder / "store"
-
-    @property
-    def dictionaries(self) -> Path:
-        return self.folder / "dictionaries"
-
-    @property
-    def out(self) -> Path:
-        return self.folder / "out"
 
     def dictionary(self, site: str = "img_0", **options: Any) -> None:
         """Put a dictionary in the place of that of its site."""

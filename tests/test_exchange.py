@@ -8,9 +8,11 @@ from typing import Any
 
 import networkx as nx
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from analyze.circuits import exchange
+from analyze.circuits.aggregation import aggregate
 from analyze.circuits.exchange import circuit_tracer, difract, graphml
 from analyze.circuits.graph import Graph
 from store.errors import ForeignError, UsageError
@@ -109,6 +111,16 @@ def test_difracts_form_adds_rests_to_errors_and_keeps_constants_apart(small: Gra
     assert said["target"]["encoder_bias"] == 0.5
     assert said["stats"]["attribution_sum"] == 0.5 - 0.25 + 0.5 + 1.0
     assert (said["stats"]["num_nodes"], said["stats"]["num_edges"]) == (len(said["nodes"]), len(said["edges"]))
+
+
+def test_difracts_form_says_the_preactivation_at_the_targets_own_token(tmp_path: Path) -> None:
+    other = TARGET.replace("p4", "p5")
+    graph = graph_of([*EDGES, (other, "feature_L3_img_p4_f1", 1.0)], [TARGET], FACTS, {TARGET: 2.0})
+    rows = graph.nodes.to_pylist()
+    next(row for row in rows if row["name"] == other)["pre"] = 7.0  # expanded, too
+    graph = Graph(pa.Table.from_pylist(rows, schema=graph.nodes.schema), graph.edges, graph.facts)
+    target = difract.content(aggregate(graph))["target"]
+    assert (target["position"], target["preactivation"]) == (4, 2.0)
 
 
 def test_difracts_form_is_refused_for_a_graph_with_tokens(small: Graph, tmp_path: Path) -> None:

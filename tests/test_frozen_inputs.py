@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from analyze.circuits.expansion import expand
 from analyze.circuits.frozen import FrozenModel, Member, Target, perturbed
 from analyze.circuits.nodes import Node
+from analyze.circuits.terms import head_groups
 from analyze.circuits.trace import Trace, stored_trace
 from analyze.circuits.transcoders import frozen_transcoders
-from store.errors import DamagedError, MismatchError, UsageError
+from store.errors import DamagedError, MismatchError, NonFiniteError, UsageError
 from store.sites import Site
 from tests.circuit_oracle import hand_made, random_transcoders
 from tests.small_store import SmallStore
@@ -145,8 +147,9 @@ def test_a_trace_without_bias_vectors_is_one_with_zeros() -> None:
 def test_each_block_of_a_trace_is_read_once_on_the_way_down(monkeypatch: pytest.MonkeyPatch) -> None:
     """Though preparing a block needs what enters the one above."""
     source, reads = hand_made(2, n_blocks=5), Counter[int]()
-    model, read = FrozenModel(Trace(source), random_transcoders(2, 5, 12), 20_000), source.block
+    read = source.block
     monkeypatch.setattr(type(source), "block", lambda _, layer: reads.update([layer]) or read(layer))
+    model = FrozenModel(Trace(source), random_transcoders(2, 5, 12), 20_000)
     for layer in range(4, -1, -1):
         model._block(layer)
     assert reads == dict.fromkeys(range(5), 1)
@@ -182,3 +185,30 @@ def test_what_is_below_a_threshold_that_all_reach_is_nothing(model: FrozenModel)
     ]
     least = np.abs(model.attribute(targets).value)
     assert (model.attribute(targets, float(least[least > 0].min())).below == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "remedy"), [(torch.float32, "try --dtype float64"), (torch.float64, "in float64: check")]
+)
+def test_what_is_not_finite_is_refused_by_the_name_of_its_target(dtype: torch.dtype, remedy: str) -> None:
+    source = hand_made(1, n_blocks=2)
+    model = FrozenModel(Trace(source, dtype), random_transcoders(1, 2, 12))
+    site = model.sites[-1]
+    token, feature = int(model.active(site).token[0]), int(model.active(site).feature[0])
+    source.blocks[0]["resid.txt"][0, 0] = np.inf
+    model = FrozenModel(Trace(source, dtype), random_transcoders(1, 2, 12))
+    with pytest.raises(NonFiniteError, match=rf"{site}:{token}:{feature}: what feeds it is not finite .*{remedy}"):
+        expand(model, [Target((Member(site, token, feature),))], "influence", 3, 2, 1e-4)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("memory", [0, 500, 2_000, 10_000, 1 << 30])
+def test_heads_and_rows_are_each_in_one_group_and_within_memory(heads: int, memory: int) -> None:
+    tokens, size, beside = 10, 4, 100
+    row, groups = 2 * tokens * size, head_groups(heads, tokens, size, beside, memory)
+    assert [head for group, _ in groups for head in range(heads)[group]] == list(range(heads))
+    for group, parts in groups:
+        assert [each for part in parts for each in range(tokens)[part]] == list(range(tokens))
+        here = len(range(heads)[group])
+        least = here == 1 and all(len(range(tokens)[part]) == 1 for part in parts)
+        assert least or here * (max(len(range(tokens)[part]) for part in parts) * row + beside) <= memory

@@ -13,7 +13,6 @@ import safetensors.numpy
 import torch
 
 from analyze.circuits.aggregation import aggregate
-from analyze.circuits.compaction import reference_form
 from analyze.circuits.expansion import expand
 from analyze.circuits.frozen import FrozenModel, Member, Target
 from analyze.circuits.graph import Graph
@@ -24,7 +23,7 @@ from analyze.circuits.trace import Trace, stored_trace
 from analyze.circuits.transcoders import frozen_transcoders
 from harvest import HarvestSettings, run
 from store import Site, Store, open_store
-from tests.small_graphs import named_edges
+from tests.small_graphs import named_edges, reference_form
 from train.dictionaries.collection import load_dictionaries
 
 FOLDER = Path(__file__).parent / "golden" / "circuit_a"

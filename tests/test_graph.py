@@ -10,15 +10,15 @@ import pyarrow as pa
 import pytest
 
 from analyze.circuits.aggregation import aggregate
-from analyze.circuits.compaction import Edges, compact, edge_table, reference_form
+from analyze.circuits.compaction import Edges, compact, edge_table
 from analyze.circuits.graph import NODES, Graph
 from analyze.circuits.influence import effect, influence, shares, with_influence
 from analyze.circuits.nodes import Node
 from analyze.circuits.pruning import prune
 from analyze.circuits.ranking import Explored, best, flow, scores
 from analyze.circuits.sources import decode, encode
-from store.errors import ForeignError, UsageError
-from tests.small_graphs import Edge, graph_of, named_edges, without_token
+from store.errors import ForeignError, NonFiniteError, UsageError
+from tests.small_graphs import Edge, graph_of, named_edges, reference_form, without_token
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "circuit_a" / "golden_graph.json").read_text())
 TARGET = "feature_L3_img_p12_f66"
@@ -204,6 +204,12 @@ def test_edges_in_a_circle_are_refused() -> None:
     ends = np.asarray([0, 1]), np.asarray([1, 0])
     with pytest.raises(ForeignError, match="circle"):
         flow(*ends, np.ones(2), np.asarray([1.0, 0.0]))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_edges_that_are_no_numbers_are_not_taken_for_a_circle(value: float) -> None:
+    with pytest.raises(NonFiniteError, match="not finite"):
+        flow(np.asarray([1, 2]), np.asarray([0, 1]), np.asarray([value, 0.0]), np.asarray([1.0, 0.0, 0.0]))
 
 
 # --- ranking ------------------------------------------------------------------------------------------------------

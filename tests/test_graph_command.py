@@ -1,9 +1,12 @@
 """`analyze graph` on traces of tiny-flux: what it makes, that it goes on where it stopped, that it checks itself, that FLUX is not run."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,12 @@ from analyze.circuits.frozen import perturbed
 from analyze.circuits.graph import NODES, Graph
 from analyze.circuits.inquiry import open_inquiry
 from analyze.circuits.settings import GraphSettings
+from analyze.circuits.summary import Labels, rows_of_others
 from analyze.circuits.targets import Ask
 from analyze.circuits.trace import stored_trace
+from analyze.labels.book import LabelBook
 from store import Site, Store, open_store
-from store.errors import GranaryError
+from store.errors import DamagedError, ForeignError, GranaryError
 from tests.object_server import tree
 from train.dictionaries.collection import load_dictionaries
 
@@ -150,18 +155,75 @@ def test_a_csv_makes_a_graph_of_each_row_and_group_and_its_columns_are_carried(
 
 
 def test_summary_page_and_what_is_gathered_hold_all_graphs_of_out_whichever_run_made_them(
-    graph: Callable[..., GraphsMade], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    graph: Callable[..., GraphsMade], traced_flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    shutil.copytree(traced_flux / "dictionaries", tmp_path / "dictionaries")
+    graph = partial(graph, dictionaries=tmp_path / "dictionaries")
     first = write_csv(tmp_path / "a.csv", "1,3,img_2,max,3,0.5,")
     graph(targets=first, page=True)
+    book = LabelBook.of(tmp_path / "dictionaries" / "transcoder_img_2")
+    book.set(3, "round", "Ada", datetime(2026, 1, 1, tzinfo=UTC))
+    book.save()
     made = graph(targets=write_csv(tmp_path / "b.csv", "0,1,img_1,max,3,0.25,"), page=True)
     assert len(made.made) == 1
+    assert made.summary["label"].to_pylist() == [None, "round"], "of a site above those that this run needs"
+    assert "round" in (tmp_path / "g" / "page" / "data" / "labels.js").read_text()
     assert [(row["image"], row["score"]) for row in made.summary.to_pylist()] == [(0, "0.25"), (1, "0.5")]
     assert [len(list((tmp_path / "g" / place).glob("*"))) for place in ("graphs", "page/data/graphs")] == [2, 2]
     assert "g holds 2 in all -> " in capsys.readouterr().out
     graph(targets=write_csv(tmp_path / "c.csv", "0,3,img_1,max,3,0.25,"))
     assert not (tmp_path / "g" / "index.html").exists(), "it would lack the new graph"
     assert capsys.readouterr().out.rstrip().endswith("/g")
+
+
+def test_one_damaged_graph_is_told_and_left_out_and_keeps_no_other_from_being_made(
+    graph: Callable[..., GraphsMade], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = write_csv(tmp_path / "a.csv", "1,3,img_2,max,3,0.5,")
+    name = graph(targets=first, page=True).summary["name"][0].as_py()
+    folder = tmp_path / "g" / "graphs" / name
+    whole = tree(folder)
+    for file in ("edges.parquet", "aggregated/nodes.parquet"):
+        damaged = folder / file
+        before = damaged.read_bytes()
+        damaged.write_bytes(before[:-9])
+        capsys.readouterr()
+        made = graph(targets=write_csv(tmp_path / "b.csv", "0,1,img_1,max,3,0.25,"), page=True)
+        assert made.made[0].folder is not None and made.summary.num_rows == 1
+        said = capsys.readouterr().out
+        assert "lack a graph" in said and f"remove {folder} and run the same command" in said
+        assert name not in (tmp_path / "g" / "page" / "data" / "graphs.js").read_text()
+        damaged.write_bytes(before)
+    (folder / "aggregated" / "facts.json").unlink()
+    assert graph(targets=first, page=True).made[0].new, "a graph without its record over tokens is made again"
+    assert tree(folder) == whole
+    (folder / "facts.json").write_text("{")
+    with pytest.raises(DamagedError, match=f"remove {folder} and run the same command"):
+        graph(targets=first)
+
+
+def test_what_out_says_of_itself_is_no_record_of_graphs(graph: Callable[..., GraphsMade], tmp_path: Path) -> None:
+    graph(target=("img_2:max:3",))
+    record = json.loads((tmp_path / "g" / "run.json").read_text())
+    for wrong in ([], {**record, "settings": None}, {**record, "format": "other"}):
+        (tmp_path / "g" / "run.json").write_text(json.dumps(wrong))
+        with pytest.raises(ForeignError, match="choose another --out"):
+            graph(target=("img_2:max:3",))
+    (tmp_path / "g" / "run.json").write_text(json.dumps(record))
+    (tmp_path / "g" / "facts.json").write_text("[]")
+    with pytest.raises(ForeignError, match="is not the record of a graph"):
+        graph(target=("img_2:max:3",))
+
+
+def test_the_one_graph_in_out_itself_is_named_for_what_it_is_of(
+    graph: Callable[..., GraphsMade], traced_flux: Path, tmp_path: Path
+) -> None:
+    made = graph(target=("img_2:max:3",))
+    places: dict[str, Any] = {"store": traced_flux / "store", "dictionaries": traced_flux / "dictionaries"}
+    asked = GraphSettings(**places, out=tmp_path / "g", image=1, step=3, target=("img_2:max:3",))
+    labels = Labels(open_inquiry(asked))
+    (row,) = rows_of_others([tmp_path / "g"], labels, tmp_path / "g" / "summary.parquet")
+    assert row["name"] == made.summary["name"][0].as_py()
 
 
 def test_max_in_the_text_is_a_real_token_unless_padding_counts(traced_flux: Path, tmp_path: Path) -> None:
@@ -293,21 +355,6 @@ def test_an_activation_that_is_not_the_preactivation_is_seen(graph: Callable[...
     wrong = Graph(found.nodes.set_column(place, NODES.field(place), pa.array(z, from_pandas=True)), found.edges, {})
     assert checks.activation_error(found) < 1e-5
     assert 5e-3 < checks.activation_error(wrong) < 1.1e-2
-
-
-def test_a_plan_says_what_it_would_take_and_writes_nothing(
-    graph: Callable[..., GraphsMade], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    made = graph(target=("img_2:max:3", "txt_2:max:7"), plan=True)
-    assert made.made == ()
-    assert not (tmp_path / "g").exists()
-    said = capsys.readouterr().out
-    assert "plan: 2 graphs" in said
-    assert "about 2 GB held" in said
-    assert "sweeps of 3 nodes" in said
-    assert "TFLOP" in said
-    graph(target=("img_2:max:3",), plan=True, memory="1KB")
-    assert "note: --memory 1KB is less than one node" in capsys.readouterr().out
 
 
 def test_the_page_and_the_further_forms_lie_beside_the_graph(graph: Callable[..., GraphsMade], tmp_path: Path) -> None:

@@ -249,19 +249,64 @@ def test_what_is_no_graph_is_refused(model: PlantedModel) -> None:
             expand(model, targets, "influence", 1 if "2 targets" in said else 9, 5, LEAST)
 
 
-def test_little_memory_traces_few_nodes_at_a_time_and_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = PlantedModel(seed=3)
-    sizes: list[int] = []
+def counted(model: PlantedModel, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Of every call of the model from now on how many targets it had, and how many edges the one with most of them."""
+    calls: list[tuple[int, int]] = []
     trace = model.attribute
 
-    def counted(targets: Sequence[Target], least: float) -> Attribution:
-        sizes.append(len(targets))
-        return trace(targets, least)
+    def heard(targets: Sequence[Target], least: float) -> Attribution:
+        found = trace(targets, least)
+        calls.append((len(targets), int(np.bincount(found.row, minlength=1).max())))
+        return found
 
-    monkeypatch.setattr(model, "attribute", counted)
-    whole = expand(model, [target_of(model)], "influence", 12, 6, 1e-4)
-    assert max(sizes) == 6
-    sizes.clear()
-    monkeypatch.setattr(model, "memory", 1)
-    small = expand(model, [target_of(model)], "influence", 12, 6, 1e-4)
-    assert max(sizes) == 1 and small.nodes == whole.nodes and small.edges == whole.edges
+    monkeypatch.setattr(model, "attribute", heard)
+    return calls
+
+
+def test_little_memory_traces_few_nodes_at_a_time_and_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = PlantedModel(seed=3, density=0.9)
+    calls = counted(model, monkeypatch)
+    targets = [target_of(model, -1 - number) for number in range(6)]
+    whole = expand(model, targets, "influence", 18, 6, 1e-4)
+    assert [size for size, _ in calls] == [6, 6, 6]
+    most = max(edges for _, edges in calls)
+    places = sum(model.tokens[site.stream] for site in model.sites)
+    bare, edge = 8 * 32 * places, 8 * feeds.EDGE_BYTES
+    for room in (0, 2):  # for two targets with their edges: it would do for many without
+        calls.clear()
+        monkeypatch.setattr(model, "memory", max(1, room * (bare + edge * most)))
+        assert room == 0 or model.memory // bare >= 6
+        small = expand(model, targets, "influence", 18, 6, 1e-4)
+        assert small.nodes == whole.nodes and small.edges == whole.edges
+        assert all(size == 1 or size * (bare + edge * edges) <= model.memory for size, edges in calls)
+        assert calls[0][0] == 1
+        assert max(size for size, _ in calls) == max(1, room)
+
+
+@pytest.mark.parametrize("rooms", [1, 2, 5])
+def test_as_many_graphs_grow_side_by_side_as_memory_holds_the_edges_of(
+    monkeypatch: pytest.MonkeyPatch, rooms: int
+) -> None:
+    model = PlantedModel(seed=1, density=0.9)
+    groups = [[target_of(model, -1 - number)] for number in range(5)]
+    held: list[int] = []
+    begun: dict[int, expansion._Growing] = {}
+    grow = expansion._Growth.round
+
+    def heard(growth: expansion._Growth, graphs: Sequence[expansion._Growing], tell: object) -> None:
+        grow(growth, graphs, tell)  # type: ignore[arg-type]
+        begun.update({id(graph): graph for graph in graphs})
+        held.append(sum(graph.edges for graph in begun.values() if not graph.complete or graph in graphs))
+
+    alone = [expand(model, targets, "influence", 15, 5, LEAST) for targets in groups]
+    monkeypatch.setattr(expansion._Growth, "round", heard)
+    expand_many(model, groups[:1], "influence", 15, 5, LEAST)
+    one = max(held)
+    held.clear()
+    begun.clear()
+    monkeypatch.setattr(model, "memory", 4 * expansion.EDGE_BYTES * (rooms * one + one // 2))
+    together = expand_many(model, groups, "influence", 15, 5, LEAST)
+    assert 1 if rooms == 1 else one < max(held) <= rooms * one + one // 2
+    assert len(held) < 15 if rooms == 5 else len(held) > 3
+    for first, second in zip(alone, together, strict=True):
+        assert first.nodes == second.nodes and first.edges == second.edges

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -45,6 +46,23 @@ def test_numbers_are_written_as_ranges_and_bounded() -> None:
     assert parse_numbers("all", 3, "step") == (0, 1, 2)
     with pytest.raises(UsageError, match="there is no step 6-7: there are 6, 0 to 5"):
         parse_numbers("4-7", 6, "step")
+    with pytest.raises(UsageError, match="there is no step 9: there are 6, 0 to 5"):
+        parse_numbers("0-3,9", 6, "step")
+    with pytest.raises(UsageError, match="there is no part 0: there are none"):
+        parse_numbers("0", 0, "part")
+
+
+def test_a_range_is_bounded_before_it_is_counted_out() -> None:
+    tracemalloc.start()
+    with pytest.raises(UsageError, match="there is no image 5-99999999999: there are 5, 0 to 4"):
+        parse_numbers("0-99999999999", 5, "image")
+    with pytest.raises(UsageError, match="more than 18 digits"):
+        parse_numbers(f"0-{'9' * 5000}", 5, "image")
+    with pytest.raises(UsageError, match="names layer 99999999999: layers go up to 9999"):
+        parse_sites("img_0-99999999999")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 def test_the_split_ignores_case_spaces_and_flags_and_holds_out_five_percent() -> None:

@@ -15,14 +15,17 @@ import pytest
 from PIL import Image
 
 from analyze.circuits import command as graph_command
+from analyze.circuits import gathering
 from analyze.circuits.exchange import difract
 from analyze.circuits.finished import read_finished
 from analyze.circuits.gathering import GraphsSettings, Together, run
 from analyze.circuits.graph import Graph
 from analyze.circuits.panels import Panel, draw_panels, layout
 from analyze.circuits.settings import GraphSettings
-from store.errors import ForeignError, MismatchError, UsageError
+from store.errors import ForeignError, MismatchError, StoreError, UsageError
+from store.layout import runs_folder
 from tests.circuit_graphs import Edge, aggregated, graph_of
+from train.claim import claimed
 
 TARGET = "feature_L2_img_p4_f7"
 PROMPTS = ("a red circle", "A red  circle", "a blue square")
@@ -186,6 +189,57 @@ def test_a_single_graph_has_nothing_that_recurs_and_says_so(tmp_path: Path, caps
     assert len(made.edges) == len(made.over_steps) == 0 and made.pictures == ()
     assert not list((tmp_path / "G" / "together").rglob("*.png")), "pictures of an earlier run are gone"
     assert "no edge recurs over 1 graph" in capsys.readouterr().out
+
+
+def supernode(name: str, *members: tuple[int, int], weight: float = 1.0) -> dict[str, Any]:
+    """A target of some features of img_2, each at a token."""
+    of = [{"site": "img_2", "token": token, "feature": feature, "weight": weight} for token, feature in members]
+    return {"name": f"supernode_{name}", "members": of}
+
+
+def test_targets_whose_names_differ_in_a_point_have_a_picture_each(tmp_path: Path) -> None:
+    for step in range(2):
+        for name in ("red.x", "red-x"):
+            write(tmp_path / "G" / f"graphs/{name}.{step}", 0, step, targets=[supernode(name, (4, 7))])
+    made = tables(tmp_path / "G", out=tmp_path / "o")
+    assert set(made.over_steps["name"].to_pylist()) == {f"image-00000.supernode_red{mark}x" for mark in ".-"}
+
+
+def test_many_targets_have_a_name_that_a_file_may_have_and_tables_come_before_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for last in (15, 99):
+        targets = [{"name": f"feature_L2_img_p4_f{number}", "token": 4} for number in [*range(15), last]]
+        for step in range(2):
+            write(tmp_path / "G" / f"graphs/{last}.{step}", 0, step, targets=targets)
+    made = run(GraphsSettings(graphs=(tmp_path / "G",)))
+    names = sorted(set(made.over_steps["name"].to_pylist()))
+    assert len(names) == 2 and all(len(name) < 200 for name in names)
+    assert all(name.startswith("image-00000.feature_L2_img_f0+feature_L2_img_f1+and-14.") for name in names)
+    assert sorted(path.stem for path in made.pictures if path.parent.name == "over_steps") == names
+    monkeypatch.setattr(gathering, "draw_panels", lambda *given: pytest.fail("no picture can be drawn"))
+    with pytest.raises(pytest.fail.Exception):
+        run(GraphsSettings(graphs=(tmp_path / "G",), out=tmp_path / "o"))
+    assert pq.read_table(tmp_path / "o" / "over_steps.parquet").equals(made.over_steps)
+    assert json.loads((tmp_path / "o" / "run.json").read_text())["finished"] is False
+    monkeypatch.undo()
+    run(GraphsSettings(graphs=(tmp_path / "G",), out=tmp_path / "o"))
+    assert "finished" not in json.loads((tmp_path / "o" / "run.json").read_text())
+
+
+def test_supernodes_of_one_name_are_of_the_same_features_wherever_their_tokens_lie(tmp_path: Path) -> None:
+    for step, token in ((0, 4), (1, 5)):
+        write(tmp_path / "G" / f"graphs/{step}", 0, step, targets=[supernode("red", (token, 7), (token + 1, 8))])
+    assert len(tables(tmp_path / "G", out=tmp_path / "o").over_steps)
+    for other in (supernode("red", (4, 7), (5, 9)), supernode("red", (4, 7), (5, 8), weight=0.5)):
+        write(tmp_path / "H", 1, 0, targets=[other])
+        with pytest.raises(MismatchError, match=r"call different features supernode_red: .*img_2:7"):
+            tables(tmp_path / "G", tmp_path / "H", out=tmp_path / "o")
+
+
+def test_a_second_look_at_one_place_at_the_same_time_is_refused(graphs: Path, tmp_path: Path) -> None:
+    with claimed(tmp_path / "o", runs_folder(tmp_path / "o")), pytest.raises(StoreError, match="another process looks"):
+        tables(graphs, out=tmp_path / "o")
 
 
 def test_graphs_of_different_dictionaries_and_folders_without_graphs_are_refused(graphs: Path, tmp_path: Path) -> None:

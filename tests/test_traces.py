@@ -1,6 +1,5 @@
 """Traces hold what the model did, and a harvest with them is the harvest without them beside its traces."""
 
-import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -9,16 +8,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from diffusers.models.transformers import transformer_flux
-from torch import Tensor
 
 from harvest import HarvestSettings, run
 from harvest.budget import images_within
 from harvest.estimate import Disk, announce, refuse_what_does_not_fit, volume_of
-from harvest.model import TINY_FLUX_FOLDER
 from harvest.plan import make_plan
-from harvest.runs import restored
-from harvest.settings import OF_TRACES
 from harvest.trace_writing import BlockTrace, TraceWriter
 from harvest.tracing import non_finite, replay_errors
 from store import Site, Store, UsageError, layout, open_store
@@ -27,8 +21,8 @@ from store.errors import GranaryError, Interrupted, LostLeaseError
 from store.sites import POINTS
 from store.traces import TRACE_STREAMS, trace_files
 from store.writer import StoreWriter
-from tests.test_harvest import command
 from tests.test_store import tree
+from tests.trace_oracle import Oracle
 
 SMALL: dict[str, Any] = {
     "images": 5, "batch_size": 3, "layers": "0-1", "threads": 1, "pictures": "none", "num_inference_steps": 2,
@@ -101,43 +95,6 @@ def test_traces_hold_every_token_and_point_whatever_the_store_keeps(
         if name in shared:
             there_too = store.read(site, 1, point, 1, 2)[0]  # type: ignore[arg-type]
             np.testing.assert_array_equal(found[name], there_too)
-
-
-class Oracle:
-    """What plain diffusers did in one run, read where it happens and not by our hooks."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, store: Store, image: int) -> None:
-        from diffusers import FluxPipeline
-
-        self.joint: list[tuple[Tensor, Tensor]] = []
-        self.blocks: list[dict[str, Tensor]] = []
-        dispatch, forward = transformer_flux.dispatch_attention_fn, transformer_flux.FluxTransformerBlock.forward
-
-        def attend(query: Tensor, key: Tensor, value: Tensor, **rest: Any) -> Tensor:
-            self.joint.append((query[0].clone(), key[0].clone()))
-            return dispatch(query, key, value, **rest)  # type: ignore[no-any-return]
-
-        def block(
-            module: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **rest: Any
-        ) -> tuple[Tensor, Tensor]:
-            out = forward(module, hidden_states, encoder_hidden_states, **rest)
-            seen = {"resid.img": hidden_states, "resid.txt": encoder_hidden_states}
-            seen |= {"resid_out.txt": out[0], "resid_out.img": out[1]}
-            self.blocks.append({name: value[0].clone() for name, value in seen.items()})
-            return out  # type: ignore[no-any-return]
-
-        monkeypatch.setattr(transformer_flux, "dispatch_attention_fn", attend)
-        monkeypatch.setattr(transformer_flux.FluxTransformerBlock, "forward", block)
-        dtype = torch.bfloat16 if store.meta.dtype == "bfloat16" else torch.float32
-        pipe = FluxPipeline.from_pretrained(TINY_FLUX_FOLDER, dtype=dtype, local_files_only=True)
-        pipe.set_progress_bar_config(disable=True)
-        row = store.prompts().slice(image, 1).to_pylist()[0]
-        pipe(
-            row["prompt"], height=48, width=64, num_inference_steps=2, guidance_scale=0.0, max_sequence_length=16,
-            generator=torch.Generator("cpu").manual_seed(row["seed"]), output_type="latent",
-        )  # fmt: skip
-        doubles, singles = len(pipe.transformer.transformer_blocks), len(pipe.transformer.single_transformer_blocks)
-        self.joint, self.blocks = self.joint[doubles + singles :], self.blocks[doubles:]  # those of step 1
 
 
 @pytest.mark.parametrize("image", [1, 4])
@@ -419,52 +376,3 @@ def test_matrices_of_traces_are_no_difference_of_their_own(traced: Store) -> Non
     with pytest.raises(UsageError, match=r"traces\.blocks: there") as caught:
         harvest(Path(traced.path), **{**TRACE, "trace_blocks": "0"})
     assert "traces.weights" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"trace_images": " "}, "--trace-images is empty: write numbers and ranges such as 0-3,7, or all, or leave"),
-        ({"trace_blocks": "0-99"}, "--trace-blocks 0-99: there is no block 5-99; tiny-flux has double blocks 0 to 4$"),
-        ({"trace_images": "3-5"}, "--trace-images 3-5: there is no image 5: there are 5.*--images"),
-        ({"trace_images": "x"}, "--trace-images x: 'x' .*is no image"),
-        ({"trace_steps": "2"}, "--trace-steps 2: there is no step 2"),
-        ({"trace_steps": "0-1", "steps": "1"}, r"--trace-steps 0-1: step 0 is not harvested, only 1 are \(--steps\)"),
-        ({"trace_blocks": "1-2"}, "--trace-blocks 1-2: .*from 0 without a gap: write --trace-blocks 0-2"),
-        ({"trace_blocks": "0-40"}, "--trace-blocks 0-40: there is no block .*tiny-flux has double blocks 0 to"),
-        ({"trace_blocks": "single:0-3"}, "only double blocks can be traced"),
-        ({"layers": "single:0"}, "single-stream blocks are not harvested yet"),
-    ],
-)
-def test_what_cannot_be_traced_is_said_before_anything_is_written(
-    tmp_path: Path, options: dict[str, str], words: str
-) -> None:
-    with pytest.raises(UsageError, match=words):
-        harvest(tmp_path / "store", **{**TRACE, **options})
-    assert not (tmp_path / "store").exists()
-
-
-@pytest.mark.parametrize("name", OF_TRACES)
-def test_flags_of_traces_want_trace(name: str) -> None:
-    with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} says what to trace: give --trace as well"):
-        HarvestSettings(plan=True, **{name: "float32" if name == "trace_dtype" else "0"})  # type: ignore[arg-type]
-
-
-def test_the_command_line_takes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command("--out", str(tmp_path / "store"), "--trace-images", "0") == 2
-    assert "give --trace as well" in capsys.readouterr().err
-
-
-def test_blocks_beyond_the_layers_can_be_traced_and_defaults_are_written_down(tmp_path: Path) -> None:
-    store = harvest(
-        tmp_path / "store", images=2, layers="0", streams="img", steps="1", trace=True, trace_blocks="0-1",
-        trace_dtype="bfloat16",
-    )  # fmt: skip
-    assert store.traced is not None
-    assert store.traced.text() == "images 0-1 at step 1, blocks 0-1, bfloat16"
-    found = store.trace_block(1, 1, 1)
-    assert found["mlp_in.txt"].shape[0] == 16 and found["mlp_in.img"].shape[0] == 48
-    again = restored(HarvestSettings(resume=tmp_path / "store"))
-    assert (again.trace, again.trace_images, again.trace_blocks) == (True, "0-1", "0-1")
-    facts = json.loads((tmp_path / "store" / "zarr.json").read_bytes())["attributes"]["granary"]["traces"]
-    assert (facts["images"], facts["steps"], facts["blocks"], facts["dtype"]) == ("0-1", [1], [0, 1], "bfloat16")

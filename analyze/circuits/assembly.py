@@ -128,7 +128,7 @@ def totals(graph: Graph) -> dict[str, Any]:
         "nodes": len(graph.nodes),
         "edges": len(graph.edges),
         "expanded": len(conservation),
-        "conservation": max(conservation),
+        "conservation": float(np.max(conservation)),
         "shares": shares(graph),
         "dropped": float(magnitude[dropped].sum() / (magnitude.sum() or 1.0)),
     }

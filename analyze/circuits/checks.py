@@ -62,8 +62,9 @@ def check_graph(
     """What was found of a graph per token; `asked` are its targets."""
     conservation = graph.nodes["conservation"].drop_null().to_numpy()
     edges, compared = _edge_error(settings, model, graph, asked)
+    replay = model.replay_error(max(member.site.layer for target in asked for member in target.members))
     return Check(
-        conservation=_largest(conservation), replay=_largest(np.asarray(list(model.replay_error().values()))),
+        conservation=_largest(conservation), replay=_largest(np.asarray(list(replay.values()))),
         activation=activation_error(graph), edges=edges, compared=compared,
         bounds=(CONSERVATION[settings.dtype], REPLAY[trace_dtype], ACTIVATION[settings.dtype], EDGES[settings.dtype]),
     )  # fmt: skip

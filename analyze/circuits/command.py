@@ -10,7 +10,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 
 from analyze.circuits.exchange import write_exports
 from analyze.circuits.experiments import Made, device_of, make_all
-from analyze.circuits.folders import check_claim, check_dictionaries, claim, graph_folders, threads_of
+from analyze.circuits.folders import check_claim, check_dictionaries, claim, damage, graph_folders, threads_of
 from analyze.circuits.inquiry import Inquiry, open_inquiry, sites_below
 from analyze.circuits.planning import announce, memory_note
 from analyze.circuits.settings import GraphSettings
@@ -85,10 +85,10 @@ def _check_out(inquiry: Inquiry) -> dict[str, Any]:
         "store": inquiry.store.id, "alone": inquiry.alone,
         "settings": {
             **settings.choices, "memory": settings.held, "device": device_of(settings.device).type,
-            "threads": threads_of(settings.out) or torch.get_num_threads(),
         },
     }  # fmt: skip
     check_claim(settings.out, record)
+    record["settings"]["threads"] = threads_of(settings.out) or torch.get_num_threads()
     check_dictionaries(settings.out, inquiry.identities(*inquiry.experiments))
     return record
 
@@ -111,25 +111,34 @@ def _threads(count: int) -> Iterator[None]:
 
 def _make(inquiry: Inquiry) -> tuple[tuple[Made, ...], pa.Table]:
     """Graphs, further forms, page and summary."""
-    settings, labels = inquiry.settings, Labels(inquiry)
+    settings = inquiry.settings
     order = {id(each): number for number, each in enumerate((*inquiry.experiments, *inquiry.untraced))}
     made = tuple(sorted(make_all(inquiry), key=lambda each: order[id(each.experiment)]))
+    labels = Labels(inquiry)
     folders = [each.folder for each in made if each.folder is not None]
     for folder in folders:
         write_exports(folder, settings.exports, labels.books, settings.out)
     rows = [row_of(each, labels, inquiry) for each in made]
     path = settings.out / "summary.parquet"
-    others = [folder for folder in graph_folders(settings.out) if folder not in folders]
+    every = [*folders, *_readable(folder for folder in graph_folders(settings.out) if folder not in folders)]
+    others = sorted(every[len(folders) :])
     table = summary_table([*rows, *rows_of_others(others, labels, path)])
     write_table(path, table)
-    if settings.page and (every := graph_folders(settings.out)):
-        books = labels.books
-        named = {subject.identity: books[str(site)] for site, subject in inquiry.subjects.items()}
-        write_pages(every, settings.out, inquiry.store, named)
+    if settings.page and every:
+        write_pages(sorted(set(every)), settings.out, inquiry.store, labels.by_identity)
     elif any(each.new for each in made):
         _remove_page(settings.out)
     print(printed(made, rows))
     return made, table
+
+
+def _readable(folders: Iterable[Path]) -> Iterator[Path]:
+    """Of graphs that other runs made those that can be read; of another a note says what to do."""
+    for folder in folders:
+        if wrong := damage(folder):
+            print(f"note: the summary and the page lack a graph: {wrong}")
+        else:
+            yield folder
 
 
 def _remove_page(out: Path) -> None:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from analyze.circuits.graph import EDGES, Graph
-from analyze.circuits.influence import CONSTANT, with_influence
-from analyze.circuits.nodes import Node
+from analyze.circuits.graph import EDGES
+from analyze.circuits.influence import CONSTANT
 from analyze.circuits.ranking import SMALL, best, flow
 from analyze.circuits.sources import FEATURE_BITS, KINDS, SITE_BITS, TOKEN_BITS, decode, encode
 
@@ -70,33 +69,6 @@ def passed_on(
     start = np.zeros(count)
     start[:asked] = 1 / asked
     return np.asarray(share * flow(at[between], target[between], share[between], start)[target])
-
-
-def reference_form(graph: Graph) -> Graph:
-    """The graph as DifFRACT would make it: rests are errors of their place, constants and what was dropped are left out.
-
-    Influence and effect are computed anew, among what is left.
-    """
-    nodes = [Node.parse(name) for name in graph.names]
-    renamed = [Node("error", node.site, node.token).name if node.kind == "rest" else node.name for node in nodes]
-    known = set(graph.names)
-    stays = [
-        node.kind not in CONSTANT and (node.kind != "rest" or name not in known)
-        for node, name in zip(nodes, renamed, strict=True)
-    ]
-    rows = np.flatnonzero(stays)
-    place = {renamed[row]: number for number, row in enumerate(rows.tolist())}
-    to = np.asarray([place.get(name, -1) for name in renamed], dtype=np.int64)
-    table = graph.nodes.take(pa.array(rows))
-    for column, values in (
-        ("name", [renamed[row] for row in rows.tolist()]),
-        ("kind", [Node.parse(renamed[row]).kind for row in rows.tolist()]),
-    ):
-        table = table.set_column(table.schema.get_field_index(column), table.schema.field(column), pa.array(values))
-    source, target = to[graph.sources], to[graph.targets]
-    there = (source >= 0) & (target >= 0)
-    merged = _summed(source[there], target[there], graph.attributions[there])
-    return with_influence(Graph(table, edge_table(*merged), graph.facts))
 
 
 def summed_edges(source: np.ndarray, target: np.ndarray, value: np.ndarray) -> pa.Table:

@@ -8,13 +8,13 @@ Graphs of one trace grow side by side: what they want traced goes through the mo
 expand is traced once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from analyze.circuits.assembly import Grown, assemble
-from analyze.circuits.feeds import Feed, feeds
+from analyze.circuits.feeds import Feed, Feeder
 from analyze.circuits.frozen import FrozenModel, Member, Target
 from analyze.circuits.graph import Graph
 from analyze.circuits.ranking import Explored, Ranking, best, scores
@@ -23,8 +23,9 @@ from store.errors import UsageError
 
 HELD = 2_000
 """nodes that graphs may expand together, unless one graph alone is larger: what feeds them is held until the graphs are made"""
-EDGES, EDGE_BYTES = 20_000, 12
-"""what feeds a node is reckoned as so many edges at most: a quarter of the model's memory may hold what graphs beside one another need"""
+EDGE_BYTES = 64
+"""what an edge that feeds an expanded node takes until its graph is made: in its `Feed`, in the columns of its graph, which grow by
+doubling, and where nodes are ranked; a quarter of the model's memory may hold what graphs beside one another need"""
 LEAST_Z = 1e-4
 """a feature that is less active feeds nothing, by the rule of DifFRACT"""
 
@@ -63,31 +64,18 @@ def expand_many(
     """
     top = max((member.site.layer for group in groups for target in group for member in target.members), default=0)
     index = ActiveIndex(model, top)
-    growing = [_begun(model, index, targets, nodes) for targets in groups]
-    tell = progress or (lambda _: None)
-    found = []
-    held = min(HELD, model.memory // (4 * EDGE_BYTES * max(1, min(EDGES, len(index)))))
-    together = max(1, held // nodes)
-    for begin in range(0, len(growing), together):
-        some = growing[begin : begin + together]
-        _grow(_Growth(model, index, ranking, nodes, batch, min_attribution), some, tell)
-        for each in some:
-            grown = Grown(each.targets, np.asarray(each.codes), tuple(each.feeds))
-            found.append(assemble(model, index, grown, min_attribution, edges))
-            each.feeds.clear()
-    return found
-
-
-@dataclass(frozen=True)
-class _Growth:
-    """How graphs grow."""
-
-    model: FrozenModel
-    index: ActiveIndex
-    ranking: Ranking
-    nodes: int
-    batch: int
-    least: float
+    growth = _Growth(model, index, ranking, nodes, batch, min_attribution)
+    growing = {number: _begun(model, index, targets, nodes) for number, targets in enumerate(groups)}
+    found: dict[int, Graph] = {}
+    while growing:
+        growth.round(list(growing.values())[: growth.room(list(growing.values()))], progress or (lambda _: None))
+        for number, each in list(growing.items()):
+            if each.complete:
+                grown = Grown(each.targets, np.asarray(each.codes), tuple(each.feeds))
+                found[number] = assemble(model, index, grown, min_attribution, edges)
+                del growing[number], grown
+        growth.forget(growing.values())
+    return [found[number] for number in range(len(groups))]
 
 
 @dataclass
@@ -152,22 +140,44 @@ def _begun(model: FrozenModel, index: ActiveIndex, targets: Sequence[Target], no
     return _Growing(tuple(targets), codes, index.find(np.asarray(codes)).tolist())
 
 
-def _grow(growth: _Growth, graphs: Sequence[_Growing], tell: Callable[[int], object]) -> None:
-    """Expand all graphs to their end, side by side: a round traces what each wants next, each node once."""
-    known: dict[Target, Feed] = {}
-    least_z = LEAST_Z if growth.ranking == "difract" else 0.0
-    while pending := [graph for graph in graphs if not graph.complete]:
-        wanted = {id(graph): _targets_of_next(growth.model, graph) for graph in pending}
-        fresh = list(dict.fromkeys(target for each in wanted.values() for target in each if target not in known))
-        known.update(zip(fresh, feeds(growth.model, growth.index, fresh, growth.least, least_z), strict=True))
-        for graph in pending:
-            graph.add([known[target] for target in wanted[id(graph)]])
-            tell(len(wanted[id(graph)]))
-            room = min(growth.batch, growth.nodes - len(graph.codes))
-            chosen = best(scores(graph.explored(), growth.ranking, len(growth.index)), room)
+class _Growth:
+    """How graphs grow side by side: a round traces what each wants next, each node once."""
+
+    def __init__(
+        self, model: FrozenModel, index: ActiveIndex, ranking: Ranking, nodes: int, batch: int, least: float
+    ) -> None:
+        self.model, self.index, self.ranking, self.nodes, self.batch = model, index, ranking, nodes, batch
+        self._feeder = Feeder(model, index, least, LEAST_Z if ranking == "difract" else 0.0)
+        self._known: dict[Target, Feed] = {}
+        self._held, self._of = 0, 0
+
+    def room(self, graphs: Sequence[_Growing]) -> int:
+        """How many of the graphs may grow in the next round: those whose feeds memory has room for, by the edges of nodes so far."""
+        held = max(1, self.model.memory // (4 * EDGE_BYTES))  # edges
+        if not self._of:  # only targets are traced yet
+            return max(1, held // max(1, len(self.index) * max(len(graph.targets) for graph in graphs)))
+        return max(1, min(HELD // self.nodes, held * self._of // max(1, self._held * self.nodes)))
+
+    def round(self, graphs: Sequence[_Growing], tell: Callable[[int], object]) -> None:
+        """Trace what each graph wants next, and rank anew."""
+        wanted = [_targets_of_next(self.model, graph) for graph in graphs]
+        fresh = list(dict.fromkeys(target for each in wanted for target in each if target not in self._known))
+        feeds = self._feeder.feeds(fresh)
+        self._known.update(zip(fresh, feeds, strict=True))
+        self._held, self._of = self._held + sum(len(feed.features) for feed in feeds), self._of + len(feeds)
+        for graph, targets in zip(graphs, wanted, strict=True):
+            graph.add([self._known[target] for target in targets])
+            tell(len(targets))
+            room = min(self.batch, self.nodes - len(graph.codes))
+            chosen = best(scores(graph.explored(), self.ranking, len(self.index)), room)
             graph.complete = not len(chosen)
             graph.ids += chosen.tolist()
-            graph.codes += growth.index.codes[chosen].tolist()
+            graph.codes += self.index.codes[chosen].tolist()
+
+    def forget(self, graphs: Iterable[_Growing]) -> None:
+        """Let go of what feeds no graph that still grows."""
+        needed = {id(feed) for graph in graphs for feed in graph.feeds}
+        self._known = {target: feed for target, feed in self._known.items() if id(feed) in needed}
 
 
 def _targets_of_next(model: FrozenModel, graph: _Growing) -> list[Target]:

@@ -149,9 +149,8 @@ class LazyModel:
         if self._opened is None:
             settings, store = self.inquiry.settings, self.inquiry.store
             transcoders = Transcoders({site: self.inquiry.subjects[site] for site in self.sites})
-            trace = Trace(
-                stored_trace(store, self.image, self.step), DTYPES[settings.dtype], device_of(settings.device)
-            )
+            source, device = stored_trace(store, self.image, self.step), device_of(settings.device)
+            trace = Trace(source, DTYPES[settings.dtype], device, self.n_blocks)
             self._opened = FrozenModel(trace, transcoders, settings.held)
         return self._opened
 
@@ -303,7 +302,7 @@ def _facts(inquiry: Inquiry, model: FrozenModel, found: Found, graph: Graph) -> 
     subjects = {site: inquiry.subjects[site] for site in inquiry.needed([experiment])}
     totals = {
         **graph.facts.get("totals", {}), "nodes": len(graph.nodes), "edges": len(graph.edges), "shares": shares(graph),
-        "replay_error": model.replay_error(),
+        "replay_error": model.replay_error(experiment.top),
     }  # fmt: skip
     targets = [
         {**said, "encoder_bias": _encoder_bias(model, target)}

@@ -8,11 +8,13 @@ import numpy as np
 from analyze.circuits.frozen import Attribution, FrozenModel, Target
 from analyze.circuits.nodes import NodeKind
 from analyze.circuits.sources import KINDS, TERMS, ActiveIndex, encode
+from store.errors import NonFiniteError
 from store.sites import Site
 
 TOGETHER, EDGE_BYTES = 128, 72
 """targets traced back together at most, where an eighth of the model's memory holds their answers: dense arrays over tokens, and
-the edges, of which a target is reckoned to have as many as those before it; with the copies that are made in passing"""
+the edges, of which a target is reckoned to have as many as any before it, the first as many as there are; with the copies that are
+made in passing"""
 
 
 @dataclass(frozen=True)
@@ -35,24 +37,50 @@ class Feed:
     """sum of all that is under the threshold"""
 
 
-def feeds(
-    model: FrozenModel, index: ActiveIndex, targets: Sequence[Target], least: float, least_z: float = 0.0
-) -> list[Feed]:
-    """The feed of each target, parts of at least `least` listed, and features only where z is over `least_z`.
+class Feeder:
+    """Traces nodes of one model, as many at once as its memory allows, and remembers how many edges they have."""
 
-    Traced back `TOGETHER` at a time or as memory allows, those of high layers together: a sweep begins no higher than it must.
-    """
-    layers = [max(member.site.layer for member in target.members) for target in targets]
-    order = np.argsort(-np.asarray(layers, dtype=np.int64), kind="stable").tolist()
-    found: dict[int, Feed] = {}
-    places, edges = sum(model.tokens[site.stream] for site in model.sites), 0
-    while len(found) < len(order):
-        most = model.memory // (8 * (32 * places + EDGE_BYTES * edges))
-        some = order[len(found) : len(found) + max(1, min(TOGETHER, most))]
-        answer = model.attribute([targets[row] for row in some], least)
-        edges = len(answer.row) // len(some)
-        found.update(zip(some, _split(model, index, answer, least, least_z), strict=True))
-    return [found[row] for row in range(len(targets))]
+    def __init__(self, model: FrozenModel, index: ActiveIndex, least: float, least_z: float = 0.0) -> None:
+        """Parts of at least `least` are listed, and features only where z is over `least_z`."""
+        self.model, self.index, self.least, self.least_z = model, index, least, least_z
+        self._places = sum(model.tokens[site.stream] for site in model.sites)
+        self._edges: int | None = None
+
+    @property
+    def edges(self) -> int:
+        """How many features feed a node: as many as any that was traced had, before the first every one that is active."""
+        return len(self.index) if self._edges is None else self._edges
+
+    def feeds(self, targets: Sequence[Target]) -> list[Feed]:
+        """The feed of each target.
+
+        Traced back `TOGETHER` at a time or as memory allows, those of high layers together: a sweep begins no higher than it must.
+        """
+        layers = [max(member.site.layer for member in target.members) for target in targets]
+        order = np.argsort(-np.asarray(layers, dtype=np.int64), kind="stable").tolist()
+        found: dict[int, Feed] = {}
+        while len(found) < len(order):
+            most = self.model.memory // (8 * (32 * self._places + EDGE_BYTES * self.edges))
+            some = order[len(found) : len(found) + max(1, min(TOGETHER, most))]
+            answer = self.model.attribute([targets[row] for row in some], self.least)
+            self._check_finite([targets[row] for row in some], answer)
+            here = int(np.bincount(answer.row, minlength=len(some)).max())
+            self._edges = max(here, self._edges or 0)
+            found.update(zip(some, _split(self.model, self.index, answer, self.least, self.least_z), strict=True))
+        return [found[row] for row in range(len(targets))]
+
+    def _check_finite(self, targets: Sequence[Target], answer: Attribution) -> None:
+        """`NonFiniteError` names the first of the targets whose pre-activation, or a part of it, is no number."""
+        wrong = ~np.isfinite(answer.pre) | ~np.isfinite(answer.total)
+        wrong[answer.row[~np.isfinite(answer.value)]] = True
+        if wrong.any():
+            target = targets[int(np.argmax(wrong))]
+            name = target.name or ", ".join(f"{m.site}:{m.token}:{m.feature}" for m in target.members)
+            dtype = str(self.model.trace.dtype).removeprefix("torch.")
+            remedy = "try --dtype float64, and " if dtype == "float32" else ""
+            raise NonFiniteError(
+                f"{name}: what feeds it is not finite in {dtype}: {remedy}check the store with python -m store verify"
+            )
 
 
 def _split(model: FrozenModel, index: ActiveIndex, answer: Attribution, least: float, least_z: float) -> list[Feed]:

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from analyze.circuits.exchange import difract
 from analyze.circuits.graph import Graph
-from store.errors import ForeignError, MismatchError, UsageError
+from store.errors import DamagedError, ForeignError, MismatchError, StoreError, UsageError
 from store.files import is_temporary, publish, read_json, write_json
 from store.sizes import human_size
 from train.claim import refuse_place
@@ -86,7 +88,11 @@ def check_claim(out: Path, record: Mapping[str, Any]) -> None:
         )
     if not graph_folders(out):  # of a run that made none
         return
-    before, now = found.get("settings", {}), record["settings"]
+    before, now = found.get("settings"), record["settings"]
+    if not isinstance(before, dict):
+        raise ForeignError(
+            f"{out / RUN} does not say with what settings the graphs there were made: choose another --out"
+        )
     for key in sorted({*before, *now} - {THREADS}):
         if before.get(key) != now.get(key):
             was, is_now = (
@@ -105,7 +111,7 @@ def check_claim(out: Path, record: Mapping[str, Any]) -> None:
 
 
 def threads_of(out: Path) -> int | None:
-    """With how many threads the graphs of OUT were made; None where there are none yet."""
+    """With how many threads the graphs of OUT were made; None where there are none yet.  After `check_claim`."""
     if not (out / RUN).exists() or not graph_folders(out):
         return None
     found = read_json(out / RUN).get("settings", {}).get(THREADS)
@@ -115,7 +121,7 @@ def threads_of(out: Path) -> int | None:
 def check_dictionaries(out: Path, dictionaries: Mapping[str, str]) -> None:
     """Refuse an OUT with a graph of other dictionaries (site -> identity) of these sites: features of one number would differ."""
     for folder in graph_folders(out):
-        _refuse_other(folder, read_json(folder / FACTS), dictionaries, False)
+        _refuse_other(folder, dictionaries, False)
 
 
 def claim(out: Path, record: Mapping[str, Any]) -> None:
@@ -127,23 +133,54 @@ def claim(out: Path, record: Mapping[str, Any]) -> None:
         write_json(out / RUN, said)
 
 
+def dictionaries_of(folder: Path) -> dict[str, str]:
+    """Site -> identity of the transcoders that a graph was made with."""
+    said = facts_of(folder).get("transcoders") or {}
+    return {site: str(of.get("identity") if isinstance(of, dict) else of) for site, of in said.items()}
+
+
+def damage(folder: Path) -> str | None:
+    """Why a finished graph cannot be read; None where nothing is seen to be wrong with it."""
+    try:
+        Graph.read(folder / "aggregated")
+        for name in ("nodes", "edges"):
+            pq.read_metadata(folder / f"{name}.parquet")
+    except StoreError as error:
+        return str(error)
+    except (OSError, pa.ArrowException) as error:
+        return f"{folder} cannot be read ({error}): remove {folder} and run the same command"
+    return None
+
+
 def is_done(folder: Path, asked: list[str], dictionaries: Mapping[str, str]) -> bool:
     """Whether the graph is there; refuses one of other targets, or of other dictionaries (site -> identity)."""
-    if not (folder / FACTS).exists():
+    if not (folder / FACTS).exists() or not (folder / "aggregated" / FACTS).exists():
         return False
-    facts = read_json(folder / FACTS)
+    facts = facts_of(folder)
     if facts.get("asked") != asked:
+        there = " and ".join(map(str, facts.get("asked") or ["another target"]))
         raise UsageError(
-            f"{folder} holds the graph of {' and '.join(facts.get('asked', ['another target']))}, not of {' and '.join(asked)}: "
-            "choose another --out or another name"
+            f"{folder} holds the graph of {there}, not of {' and '.join(asked)}: choose another --out or another name"
         )
-    _refuse_other(folder, facts, dictionaries, True)
+    _refuse_other(folder, dictionaries, True)
     return True
 
 
-def _refuse_other(folder: Path, facts: Mapping[str, Any], dictionaries: Mapping[str, str], every: bool) -> None:
+def facts_of(folder: Path) -> dict[str, Any]:
+    """What a graph's folder says of it; `ForeignError` where that is no such thing."""
+    remedy = f"remove {folder} and run the same command"
+    try:
+        facts = read_json(folder / FACTS)
+    except DamagedError:
+        raise DamagedError(f"{folder / FACTS} cannot be read: {remedy}") from None
+    if not isinstance(facts, dict) or not isinstance(facts.get("transcoders"), dict | None):
+        raise ForeignError(f"{folder / FACTS} is not the record of a graph: {remedy}")
+    return facts
+
+
+def _refuse_other(folder: Path, dictionaries: Mapping[str, str], every: bool) -> None:
     """Refuse a graph made with other dictionaries of the sites that both have, or of `every` site that one has."""
-    there = {site: str(of.get("identity")) for site, of in facts.get("transcoders", {}).items()}
+    there = dictionaries_of(folder)
     for site in sorted({*there, *dictionaries} if every else {*there} & {*dictionaries}):
         if there.get(site) != dictionaries.get(site):
             raise MismatchError(

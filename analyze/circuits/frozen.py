@@ -17,7 +17,7 @@ from analyze.circuits.members import Member, Target
 from analyze.circuits.nodes import Node
 from analyze.circuits.perturbation import changes
 from analyze.circuits.sweep import Entry, Sums, Sweep
-from analyze.circuits.terms import Block, prepare
+from analyze.circuits.terms import Block, prepare, reckoned_bytes
 from analyze.circuits.trace import STREAMS, Trace
 from store.errors import MismatchError, UsageError
 from store.sites import Site, Stream
@@ -87,7 +87,8 @@ class FrozenModel:
 
         `memory`: bytes.  Half of it keeps prepared blocks; those that do not fit are prepared again in every sweep.  The rest
         is for gradients: it decides how many targets go backward at once.  Active features, 16 bytes each, and the edges that are
-        found come on top.  `MismatchError` for a transcoder of another width.
+        found come on top.  Where it is less than one block takes, work goes on as if it were that: by parts of useful size.
+        `MismatchError` for a transcoder of another width.
         """
         self.trace, self.transcoders, self.memory = trace, transcoders, memory
         self.n_blocks, self.d_model, self.tokens = trace.n_blocks, trace.d_model, dict(trace.tokens)
@@ -95,6 +96,8 @@ class FrozenModel:
             sorted(Site("double", layer, stream) for layer in range(self.n_blocks) for stream in STREAMS)
         )
         """every site below `n_blocks`, sorted; `Attribution.site` counts them"""
+        self._work = max(memory, reckoned_bytes(sum(self.tokens.values()), self.d_model, trace.dtype.itemsize)) // 8
+        """bytes that may be taken in passing"""
         self._kept: dict[int, Block] = {}
         self._active: dict[Site, Active] = {}
         self._replay: dict[int, dict[str, float]] = {}
@@ -122,12 +125,14 @@ class FrozenModel:
         reads, constant = reader(self.transcoders[site], torch.tensor([feature]), self.trace.sigma, side.table)
         return float(reads[0] @ side.mlp_in.vectors[token, 0] + constant[0])
 
-    def replay_error(self) -> dict[str, float]:
-        """The largest relative error of what is replayed over all blocks: `attention`, `mlp_in`, `residual`."""
-        for layer in range(self.n_blocks - 1, -1, -1):
+    def replay_error(self, top: int | None = None) -> dict[str, float]:
+        """The largest relative error of what is replayed up to block `top`: `attention`, `mlp_in`, `residual`; NaN where one is."""
+        layers = range(self.n_blocks if top is None else top + 1)
+        for layer in reversed(layers):
             if layer not in self._replay:
                 self._block(layer)
-        return {name: max(found[name] for found in self._replay.values()) for name in self._replay[0]}
+        found = [self._replay[layer] for layer in layers]
+        return {name: float(np.max([replay[name] for replay in found])) for name in found[0]}
 
     def batch(self, top: int | None = None) -> int:
         """How many targets go backward at once: as many as a third of the memory has room for, gradients and edges.
@@ -140,8 +145,8 @@ class FrozenModel:
         wide = max(
             self.d_model, heads * d_head
         )  # gradients grow by a copy; else what goes through the attention is beside them
-        column = self.trace.dtype.itemsize * (tokens * (2 * self.d_model + wide) + 5 * most)
-        return max(1, self.memory // (3 * (column + 8 * tokens * self.n_blocks)))
+        size = self.trace.dtype.itemsize
+        return max(1, self.memory // (3 * column_bytes(size, tokens, 2 * self.d_model + wide, most, self.n_blocks)))
 
     def attribute(self, targets: Sequence[Target], threshold: float = 0.0) -> Attribution:
         """What every source adds to each target; feature edges under `threshold` in size only as a sum.
@@ -163,7 +168,7 @@ class FrozenModel:
     def _swept(self, targets: Sequence[Target], threshold: float) -> Sums:
         tops = [max(member.site.layer for member in target.members) for target in targets]
         like = torch.empty(0, dtype=self.trace.dtype, device=self.trace.device)
-        sweep = Sweep(tops, self.tokens, self.d_model, like, threshold, self.memory // 8)
+        sweep = Sweep(tops, self.tokens, self.d_model, like, threshold, self._work)
         for layer in range(tops[0], -1, -1):
             block = self._block(layer)
             sweep.through(
@@ -200,9 +205,9 @@ class FrozenModel:
                     f"the transcoder of {site} has d_model {dictionary.config.d_model}, the trace {self.d_model}: "
                     "it was trained on another model"
                 )
-        gathered = min(self.memory // 8, GATHERED.get(self.trace.device.type, GATHERED["cpu"]))
+        gathered = min(self._work, GATHERED.get(self.trace.device.type, GATHERED["cpu"]))
         known = {stream: self._known(self._active[site]) for stream, site in sites.items() if site in self._active}
-        block = prepare(self.trace, layer, there, known, self.memory // 8, gathered)
+        block = prepare(self.trace, layer, there, known, self._work, gathered)
         self._replay[layer] = block.replay
         for stream, site in sites.items():
             features = block.sides[stream].features
@@ -240,6 +245,11 @@ class FrozenModel:
         if site not in self._widths:
             self._widths[site] = int(self.transcoders[site].config.n_features)
         return self._widths[site]
+
+
+def column_bytes(itemsize: int, tokens: int, widths: int, active: int, n_blocks: int) -> int:
+    """About what one target takes while it goes backward: `widths` of gradients a token, edges of a site's active features, inputs."""
+    return itemsize * (tokens * widths + 5 * active) + 8 * tokens * n_blocks
 
 
 def perturbed(model: FrozenModel, sources: Sequence[Node], targets: Sequence[Target]) -> np.ndarray:

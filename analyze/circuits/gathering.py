@@ -26,9 +26,10 @@ from analyze.circuits.recurring import recurring_edges, recurring_nodes, recurri
 from analyze.circuits.side_by_side import edges_over_steps, grouped, nodes_over_steps, over_steps_text, step_panels
 from store.errors import ForeignError, UsageError
 from store.files import is_temporary, read_json, write_bytes, write_json
+from store.layout import runs_folder
 from store.sizes import many
 from store.tables import write_table
-from train.claim import refuse_place
+from train.claim import claimed, refuse_place
 
 RUN, FORMAT, VERSION = "run.json", "granary graphs together", 1
 
@@ -82,27 +83,34 @@ def run(settings: GraphsSettings) -> Together:
     `UsageError` for folders without graphs, `MismatchError` for graphs of different dictionaries.
     """
     started = time.monotonic()
+    with claimed(settings.place, runs_folder(settings.place), "process looks at graphs together in"):
+        return _run(settings, started)
+
+
+def _run(settings: GraphsSettings, started: float) -> Together:
     check_claim(settings.place)
     members = [read_finished(folder) for folder in tqdm(finished_folders(settings.graphs), desc="graphs", leave=False)]
     check_alike(members)
-    write_json(settings.place / RUN, {"format": FORMAT, "version": VERSION})
+    record = {"format": FORMAT, "version": VERSION}
+    write_json(settings.place / RUN, record | {"finished": False})
     edges = recurring_edges(members, settings.min_graphs, settings.min_prompts)
     nodes = recurring_nodes(members, settings.min_graphs, settings.min_prompts)
     groups = grouped(members)
-    pictures = tuple(_draw(settings, members, edges, nodes, groups))
-    made = Together(edges, nodes, nodes_over_steps(groups), edges_over_steps(groups), pictures)
+    over_steps, edges_at_steps = nodes_over_steps(groups), edges_over_steps(groups)
     tables = {"recurring": edges, "recurring_nodes": nodes}
-    tables |= {"over_steps": made.over_steps, "edges_over_steps": made.edges_over_steps}
+    tables |= {"over_steps": over_steps, "edges_over_steps": edges_at_steps}
     for name, table in tables.items():
         write_table(settings.place / f"{name}.parquet", table)
+    pictures = tuple(_draw(settings, members, edges, nodes, groups))
     for stale in {*settings.place.glob("over_steps/*image-*.png"), *settings.place.glob("recurring.png")} - {*pictures}:
         stale.unlink()  # of other graphs, or of an earlier run over these
+    write_json(settings.place / RUN, record)
     print(recurring_text(edges, len(members), settings.best))
     print(over_steps_text(groups, settings.best))
     of = _counted(members)
     found = f"{many(len(edges), 'recurring edge')}, {many(len(groups), 'target')} over steps"
     print(f"graphs: {of}: {found}, in {time.monotonic() - started:.1f} s -> {settings.place}")
-    return made
+    return Together(edges, nodes, over_steps, edges_at_steps, pictures)
 
 
 def check_claim(out: Path) -> None:

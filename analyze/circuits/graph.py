@@ -114,7 +114,10 @@ class Graph:
             try:
                 tables.append(pq.read_table(folder / f"{name}.parquet").replace_schema_metadata(None))
             except (OSError, pa.ArrowException) as error:
-                raise DamagedError(f"{folder / name}.parquet cannot be read ({error}): make the graph again") from None
+                whole = folder.parent if folder.name == "aggregated" else folder
+                raise DamagedError(
+                    f"{folder / name}.parquet cannot be read ({error}): remove {whole} and run the same command"
+                ) from None
         return cls(
             tables[0], tables[1], {key: value for key, value in facts.items() if key not in ("format", "version")}
         )

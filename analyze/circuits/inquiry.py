@@ -80,9 +80,12 @@ def open_inquiry(settings: GraphSettings) -> Inquiry:
             f"{store.path} holds no traces, from which graphs are made: harvest with --trace --trace-images "
             "0-9 --trace-steps 1,3 (and the same prompts, seed and model as before)"
         )
-    asked = experiments(settings, traced.images, traced.steps)
-    untraced = [each for each in asked if each.image not in traced.images or each.step not in traced.steps]
-    wanted = [each for each in asked if each not in untraced] if untraced else asked
+    asked = experiments(settings, traced.images, traced.steps, store.n_images, store.meta.num_inference_steps)
+    images, steps = set(traced.images), set(traced.steps)
+    untraced: list[Experiment] = []
+    wanted: list[Experiment] = []
+    for each in asked:
+        (wanted if each.image in images and each.step in steps else untraced).append(each)
     if untraced and not (wanted and settings.skip_untraced):
         raise UsageError(_untraced(store, traced, untraced, len(asked)))
     for experiment in wanted:
@@ -114,22 +117,27 @@ def sites_below(wanted: Iterable[Experiment]) -> list[Site]:
 
 def _untraced(store: Store, traced: Traced, untraced: Sequence[Experiment], of: int) -> str:
     """All images and steps that are not traced, each with how many targets want it, in one message."""
-    said, flags = [], []
-    for what, there, wanted in (
-        ("image", traced.images, Counter(each.image for each in untraced)),
-        ("step", traced.steps, Counter(each.step for each in untraced)),
+    said, flags, none = [], [], []
+    for what, there, count, wanted in (
+        ("image", traced.images, store.n_images, Counter(each.image for each in untraced)),
+        ("step", traced.steps, store.meta.num_inference_steps, Counter(each.step for each in untraced)),
     ):
-        if missing := {number: count for number, count in sorted(wanted.items()) if number not in there}:
-            counts = [
-                f"{what} {number}" + (f" ({count} targets)" if count > 1 else "") for number, count in missing.items()
-            ]
+        missing = sorted(set(wanted) - set(there))
+        if missing:
+            counts = [f"{what} {each}" + (f" ({wanted[each]} targets)" if wanted[each] > 1 else "") for each in missing]
             more = f" and {len(counts) - LISTED:,} more" if len(counts) > LISTED else ""
             said.append(f"no trace of {', '.join(counts[:LISTED])}{more}; traced {what}s are {spans(there)}")
-            flags.append(f"--trace-{what}s {spans(list(missing))}")
+        if any(each >= count for each in missing):
+            none.append(f"there are {many(count, what)}")
+        flags.append(f"--trace-{what}s {spans(sorted({*there, *(each for each in missing if each < count)}))}")
     skip = (
         "" if len(untraced) == of else f", or leave {many(len(untraced), 'target')} of {of:,} out with --skip-untraced"
     )
-    return f"{untraced[0].where}: {store.path} has {', and '.join(said)}: choose of them, harvest with {' '.join(flags)}{skip}"
+    beyond = f" ({', '.join(none)})" if none else ""
+    return (
+        f"{untraced[0].where}: {store.path} has {', and '.join(said)}{beyond}: choose of them, harvest a new store with "
+        f"{' '.join(flags)}{skip}"
+    )
 
 
 def _check_there(store: Store, traced: Traced, experiment: Experiment) -> None:
@@ -246,6 +254,18 @@ def _transcoders(
     unchecked = tuple(dictionary.name for dictionary in chosen.values() if not _fits(dictionary, store))
     subjects = {site: Subject(str(site), outline, _identity(outline)) for site, outline in chosen.items()}
     return subjects, unchecked
+
+
+def further_subjects(settings: GraphSettings, identities: Mapping[Site, str]) -> dict[Site, Subject]:
+    """The transcoders of these sites among --dictionaries, of those that are the ones meant: site -> identity.
+
+    Graphs that an earlier run left in OUT may reach sites that this one does not need.
+    """
+    wanted = sorted(identities)
+    found = outline_dictionaries(settings.dictionaries, wanted if on_hub(settings.dictionaries) else None)
+    at = {outline.site: outline for outline in found if outline.config.kind == "transcoder" and outline.site in wanted}
+    subjects = {site: Subject(str(site), outline, _identity(outline)) for site, outline in at.items()}
+    return {site: subject for site, subject in subjects.items() if subject.identity == identities[site]}
 
 
 def _fits(dictionary: Dictionary, store: Store) -> bool:

@@ -21,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 
-from store.errors import ForeignError
+from store.errors import ForeignError, NonFiniteError
 
 Ranking = Literal["influence", "difract"]
 SMALL = 1e-8
@@ -88,15 +88,19 @@ def flow(
     """What arrives at each node going backward from `start` along all edges, all lengths of paths together: float64 (node,).
 
     The sum of all powers of the edges' matrix, without the matrix: an acyclic graph empties after as many rounds as its longest path
-    has edges.  `between` says what a node passes on of what arrived.  `ForeignError` for a graph that has a cycle.
+    has edges.  `between` says what a node passes on of what arrived.  `ForeignError` for a graph that has a cycle, `NonFiniteError`
+    for edges that are no numbers.
     """
     total, here = start.copy(), start
     for _ in range(len(start) + 1):
-        arrived = np.bincount(source, weight * here[target], minlength=len(start))
+        with np.errstate(invalid="ignore", over="ignore"):  # told below
+            arrived = np.bincount(source, weight * here[target], minlength=len(start))
         if not arrived.any():
             return total
         total += arrived
         here = between(arrived)
+    if not np.isfinite(total).all():
+        raise NonFiniteError("the edges of this graph are not finite, or too large to follow its paths")
     raise ForeignError("this is no attribution graph: its edges run in a circle")
 
 

@@ -82,7 +82,8 @@ class GraphSettings:
     device: Device = "auto"
     """Where: auto (a GPU where there is one), cpu or cuda."""
     memory: str = "2GB"
-    """About what is held at once of a trace and its gradients (Python, its libraries and the transcoders come on top)."""
+    """About what is held at once of a trace and its gradients (Python, its libraries, the transcoders and, at about 64 bytes each, the
+    edges that are found come on top)."""
     plan: bool = False
     """Print what would be read, computed and written, and stop."""
 
@@ -91,6 +92,8 @@ class GraphSettings:
             value = getattr(self, flag)
             if value is not None and value < 1:
                 raise UsageError(f"--{flag.replace('_', '-')} is {value}: give at least 1")
+        if not 0 <= self.seed < 2**64:
+            raise UsageError(f"--seed is {self.seed}: give a whole number from 0 to 18446744073709551615")
         if not (math.isfinite(self.min_attribution) and self.min_attribution >= 0):
             raise UsageError(f"--min-attribution is {self.min_attribution}: give 0 or more")
         for flag in ("node_threshold", "edge_threshold"):

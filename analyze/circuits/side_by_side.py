@@ -1,5 +1,6 @@
 """The graphs of one image and target at several steps, side by side: what is there from the start, what comes and goes."""
 
+import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,8 @@ from analyze.circuits.recurring import CONSTANT
 Groups = Mapping[str, Sequence[Finished]]
 """graphs of one image and target by step, under the name of their picture"""
 
+MANY, LONGEST = 3, 120
+"""targets, and characters of them, that stand in the name of a picture"""
 WHAT = [
     pa.field("name", pa.string(), nullable=False),  # of the group
     pa.field("image", pa.int64(), nullable=False),
@@ -63,13 +66,29 @@ def grouped(members: Sequence[Finished]) -> dict[str, list[Finished]]:
         for member in group:
             apart.setdefault((store, image, member.targets), []).append(member)
     several = len({member.store for member in members}) > 1
-    return {
-        (f"store-{store.removeprefix('sha256-')[:8]}." if several else "")
-        + f"image-{image:05d}."
-        + re.sub(r"[^\w+-]+", "-", "+".join(names)): sorted(group, key=lambda member: member.step)
-        for (store, image, names), group in apart.items()
-        if len({member.step for member in group}) == len(group) > 1
-    }
+    found: dict[str, list[Finished]] = {}
+    for (store, image, names), group in apart.items():
+        if len({member.step for member in group}) == len(group) > 1:
+            start = (f"store-{store.removeprefix('sha256-')[:8]}." if several else "") + f"image-{image:05d}."
+            name = start + _called(names)
+            if name in found:  # names that differ in what no file can be called
+                name += f".{_digest(names)}"
+            found[name] = sorted(group, key=lambda member: member.step)
+    return found
+
+
+def _called(names: Sequence[str]) -> str:
+    """Targets in the name of a file: of many the first two, how many more, and what tells them from others."""
+    text = re.sub(r"[^\w.+-]+", "-", "+".join(names))
+    if len(names) <= MANY and len(text) <= LONGEST:
+        return text
+    first = re.sub(r"[^\w.+-]+", "-", "+".join(names[:2]))[:LONGEST]
+    more = f"+and-{len(names) - 2}" if len(names) > 2 else ""
+    return f"{first}{more}.{_digest(names)}"
+
+
+def _digest(names: Sequence[str]) -> str:
+    return hashlib.sha256("+".join(names).encode()).hexdigest()[:8]
 
 
 def nodes_over_steps(groups: Groups) -> pa.Table:

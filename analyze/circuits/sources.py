@@ -58,7 +58,8 @@ class ActiveIndex:
 
     def __init__(self, model: FrozenModel, top: int) -> None:
         self._row = {site: row for row, site in enumerate(model.sites)}
-        self._active = {row: model.active(site) for site, row in self._row.items() if site.layer <= top}
+        active = {row: model.active(site) for site, row in reversed(self._row.items()) if site.layer <= top}
+        self._active = dict(sorted(active.items()))  # a trace is read from above
         self._by_feature: dict[int, np.ndarray] = {}
         self.codes = np.concatenate(
             [encode("feature", row, each.token, each.feature) for row, each in self._active.items()]

@@ -14,8 +14,10 @@ import pyarrow.parquet as pq
 
 from analyze.circuits.checks import check_table
 from analyze.circuits.experiments import Made
+from analyze.circuits.folders import dictionaries_of, facts_of, graph_folders
 from analyze.circuits.graph import Graph
-from analyze.circuits.inquiry import Inquiry
+from analyze.circuits.inquiry import Inquiry, further_subjects
+from analyze.circuits.viewer.pages import graph_name
 from analyze.labels.book import LabelBook
 from analyze.prompts import prompt_text
 from store.sites import Site
@@ -60,27 +62,28 @@ SHOWN = 30
 
 
 class Labels:
-    """The labels of features, each dictionary's book opened once."""
+    """The labels of features, of this run's transcoders and of those that graphs of earlier runs in OUT were made with."""
 
     def __init__(self, inquiry: Inquiry) -> None:
-        self._inquiry = inquiry
-        self._books: dict[Site, LabelBook] = {}
+        subjects, kept = dict(inquiry.subjects), {}
+        for folder in graph_folders(inquiry.settings.out):
+            for name, identity in dictionaries_of(folder).items():
+                kept[Site.parse(name)] = identity
+        if others := {site: identity for site, identity in kept.items() if site not in subjects}:
+            subjects |= further_subjects(inquiry.settings, others)
+        self._books = {site: LabelBook.of(subject) for site, subject in sorted(subjects.items())}
+        self.by_identity = {subject.identity: self._books[site] for site, subject in subjects.items()}
+        """each dictionary's book"""
 
     def text(self, site: Site, feature: int) -> str | None:
         """How a feature was labelled; None when it was not."""
-        subject = self._inquiry.subjects.get(site)
-        if subject is None:
-            return None
-        if site not in self._books:
-            self._books[site] = LabelBook.of(subject)
-        return self._books[site].text(feature)
+        book = self._books.get(site)
+        return None if book is None else book.text(feature)
 
     @property
     def books(self) -> dict[str, LabelBook]:
         """Every book by its site, `img_3`."""
-        return {
-            str(site): self._books.setdefault(site, LabelBook.of(of)) for site, of in self._inquiry.subjects.items()
-        }
+        return {str(site): book for site, book in self._books.items()}
 
 
 def row_of(made: Made, labels: Labels, inquiry: Inquiry) -> dict[str, Any]:
@@ -115,11 +118,12 @@ def rows_of_others(folders: Sequence[Path], labels: Labels, before: Path) -> lis
             known = {row["name"]: row for row in pq.read_table(before).to_pylist()}
         except (OSError, KeyError, pa.ArrowException):
             known = {}  # it is written anew
-    return [
-        _of_graph(folder.name, folder, labels)
-        | {name: text for name, text in known.get(folder.name, {}).items() if name not in SUMMARY.names}
-        for folder in folders
-    ]
+    rows = []
+    for folder in folders:
+        name = folder.name if folder.parent.name == "graphs" else graph_name(facts_of(folder))
+        carried = {column: text for column, text in known.get(name, {}).items() if column not in SUMMARY.names}
+        rows.append(_of_graph(name, folder, labels) | carried)
+    return rows
 
 
 def _carried(columns: Mapping[str, str]) -> dict[str, str]:

@@ -23,9 +23,13 @@ COLUMNS = ("image", "step", "site", "token", "feature")
 GROUP, DICTIONARY = "group", "dictionary"
 DIGITS = 12
 """of an image or a step at most"""
+WEIGHTS = 1e-6, 1e6
+"""the smallest and the largest weight of a member, 0 aside"""
+LABEL = 100
+"""characters of the name of a supernode at most: it is part of the names of folders"""
 _LABEL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _ASK = re.compile(
-    r"(?:(?P<weight>[+-]?\d+(?:\.\d+)?)\*)?(?P<site>(?:img|txt|joint)_\d{1,9}):(?P<token>\d{1,9}|max):(?P<feature>\d{1,9})"
+    r"(?:(?P<weight>[+-]?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\*)?(?P<site>(?:img|txt|joint)_\d{1,9}):(?P<token>\d{1,9}|max):(?P<feature>\d{1,9})"
 )
 
 
@@ -40,7 +44,8 @@ class Ask:
 
     def __str__(self) -> str:
         token = "max" if self.token is None else self.token
-        return ("" if self.weight == 1 else f"{self.weight:g}*") + f"{self.site}:{token}:{self.feature}"
+        weight = repr(self.weight).removesuffix(".0")  # reads back as the same number
+        return ("" if self.weight == 1 else f"{weight}*") + f"{self.site}:{token}:{self.feature}"
 
     @classmethod
     def parse(cls, text: str, where: str) -> "Ask":
@@ -51,9 +56,12 @@ class Ask:
                 f"{where} {text!r} is no target: write site:token:feature such as img_3:12:66, or img_3:max:66 for the token "
                 "where the feature is most active"
             )
-        return cls(
-            _double(match["site"], where), _token(match["token"]), int(match["feature"]), float(match["weight"] or 1)
-        )
+        weight, (least, most) = float(match["weight"] or 1), WEIGHTS
+        if weight and not least <= abs(weight) <= most:
+            raise UsageError(
+                f"{where} {text!r}: the weight {weight:g} is none from {least:g} to {most:g}: scale all of them"
+            )
+        return cls(_double(match["site"], where), _token(match["token"]), int(match["feature"]), weight)
 
 
 @dataclass(frozen=True)
@@ -104,9 +112,12 @@ class Experiment:
         return f"{start}.{ask.site}.{'max' if tokens[0] is None else f'p{tokens[0]}'}.f{ask.feature}"
 
 
-def experiments(settings: GraphSettings, images: Sequence[int], steps: Sequence[int]) -> list[Experiment]:
-    """Every graph that is asked for, in order of image, then step, then as given; `images`, `steps`: what `all` stands for.
+def experiments(
+    settings: GraphSettings, images: Sequence[int], steps: Sequence[int], n_images: int, n_steps: int
+) -> list[Experiment]:
+    """Every graph that is asked for, in order of image, then step, then as given.
 
+    `images`, `steps`: what `all` stands for; `n_images`, `n_steps`: how many there are.
     `UsageError` names the flag, or the file and line, for what is no target and for one that stands twice.
     """
     if settings.targets is not None:
@@ -119,8 +130,8 @@ def experiments(settings: GraphSettings, images: Sequence[int], steps: Sequence[
         Experiment(
             image, step, group, " ".join(f"--{'target' if each.name is None else 'supernode'} {each}" for each in group)
         )
-        for image in _numbers(settings.image, images, "image")
-        for step in _numbers(settings.step, steps, "step")
+        for image in _numbers(settings.image, images, n_images, "image")
+        for step in _numbers(settings.step, steps, n_steps, "step")
         for group in ([tuple(wanted)] if settings.together else [(each,) for each in wanted])
     ]
 
@@ -133,34 +144,30 @@ def _alone(ask: Ask) -> Ask:
 
 def _supernode(text: str) -> Wanted:
     name, equals, parts = text.partition("=")
+    if equals:
+        _check_length(name.strip(), f"--supernode {name[:20]}…")
     if not equals or _LABEL.fullmatch(name.strip()) is None:
         raise UsageError(
             f"--supernode {text!r} is no supernode: write name=img_3:12:66+img_3:13:66, with a name of letters, digits, "
             "points, _ and -"
         )
-    asks = tuple(Ask.parse(part, "--supernode") for part in parts.split("+"))
+    asks = tuple(Ask.parse(part, "--supernode") for part in re.split(r"(?<!\d[eE])\+", parts))
     _refuse_twice([((ask.site, ask.token, ask.feature), f"--supernode {text}: {ask}") for ask in asks])
     if nothing := [str(ask) for ask in asks if ask.weight == 0]:
         raise UsageError(f"--supernode {text}: {nothing[0]} weighs nothing: leave it out, or give it another weight")
     return Wanted(asks, name.strip())
 
 
-def _numbers(text: int | str | None, every: Sequence[int], what: str) -> Sequence[int]:
-    """The numbers that are asked for; of a range that goes on beyond all that are traced, the first beyond stands for the others."""
+def _check_length(name: str, where: str) -> None:
+    """`UsageError` for a name that is too long for a folder."""
+    if len(name) > LABEL:
+        raise UsageError(f"{where} has a name of {len(name)} characters: write at most {LABEL}")
+
+
+def _numbers(text: int | str | None, traced: Sequence[int], count: int, what: str) -> Sequence[int]:
+    """The numbers below `count` that are asked for; `all`: those that are traced.  Which of the others are is checked later."""
     words = str(text).strip()
-    if words == "all":
-        return every
-    beyond = max(every, default=-1) + 1
-
-    def bounded(match: re.Match[str]) -> str:
-        first, last = (int(digits[:DIGITS]) for digits in match.groups())
-        return match[0] if last < first else f"{first}-{min(last, max(first, beyond))}"
-
-    words = re.sub(r"(\d+)-(\d+)", bounded, words)  # 0-99999999999 would be held number by number
-    if any(len(digits) > DIGITS for digits in re.findall(r"\d+", words)):
-        raise UsageError(f"there is no {what} {words}: the last that is traced is {beyond - 1}")
-    last = max((int(digits) for digits in re.findall(r"\d+", words)), default=0)
-    return parse_numbers(words, last + 1, what)  # which of them are traced is checked against the store later
+    return traced if words == "all" else parse_numbers(words, count, what)
 
 
 def read_targets(path: Path) -> list[Experiment]:
@@ -178,6 +185,7 @@ def read_targets(path: Path) -> list[Experiment]:
         label = row.get(GROUP, "").strip()
         if label and _LABEL.fullmatch(label) is None:
             raise UsageError(f"{where} the group {label!r} is no name: use letters, digits, points, _ and -")
+        _check_length(label, f"{where} the group {label[:20]}…")
         groups.setdefault((image, step, f"group {label}" if label else str(ask)), []).append((ask, line, row))
     found = []
     for (image, step, key), members in groups.items():

@@ -13,6 +13,7 @@ that token's gradients in one product.
 
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,6 +109,12 @@ class Block:
     def patterns(self, heads: slice, rows: slice = slice(None)) -> Tensor:
         """Attention patterns of some heads and rows, computed anew: (head, row, token)."""
         return torch.softmax(torch.bmm(self.q[heads, rows], self.k[heads].transpose(1, 2)), dim=-1)
+
+
+def reckoned_bytes(tokens: int, d_model: int, itemsize: int, directions: int = 0) -> int:
+    """About what one prepared block takes: vectors of its tokens, folded matrices, what `directions` distinct features read and write."""
+    vectors = 2 + 2 + len(ABOVE) + len(BETWEEN)  # q, k, and the constants; two parts of mlp_in
+    return itemsize * d_model * (tokens * vectors + 2 * len(STREAMS) * d_model + 2 * directions)
 
 
 def centred(values: Tensor) -> Tensor:
@@ -261,4 +268,4 @@ def _constants(names: list[str], vectors: dict[str, Tensor], like: Tensor) -> Co
 def _worst(replay: dict[str, float], name: str, replayed: Tensor, was: Tensor) -> None:
     """Keep the largest error of what is replayed, relative to the largest value there."""
     error = float((replayed - was).abs().max() / was.abs().max().clamp(min=torch.finfo(was.dtype).tiny))
-    replay[name] = max(replay[name], error)
+    replay[name] = float(np.maximum(replay[name], error))  # of which NaN stays

@@ -90,11 +90,18 @@ class Trace:
     """A trace on a device in one dtype, read a block at a time."""
 
     def __init__(
-        self, source: TraceSource, dtype: torch.dtype = torch.float64, device: str | torch.device = "cpu"
+        self,
+        source: TraceSource,
+        dtype: torch.dtype = torch.float64,
+        device: str | torch.device = "cpu",
+        n_blocks: int | None = None,
     ) -> None:
+        """`n_blocks`: how many blocks matter, from block 0 on; default: all that were traced."""
         self.source, self.dtype, self.device = source, dtype, torch.device(device)
-        self.n_blocks, self.sigma = source.n_blocks, float(source.sigma)
+        self.n_blocks = source.n_blocks if n_blocks is None else min(n_blocks, source.n_blocks)
+        self.sigma = float(source.sigma)
         self._read: dict[int, Mapping[str, np.ndarray]] = {}
+        self._weights: dict[int, Mapping[str, np.ndarray]] = {}
         if self.n_blocks < 1:
             raise UsageError("this trace has no blocks: harvest it again with --trace")
 
@@ -116,8 +123,8 @@ class Trace:
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the arrays of block 0: it is read for them once."""
-        return {name: array.shape for name, array in self._arrays(0).items()}
+        """Of the arrays of the highest block, which is the first to be prepared."""
+        return {name: array.shape for name, array in self._arrays(self.n_blocks - 1).items()}
 
     def block(self, layer: int) -> dict[str, Tensor]:
         """Every array of one block, in the trace's dtype; `DamagedError` when one is missing or has another shape."""
@@ -138,8 +145,8 @@ class Trace:
         return {name: self._tensor(arrays[name]) for name in wanted}
 
     def entering(self, layer: int) -> dict[Stream, Tensor] | None:
-        """The residual that enters a block; past the last one what leaves it, None where the trace does not hold that."""
-        if layer < self.n_blocks:
+        """The residual that enters a block; past the last that was traced what leaves it, None where the trace does not hold that."""
+        if layer < self.source.n_blocks:
             arrays, name = self._arrays(layer), "resid"
         else:
             arrays, name = self._arrays(layer - 1), "resid_out"
@@ -149,7 +156,9 @@ class Trace:
 
     def projection(self, layer: int, name: str) -> tuple[Tensor, Tensor]:
         """Weight (out, in) and bias (out,) of one projection of a block; zeros where it has no bias."""
-        arrays = self.source.weights(layer)
+        if layer not in self._weights:  # a block has four
+            self._weights = {layer: self.source.weights(layer)}
+        arrays = self._weights[layer]
         weight = self._tensor(arrays[f"{name}.weight"])
         bias = arrays.get(f"{name}.bias")
         return weight, weight.new_zeros(len(weight)) if bias is None else self._tensor(bias)

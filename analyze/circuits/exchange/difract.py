@@ -144,7 +144,7 @@ def _target(
         "stream": row.get("stream"),
         "feat_idx": -1 if row.get("feature") is None else row["feature"],
         "position": asked.get("token"),
-        "preactivation": asked.get("pre") if pre is None else pre,
+        "preactivation": pre if asked.get("pre") is None else asked["pre"],
         "encoder_bias": float(sum(encoder)) if asked.get("encoder_bias") is None else asked["encoder_bias"],
     }
 

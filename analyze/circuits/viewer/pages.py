@@ -94,13 +94,14 @@ def write_pages(
 
 
 def graphs_in(places: Sequence[Path]) -> list[Path]:
-    """The folders of all graphs in these places: what `analyze graph --out` was told, or folders of single graphs."""
-    folders: list[Path] = []
+    """The folders of all graphs in these places, each once: what `analyze graph --out` was told, or folders of single graphs."""
+    folders: dict[Path, Path] = {}
     for place in places:
         if not (found := graph_folders(place)):
             raise UsageError(f"{place} holds no graph: give what python -m analyze graph wrote (--graphs)")
-        folders += found
-    return folders
+        for folder in found:
+            folders.setdefault(folder.resolve(), folder)
+    return list(folders.values())
 
 
 def check_graphs(places: Sequence[Path], store: Store) -> None:
@@ -117,15 +118,20 @@ def planned(places: Sequence[Path]) -> tuple[int, int]:
 
 
 def write_beside_report(
-    folder: ReportFolder, places: Sequence[Path], store: Store, dictionaries: Mapping[str, str]
+    folder: ReportFolder,
+    places: Sequence[Path],
+    store: Store,
+    dictionaries: Mapping[str, str],
+    steering: bool = False,
 ) -> list[str]:
     """Write `graphs.html` into the folder of a report; the names of the graphs.
 
     `places`: what `analyze graph --out` was told, or folders of single graphs.  `dictionaries`: identity -> name in the report; with
     them the page shows example pictures of features, and the report's feature pages name the graphs that a feature stands in.
+    `steering`: whether the report has a page of steering too, to be linked.
     """
     contents = write_graphs(folder, graphs_in(places), store, dictionaries)
-    folder.write("graphs.html", rendered("", True, contents))
+    folder.write("graphs.html", rendered("", True, contents, steering))
     return [entry["name"] for entry in contents["graphs"]]
 
 
@@ -135,13 +141,17 @@ def write_graphs(
     """Write data, pictures, scripts and library of the page of graphs into a folder; what the page must know first."""
     entries: list[dict[str, Any]] = []
     names: set[str] = set()
-    dictionaries = _dictionary_names([_facts(path) for path in folders], beside)
+    every = [_facts(path) for path in folders]
+    for path, facts in zip(folders, every, strict=True):
+        _refuse_other_store(path, facts, store)
+    dictionaries, called = _dictionary_names(every, beside), Counter(map(graph_name, every))
     images: set[int] = set()
     standing: dict[str, dict[str, list[int]]] = {}
     for path in folders:
         graph = Graph.read(path)
         _refuse_other_store(path, graph.facts, store)
-        name = _free_name(graph_name(graph.facts), names)
+        name = graph_name(graph.facts)
+        name = _free_name(f"{name}.{_place(path)}" if called[name] > 1 else name, names)
         names.add(name)
         aggregated = Graph.read(path / "aggregated") if (path / "aggregated" / "facts.json").is_file() else None
         entry = {"name": name, **_entry(graph.facts, dictionaries)}
@@ -186,7 +196,7 @@ def write_scripts(folder: ReportFolder) -> None:
     folder.write("libraries/LICENSE-d3.txt", _ours("libraries", "LICENSE-d3.txt"))
 
 
-def rendered(base: str, in_report: bool, contents: Mapping[str, Any]) -> bytes:
+def rendered(base: str, in_report: bool, contents: Mapping[str, Any], steering: bool = False) -> bytes:
     """The page itself; `base`: where what it loads lies, from it."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("analyze.circuits.viewer", "templates"),
@@ -195,6 +205,7 @@ def rendered(base: str, in_report: bool, contents: Mapping[str, Any]) -> bytes:
     values = {
         "base": base,
         "in_report": in_report,
+        "steering": steering,
         "scripts": REPORT_SCRIPTS + SCRIPTS,
         "many": len(contents["graphs"]) > 1,
     }
@@ -211,8 +222,18 @@ def graph_name(facts: Mapping[str, Any]) -> str:
         parts += [str(targets[0]["site"]), f"p{targets[0]['token']}", f"f{targets[0]['feature']}"]
     else:
         name = str(targets[0].get("name") or "graph").removeprefix("supernode_")
-        parts.append("".join(c if c.isalnum() or c in "-_" else "-" for c in name))
+        parts.append(_plain(name))
     return ".".join(parts)
+
+
+def _plain(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
+
+
+def _place(folder: Path) -> str:
+    """The folder that `analyze graph --out` made for a graph, as part of a name."""
+    out = folder.resolve()
+    return _plain((out.parent.parent if out.parent.name == "graphs" else out).name)
 
 
 def features_of(graph: Graph) -> set[tuple[str, int]]:

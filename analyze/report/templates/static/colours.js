@@ -29,7 +29,11 @@ granary.show = (() => {
     return `${document.documentElement.dataset.base || ""}pictures/${String(Math.floor(number / report.pictures.folder_images)).padStart(3, "0")}/${number}.webp`;
   }
 
-  const short = (text, most) => (text.length <= most ? text : `${text.slice(0, most - 1).trimEnd()}…`);
+  // At most so many signs; one that takes two places is not cut in two.
+  function short(text, most) {
+    const signs = [...text];
+    return signs.length <= most ? text : `${signs.slice(0, most - 1).join("").trimEnd()}…`;
+  }
 
   return { percent, number, whole, colour, picture, short };
 })();

@@ -15,6 +15,7 @@ granary.drawing = (() => {
   let marked = null; // {nodes, edges, main}
   let turn = 0;
   let resting = null;
+  let laying = null;
   let own = false; // whether the reader has zoomed or moved it: then it stays where it is
   const size = { width: 0, height: 0, ratio: 1 };
 
@@ -46,7 +47,11 @@ granary.drawing = (() => {
   function resized() {
     const { width, height } = size;
     if (!measure() || !scene) return;
-    if (!own) return fit(false);
+    if (!own) {
+      clearTimeout(laying);
+      laying = setTimeout(() => own || calls.resized(), REST_MS); // for another shape another layout
+      return fit(false);
+    }
     d3.select(over).call(zoom.translateBy, (size.width - width) / 2 / transform.k, (size.height - height) / 2 / transform.k);
     paint();
   }

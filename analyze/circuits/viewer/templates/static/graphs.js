@@ -29,7 +29,7 @@ granary.graphs = (() => {
     for (const entry of contents.graphs) for (const of of Object.values(entry.dictionaries)) if (!dictionaries.has(of.name)) dictionaries.set(of.name, of);
     await Promise.all([granary.labels.open({ dictionaries: [...dictionaries.values()] }), granary.heat.open()]);
     const calls = {
-      hover, choose, lasso, token, chooseToken, follow: (to) => go({ follow: to }), pin, group, ungroup, forget, graph: (name) => (location.hash = `#/${encodeURIComponent(name)}`), view: turnTo, moved: () => tip(hovered),
+      hover, choose, lasso, token, chooseToken, follow: (to) => go({ follow: to }), pin, group, ungroup, forget, graph: (name) => (location.hash = `#/${encodeURIComponent(name)}`), view: turnTo, moved: () => tip(hovered), resized: () => (redraw(true), mark()),
       share: (key, value) => go({ [key]: value, shares: true }), kind, png, svg, labels: () => granary.controls.save("labels.json", new Blob([granary.labels.file()], { type: "application/json" })), fit: () => drawing.fit(true),
       reset, found: (set) => ((found = set), mark()), now: () => ({ net, graph }),
     };
@@ -51,7 +51,7 @@ granary.graphs = (() => {
   async function arrive() {
     const mine = ++turn;
     const asked = address.parse(location.hash, contents.graphs.map(({ name }) => name));
-    const found = graph?.name === asked.graph ? null : await read(asked.graph);
+    const found = graph?.name === asked.graph ? null : await read(asked.graph).catch((error) => stayed(mine, error));
     if (mine !== turn) return; // something else was asked for meanwhile
     if (found) begin(found);
     const before = found ? null : state;
@@ -60,6 +60,15 @@ granary.graphs = (() => {
     render(before);
     const problem = asked.unknown ? `There is no graph called ${asked.unknown} here; shown is ${asked.graph}.` : lost();
     tell(problem);
+  }
+
+  // A graph that cannot be read: the address and the list name again the one that is drawn.
+  function stayed(mine, error) {
+    if (graph && mine === turn) {
+      history.replaceState(null, "", address.link(state));
+      controls();
+    }
+    throw error;
   }
 
   // Show the state; `before`: the one that the page shows now, null for another graph.
@@ -85,11 +94,22 @@ granary.graphs = (() => {
 
   // What the address names and the graph has not, in words; null where all is there.
   function lost() {
-    if (state.node === null || row(state.node) !== null) return null;
-    const name = state.node;
-    state.node = null;
-    render({ ...state, node: name });
-    return `There is no node ${name} in this graph ${VIEWS[state.view]}.`;
+    const { node, pins, groups } = state;
+    const nets = Object.values(views);
+    const known = (name) => row(name) !== null || nets.some((each) => each.index.has(name)) || groups.some(({ title }) => name === `group_${title}`);
+    const away = groups.filter((group) => !nets.some((each) => granary.grouping.fits(each, group)));
+    const unpinned = pins.filter((name) => !known(name) || away.some(({ title }) => name === `group_${title}`));
+    const said = [];
+    if (node !== null && row(node) === null) said.push(`There is no node ${node} in this graph ${VIEWS[state.view]}.`);
+    if (unpinned.length) said.push(`Not in this graph, and not pinned: ${unpinned.join(", ")}.`);
+    if (away.length) said.push(`Not in this graph are all nodes of the supernode${away.length > 1 ? "s" : ""} ${away.map(({ title }) => title).join(", ")}.`);
+    if (!said.length) return null;
+    const before = { ...state };
+    if (node !== null && row(node) === null) state.node = null;
+    state.pins = pins.filter((name) => !unpinned.includes(name));
+    state.groups = groups.filter((group) => !away.includes(group));
+    render(before);
+    return said.join(" ");
   }
 
   // A graph as its file has it; nothing on the page changes yet.
@@ -161,7 +181,7 @@ granary.graphs = (() => {
 
   function aside() {
     granary.panel.of(selected(), graph, net, state);
-    granary.supernodes.show(chosen, net, state, graph);
+    granary.supernodes.show(chosen, net, state, graph, views[state.view === "positional" ? "aggregated" : "positional"]);
   }
 
   // Change what is shown, and say so in the address; `step`: one that the back button undoes.

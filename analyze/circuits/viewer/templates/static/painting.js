@@ -21,8 +21,8 @@ granary.painting = (() => {
     }
     for (const i of order) symbol(context, net.nodes[i], looks[i], place.x[i] * t.k + t.x, place.y[i] * t.k + t.y, t.k, palette);
     const now = { net, place, looks, labels, facts };
-    const spelt = place.dx * t.k > (place.roomy ? 28 : 40) ? [...order].reverse() : order.filter((i) => net.nodes[i].target);
-    captions(context, spelt, now, t, { width, height }, palette);
+    const list = place.dx * t.k > (place.roomy ? 28 : 40) ? [...order].reverse() : order.filter((i) => net.nodes[i].target);
+    captions(context, list, now, t, { width, height }, palette);
   }
 
   function backdrop(context, place, t, width, { wash, line }) {
@@ -83,16 +83,63 @@ granary.painting = (() => {
     context.translate(-x, -y);
   }
 
-  // What nodes are called, the first before the next: what would lie over another's words is left out, pointing shows it.
-  function captions(context, list, now, t, { width, height }, palette, main = null) {
+  // What nodes are called, and where: [{i, lines, x, y, font}], the first before the next.  Of what would lie over another's words the
+  // feature's number is tried; where that does not fit either it is left out, pointing shows it.  `family`: of the letters.
+  function spelt(list, { net, place, looks, labels, facts }, t, { width, height }, main = null, family = ink.FONT) {
     const boxes = [];
+    const found = [];
     for (const i of list) {
-      const [x, y] = [now.place.x[i] * t.k + t.x, now.place.y[i] * t.k + t.y];
-      if (x < -60 || y < -30 || x > width + 60 || y > height + 30) continue;
-      const bold = i === main || now.net.nodes[i].target;
-      const box = caption(context, i, now, t, palette, bold, (mine) => i === main || boxes.every((each) => each.right <= mine.left || each.left >= mine.right || each.bottom <= mine.top || each.top >= mine.bottom));
-      if (box) boxes.push(box);
+      const node = net.nodes[i];
+      const [x, middle] = [place.x[i] * t.k + t.x, place.y[i] * t.k + t.y];
+      if (x < -60 || middle < -30 || x > width + 60 || middle > height + 30) continue;
+      const y = middle + ink.screenRadius(looks[i].radius, t.k) + 9 + (node.kind === "group" ? 3 : 0);
+      const font = `${i === main || node.target ? 600 : 400} 11px ${family}`;
+      const label = labels(node);
+      for (const text of new Set([granary.words.short(node, label, facts), granary.words.short(node, "", facts)])) {
+        const lines = broken(text);
+        const half = Math.max(...lines.map((line) => measured(line, font))) / 2;
+        const mine = { left: x - half, right: x + half, top: y - 5, bottom: y - 6 + 11 * lines.length };
+        if (i !== main && boxes.some((each) => each.right > mine.left && each.left < mine.right && each.bottom > mine.top && each.top < mine.bottom)) continue;
+        boxes.push(mine);
+        found.push({ i, lines, x, y, font });
+        break;
+      }
     }
+    return found;
+  }
+
+  function captions(context, list, now, t, size, { ink: words, card }, main = null) {
+    context.textAlign = "center";
+    context.lineWidth = 3;
+    context.lineJoin = "round";
+    context.strokeStyle = card;
+    context.fillStyle = words;
+    for (const { lines, x, y, font } of spelt(list, now, t, size, main)) {
+      context.font = font;
+      lines.forEach((line, k) => {
+        context.strokeText(line, x, y + 11 * k);
+        context.fillText(line, x, y + 11 * k);
+      });
+    }
+  }
+
+  const ruler = document.createElement("canvas").getContext("2d");
+  function measured(text, font) {
+    ruler.font = font;
+    return ruler.measureText(text).width;
+  }
+
+  // As much of a text as a width has room for, with … where that is not all.
+  function fitted(text, font, width) {
+    if (measured(text, font) <= width) return text;
+    const signs = [...text];
+    let [low, high] = [0, signs.length];
+    while (low < high) {
+      const middle = Math.ceil((low + high) / 2);
+      if (measured(`${signs.slice(0, middle).join("")}…`, font) <= width) low = middle;
+      else high = middle - 1;
+    }
+    return `${signs.slice(0, low).join("").trimEnd()}…`;
   }
 
   // Words on one line, or on two where they are long and can be broken.
@@ -101,28 +148,6 @@ granary.painting = (() => {
     if (text.length < 11 || !places.length) return [text];
     const at = places.reduce((best, each) => (Math.abs(each - text.length / 2) < Math.abs(best - text.length / 2) ? each : best));
     return [text.slice(0, at).trimEnd(), text.slice(at)];
-  }
-
-  // Draws it where `free` says of its box that it may; the box, or null.
-  function caption(context, i, { net, place, looks, labels, facts }, t, { ink: words, card }, bold, free) {
-    const node = net.nodes[i];
-    const y = place.y[i] * t.k + t.y + ink.screenRadius(looks[i].radius, t.k) + 9 + (node.kind === "group" ? 3 : 0);
-    context.font = `${bold ? 600 : 400} 11px ${ink.FONT}`;
-    context.textAlign = "center";
-    context.lineWidth = 3;
-    context.lineJoin = "round";
-    context.strokeStyle = card;
-    const lines = broken(granary.words.short(node, labels(node), facts));
-    const x = place.x[i] * t.k + t.x;
-    const half = Math.max(...lines.map((line) => context.measureText(line).width)) / 2;
-    const box = { left: x - half, right: x + half, top: y - 5, bottom: y - 6 + 11 * lines.length };
-    if (!free(box)) return null;
-    context.fillStyle = words;
-    lines.forEach((line, k) => {
-      context.strokeText(line, x, y + 11 * k);
-      context.fillText(line, x, y + 11 * k);
-    });
-    return box;
   }
 
   // What is pointed at, over the rest: its edges and nodes, and rings around those that are chosen or pinned.
@@ -134,9 +159,9 @@ granary.painting = (() => {
       const straight = edges.length > ink.STRAIGHT;
       ink.runs(net, edges, (run, strength, positive) => strokes(context, { net, place, straight }, run, t, { width: ink.width(strength, 1.3), opacity: Math.max(0.55, ink.opacity(strength, false)), colour: positive ? palette.excite : palette.suppress }));
       for (const i of nodes) symbol(context, net.nodes[i], looks[i], place.x[i] * t.k + t.x, place.y[i] * t.k + t.y, t.k, palette);
-      const spelt = nodes.size <= 40 || place.dx * t.k > (place.roomy ? 28 : 40) ? [...nodes] : [];
-      spelt.sort((a, b) => (b === main) - (a === main) || net.nodes[b].weight - net.nodes[a].weight);
-      captions(context, spelt, now, t, size, palette, main);
+      const list = nodes.size <= 40 || place.dx * t.k > (place.roomy ? 28 : 40) ? [...nodes] : [];
+      list.sort((a, b) => (b === main) - (a === main) || net.nodes[b].weight - net.nodes[a].weight);
+      captions(context, list, now, t, size, palette, main);
     }
     context.lineWidth = 2;
     for (const [i, colour] of rings) {
@@ -153,18 +178,18 @@ granary.painting = (() => {
     context.textAlign = "left";
     context.fillStyle = palette.ink;
     context.font = `600 13px ${ink.FONT}`;
-    context.fillText(target, 10, 15, width - 230);
+    context.fillText(fitted(target, context.font, width - 230), 10, 15);
     context.fillStyle = palette.soft;
     context.font = `12px ${ink.FONT}`;
-    context.fillText(rest, 10, 34, width - 20);
+    context.fillText(fitted(rest, context.font, width - 20), 10, 34);
     [["excites", palette.excite, 205], ["suppresses", palette.suppress, 115]].forEach(([word, colour, from]) => {
       context.fillStyle = colour;
       context.fillRect(width - from, 13, 22, 4);
       context.fillText(word, width - from + 28, 15);
     });
     context.fillStyle = palette.soft;
-    context.fillText(granary.words.LEGEND, 10, 51, width - 20);
+    context.fillText(fitted(granary.words.LEGEND, context.font, width - 20), 10, 51);
   }
 
-  return { PER_FRAME, HEAD: 62, render, marked, heading, broken };
+  return { PER_FRAME, HEAD: 62, render, marked, heading, spelt, fitted };
 })();

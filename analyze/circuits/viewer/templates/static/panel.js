@@ -175,7 +175,7 @@ granary.panel = (() => {
     const rows = [
       ["Image, step", `${facts.image}, step ${facts.step}${facts.sigma === undefined || facts.sigma === null ? "" : ` (sigma ${show.number(facts.sigma, 4)})`}`], ["Nodes, edges", `${show.whole(net.count)}, ${show.whole(net.edges.source.length)}`],
       ["Expanded", count(totals.expanded)], ["Conservation", totals.conservation === undefined ? null : Number(totals.conservation).toExponential(1)],
-      ["Left out of this page", net.leftOut.edges ? `the weakest: ${show.whole(net.leftOut.nodes)} nodes, ${show.whole(net.leftOut.edges)} edges` : null],
+      ["Left out of this page", net.leftOut.edges ? `the weakest: ${show.whole(net.leftOut.nodes)} nodes, ${show.whole(net.leftOut.edges)} edges` : net.leftOut.nodes ? `${show.whole(net.leftOut.nodes)} node${net.leftOut.nodes === 1 ? "" : "s"} without an edge` : null],
     ].filter(([, value]) => value !== null && value !== undefined);
     const targets = net.nodes.map((node, i) => [node, i]).filter(([node]) => node.target);
     return h("section", { class: "box", id: "about" }, h("h2", {}, targets.length > 1 ? "Targets" : "Target"),

@@ -9,16 +9,18 @@ granary.supernodes = (() => {
     calls = callbacks;
   }
 
-  // `chosen`: names that are chosen.  Groups and pins whose nodes stand in the other view are kept for it, and only counted here.
-  function show(chosen, net, state, graph) {
+  // `chosen`: names that are chosen.  Groups and pins whose nodes stand in the other view, `other`, are kept for it, and only counted here.
+  function show(chosen, net, state, graph, other) {
     const title = (name) => (net.index.has(name) ? granary.words.title(net.nodes[net.index.get(name)], graph.facts) : name);
     const [groups, pins] = [state.groups.filter(({ title: of }) => net.index.has(`group_${of}`)), state.pins.filter((pin) => net.index.has(pin))];
-    const elsewhere = state.groups.length + state.pins.length - groups.length - pins.length;
+    const there = other ? state.groups.filter((group) => !groups.includes(group) && granary.grouping.fits(other, group)) : [];
+    const elsewhere = there.length + state.pins.filter((pin) => !pins.includes(pin) && (other?.index.has(pin) || there.some(({ title: of }) => pin === `group_${of}`))).length;
     const problem = h("p", { class: "problem", role: "alert" });
     const name = h("input", { id: "group-name", autocomplete: "off", maxlength: "60", placeholder: "name of the supernode", "aria-label": "Name of the supernode" });
     const submit = (event) => {
       event.preventDefault();
       problem.textContent = calls.group(name.value.replace(/[:,]/g, " ").trim().replace(/\s+/g, " ")) || "";
+      if (!problem.textContent) [...room.querySelectorAll(".chip.group")].at(-1)?.focus(); // the form is gone
     };
     room.classList.toggle("used", chosen.size + groups.length + pins.length > 0); // then it stands above the node
     room.replaceChildren(h("h3", {}, "Supernodes and pins"),

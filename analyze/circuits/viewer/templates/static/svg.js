@@ -3,6 +3,7 @@
 granary.svg = (() => {
   const MARGIN = { left: 70, right: 30, top: 100, bottom: 30 };
   const FAINT = 0.2;
+  const FAMILY = "sans-serif";
   const printable = (text) => text.replace(/[^\t\n\r\x20-\x7e\u00a0-\ud7ff\ue000-\ufffd\u{10000}-\u{10ffff}]/gu, ""); // XML has no control characters
   const escaped = (text) => printable(text).replace(/[&<>"]/g, (sign) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[sign]);
   const fixed = (value) => Number(value.toFixed(2));
@@ -19,20 +20,30 @@ granary.svg = (() => {
     const shown = new Set(nodes);
     const above = out ? nodes.filter((i) => out.nodes.has(i)) : [];
     const under = nodes.filter((i) => !out?.nodes.has(i));
+    const spelt = captions(scene, above, under, out?.main ?? null, { width, height });
     const lines = [
-      `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${width} ${height}" width="${width}" height="${height}" role="img" font-family="sans-serif" font-size="11">`,
-      `<title>${escaped(title)}</title>`, `<rect width="100%" height="100%" fill="${palette.card}"/>`, ...heading(headline, palette), ...backdrop(place, width, palette),
-      `<g class="all"${out ? ` opacity="${FAINT}"` : ""}>`, ...edges(scene, vis.edges, pen), ...under.map((i) => node(scene, i, pen, place.roomy)), "</g>",
-      `<g class="out">`, ...(out ? edges(scene, out.edges, pen, 1.3) : []), ...above.map((i) => node(scene, i, pen, true)), "</g>",
+      `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${width} ${height}" width="${width}" height="${height}" role="img" font-family="${FAMILY}" font-size="11">`,
+      `<title>${escaped([title, ...headline].join(" · "))}</title>`, `<rect width="100%" height="100%" fill="${palette.card}"/>`, ...heading(headline, palette, width), ...backdrop(place, width, palette),
+      `<g class="all"${out ? ` opacity="${FAINT}"` : ""}>`, ...edges(scene, vis.edges, pen), ...under.map((i) => node(scene, i, pen, spelt)), "</g>",
+      `<g class="out">`, ...(out ? edges(scene, out.edges, pen, 1.3) : []), ...above.map((i) => node(scene, i, pen, spelt)), "</g>",
       ...(marked?.rings || []).filter(([i]) => shown.has(i)).map(([i, colour]) => `<circle class="ring" cx="${pen.x(i)}" cy="${pen.y(i)}" r="${fixed(granary.ink.screenRadius(scene.looks[i].radius, 1) + 5)}" fill="none" stroke="${palette[colour]}" stroke-width="2"/>`),
     ];
     return `${lines.join("\n")}\n</svg>\n`;
   }
 
-  function heading([target, rest], palette) {
+  // The words of each node that has some: what stands out before the rest, the most influential first.
+  function captions(scene, above, under, main, size) {
+    const { net, place } = scene;
+    const strongest = (list) => [...list].sort((a, b) => (b === main) - (a === main) || net.nodes[b].target - net.nodes[a].target || net.nodes[b].weight - net.nodes[a].weight);
+    const list = [...strongest(above), ...strongest(under.filter((i) => place.roomy || net.nodes[i].target))];
+    return new Map(granary.painting.spelt(list, scene, { k: 1, x: MARGIN.left, y: MARGIN.top }, size, main, FAMILY).map(({ i, lines }) => [i, lines]));
+  }
+
+  function heading([target, rest], palette, width) {
+    const { fitted } = granary.painting;
     const key = (x, colour, word) => `<rect x="${x}" y="46" width="22" height="4" fill="${colour}"/><text x="${x + 28}" y="52" fill="${colour}">${word}</text>`;
     return [
-      `<text x="8" y="18" font-size="13" font-weight="600" fill="${palette.ink}">${escaped(target)}</text>`, `<text x="8" y="35" fill="${palette.soft}">${escaped(rest)}</text>`,
+      `<text x="8" y="18" font-size="13" font-weight="600" fill="${palette.ink}">${escaped(fitted(target, `600 13px ${FAMILY}`, width - 16))}</text>`, `<text x="8" y="35" fill="${palette.soft}">${escaped(fitted(rest, `11px ${FAMILY}`, width - 16))}</text>`,
       key(8, palette.excite, "excites"), key(90, palette.suppress, "suppresses"), `<text x="190" y="52" fill="${palette.soft}">${escaped(granary.words.LEGEND)}</text>`,
     ];
   }
@@ -65,12 +76,12 @@ granary.svg = (() => {
     const { fill, stroke } = ink.colours(one, looks[i], palette);
     const radius = ink.screenRadius(looks[i].radius, 1);
     const label = labels(one);
-    const words = granary.painting.broken(granary.words.short(one, label, facts)).map((line, k) => `<tspan x="0" dy="${k ? 11 : 0}">${escaped(line)}</tspan>`).join("");
+    const words = (spelt.get(i) || []).map((line, k) => `<tspan x="0" dy="${k ? 11 : 0}">${escaped(line)}</tspan>`).join("");
     return [
       `<g transform="translate(${x(i)},${y(i)})"><title>${escaped(granary.words.title(one, facts) + (label ? ` · ${label}` : ""))}</title>`,
       `<path d="${ink.symbol(one.kind).size(ink.area(one.kind, radius)).context(null)()}" fill="${fill}" stroke="${stroke}" stroke-width="${one.target ? 2.2 : 1.2}"/>`,
       one.kind === "group" ? `<circle r="${fixed(radius + 3)}" fill="none" stroke="${stroke}" stroke-width="1.2"/>` : "",
-      spelt || one.target ? `<text y="${fixed(radius + 12)}" text-anchor="middle" fill="${palette.ink}" paint-order="stroke" stroke="${palette.card}" stroke-width="3">${words}</text>` : "", "</g>",
+      words ? `<text y="${fixed(radius + 12)}" text-anchor="middle"${one.target ? ' font-weight="600"' : ""} fill="${palette.ink}" paint-order="stroke" stroke="${palette.card}" stroke-width="3">${words}</text>` : "", "</g>",
     ].join("");
   }
 
