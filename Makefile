@@ -26,10 +26,10 @@ DEMO_TRAINING ?= --activation topk --k 64 --expansion 8 --batch 1024 --epochs 2 
   --schedule cosine --decoder-bias mean --autocast auto
 DEMO_ANALYSIS = --store "$(DEMO)/store-val" --dictionaries "$(DEMO)/dictionaries"
 
-.PHONY: help setup demo test test-all check format bench bench-store bench-train bench-analyze bench-circuits test-exchange torture torture-training harvest tiny-flux clean
+.PHONY: help setup demo test test-all check format bench bench-store bench-train bench-analyze bench-circuits steer-demo explore faithfulness-demo validate-demo notebooks test-exchange torture torture-training harvest tiny-flux clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 19
 
 setup: .venv/installed ## create .venv with the locked dependencies
 
@@ -52,6 +52,36 @@ demo: .venv/installed ## prompts -> stores -> packs -> dictionaries -> graphs ->
 	$(PY) -m analyze scan $(DEMO_ANALYSIS) --kind contrastive --positive '\bred\b' --images 0-31 --sites img_3-4 --steps 3 --rank auroc --best 4 --name red --out "$(DEMO)/analysis"
 	$(PY) -m analyze graph $(DEMO_ANALYSIS) --targets "$(DEMO)/analysis/scan/red.csv" --check --out "$(DEMO)/graphs"
 	$(PY) -m analyze all $(DEMO_ANALYSIS) --graphs "$(DEMO)/graphs" --out "$(DEMO)/analysis"
+
+steer-demo: .venv/installed ## after make demo: suppress the circuit of every colour, beside single features, and judge the pictures, in DEMO=demo
+	@test -d "$(DEMO)/analysis" || { echo "there is no $(DEMO)/analysis: run make demo first"; exit 2; }
+	$(PY) -m harvest $(DEMO_HARVEST) --split val --images 96 --steps 0,1 --pictures none --trace --trace-images 0-95 --trace-steps 0,1 --out "$(DEMO)/store-circuits"
+	$(PY) -m analyze targets --traces "$(DEMO)/store-circuits" $(DEMO_ANALYSIS) --analysis "$(DEMO)/analysis" --out "$(DEMO)/circuits.csv"
+	$(PY) -m analyze graph --store "$(DEMO)/store-circuits" --dictionaries "$(DEMO)/dictionaries" --targets "$(DEMO)/circuits.csv" --skip-inactive --no-page --out "$(DEMO)/circuits"
+	$(PY) -m analyze guided $(DEMO_ANALYSIS) --traces "$(DEMO)/store-circuits" --analysis "$(DEMO)/analysis" --graphs "$(DEMO)/circuits" \
+	  --images 32 --tuning 6 --own contrast,single --own-strengths 3,5,10,30 --out "$(DEMO)/guided"
+	$(PY) -m analyze report $(DEMO_ANALYSIS) --graphs "$(DEMO)/graphs" --steering "$(DEMO)/guided" --out "$(DEMO)/analysis"
+
+explore: .venv/installed ## after make demo: a local app to find features, move sliders and see the picture change
+	$(PY) -m analyze explore $(DEMO_ANALYSIS) --analysis "$(DEMO)/analysis" --graphs "$(DEMO)/graphs" --out "$(DEMO)/explored"
+
+DEMO_SPARSITY ?= --kind transcoder,sae --sites img_1,img_3,img_4 --activation topk --k 8,16,32,64 --expansion 8 --batch 1024 --epochs 1 \
+  --lr 3e-3 --lr-warmup-rows 20000 --schedule cosine --decoder-bias mean --autocast auto
+
+faithfulness-demo: .venv/installed ## after make demo: sparsity against faithfulness, transcoders against SAEs, in DEMO=demo
+	@test -d "$(DEMO)/pack-train" || { echo "there is no $(DEMO)/pack-train: run make demo first"; exit 2; }
+	$(PY) -m train --pack "$(DEMO)/pack-train" --val "$(DEMO)/pack-val" $(DEMO_SPARSITY) --out "$(DEMO)/sparsity"
+	$(PY) -m analyze faithfulness --store "$(DEMO)/store-val" --dictionaries "$(DEMO)/sparsity/k-8" "$(DEMO)/sparsity/k-16" "$(DEMO)/sparsity/k-32" "$(DEMO)/sparsity/k-64" --each-step --images 0-15 --out "$(DEMO)/faithfulness"
+	$(PY) -m analyze faithfulness --store "$(DEMO)/store-val" --dictionaries "$(DEMO)/dictionaries" --scope cumulative,all --images 0-31 --out "$(DEMO)/faithfulness-all"
+
+validate-demo: .venv/installed ## after make demo: perturb what the demo's graphs name in the model itself, in DEMO=demo
+	@test -d "$(DEMO)/graphs" || { echo "there is no $(DEMO)/graphs: run make demo first"; exit 2; }
+	$(PY) -m analyze scan $(DEMO_ANALYSIS) --kind top --images 0-31 --sites img_3-4 --steps 3 --best 12 --name strongest --out "$(DEMO)/analysis"
+	$(PY) -m analyze graph $(DEMO_ANALYSIS) --targets "$(DEMO)/analysis/scan/strongest.csv" --no-page --out "$(DEMO)/strongest-graphs"
+	$(PY) -m analyze validate $(DEMO_ANALYSIS) --graphs "$(DEMO)/strongest-graphs" "$(DEMO)/graphs" --out "$(DEMO)/validation"
+
+notebooks: .venv/installed ## after make demo: run the notebooks, and keep them with what they show in DEMO/notebooks
+	GRANARY_DEMO="$(abspath $(DEMO))" $(PY) notebooks/run.py "$(DEMO)/notebooks"
 
 harvest: .venv/installed ## run FLUX over prompts: make harvest LAYERS=0-15 [STREAMS= MODEL= PROMPTS= IMAGES= RESOLUTION= OUT= FLAGS=]
 	$(PY) -m harvest --model "$(MODEL)" --layers "$(LAYERS)" --streams "$(STREAMS)" --out "$(OUT)" \

@@ -65,6 +65,36 @@ COMMANDS = {
         "analyze.circuits.gathering:run",
         "many graphs together: edges that recur over prompts, one image over its steps",
     ),
+    "steer": Command(
+        "analyze.steering.settings:SteerSettings",
+        "analyze.steering.command:run",
+        "change features while pictures are drawn, and see what becomes of them (runs the model)",
+    ),
+    "guided": Command(
+        "analyze.guided.settings:GuidedSettings",
+        "analyze.guided.command:run",
+        "steer by a circuit against steering by single features (runs the model)",
+    ),
+    "responsive": Command(
+        "analyze.responsive.settings:ResponsiveSettings",
+        "analyze.responsive.command:run",
+        "prompts that show best what a feature does (runs the model)",
+    ),
+    "faithfulness": Command(
+        "analyze.faithfulness.settings:FaithfulnessSettings",
+        "analyze.faithfulness.command:run",
+        "dictionaries in the place of the MLPs: what becomes of latents and pictures (runs the model)",
+    ),
+    "validate": Command(
+        "analyze.validation.settings:ValidateSettings",
+        "analyze.validation.command:run",
+        "edges and influences of graphs against perturbations of the real model (runs the model)",
+    ),
+    "explore": Command(
+        "analyze.explore.settings:ExploreSettings",
+        "analyze.explore.command:run",
+        "a local app: find features, move sliders, see the picture change (runs the model)",
+    ),
     "all": Command(
         "analyze.settings:AllSettings",
         "analyze.everything:run",

@@ -58,7 +58,14 @@ def run(settings: AllSettings) -> Everything:
     )
     judging = TruthSettings(**inputs, images=settings.images, any_picture=settings.any_picture, seed=settings.seed)
     top = min(ReportSettings.top, settings.top)
-    reporting = ReportSettings(**inputs, title=settings.title, top=top, graphs=settings.graphs)
+    reporting = ReportSettings(
+        **inputs,
+        title=settings.title,
+        top=top,
+        graphs=settings.graphs,
+        steering=settings.steering,
+        faithfulness=settings.faithfulness,
+    )
     analysis = open_analysis(scoring)
     left_out = _left_out(analysis, comparing, judging)
     for part, reason in left_out.items():

@@ -65,6 +65,10 @@ class AllSettings(Inputs):
     """Headline of the report."""
     graphs: tuple[Path, ...] = ()
     """Attribution graphs to show in the report: what `analyze graph --out` was told, one or several."""
+    steering: tuple[Path, ...] = ()
+    """Steering to show in the report: what `analyze steer` or `analyze guided` was told with --out, one or several."""
+    faithfulness: Path | None = None
+    """Faithfulness to show in the report: what `analyze faithfulness` was told with --out."""
 
     def __post_init__(self) -> None:
         if self.top_m > self.top:

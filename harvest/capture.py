@@ -31,11 +31,13 @@ class Captured:
 
     values: dict[tuple[Site, Point], Tensor] = field(default_factory=dict)
     sigma: Tensor | None = None
+    inputs: dict[str, Any] | None = None
+    """what the transformer was called with, by name: calling it so again is that pass again"""
 
     def take(self) -> "Captured":
         """Hand over what was captured since the last `take`, and begin anew."""
-        taken = Captured(self.values, self.sigma)
-        self.values, self.sigma = {}, None
+        taken = Captured(self.values, self.sigma, self.inputs)
+        self.values, self.sigma, self.inputs = {}, None, None
         return taken
 
 
@@ -50,6 +52,7 @@ def capture(transformer: nn.Module, sites: Sequence[Site]) -> Iterator[Captured]
 
     def receive_sigma(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         captured.sigma = kwargs["timestep"].detach().float()
+        captured.inputs = kwargs
 
     with ExitStack() as hooks:
         hooks.callback(transformer.register_forward_pre_hook(receive_sigma, with_kwargs=True).remove)

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from harvest.capture import Captured, capture
+from harvest.replacing import Replacement
 from harvest.text import encode
 from harvest.tracing import Tracer, tracing
 from store.sites import Site
@@ -30,6 +32,8 @@ class Drawn:
     sigma: np.ndarray
     scheduler_sigma: np.ndarray
     pictures: list[Image.Image] | None
+    latents: Tensor | None = None
+    """what the VAE decodes, after the last step: (image, token, channel) float32 on the CPU; None unless asked for"""
 
 
 @dataclass(frozen=True)
@@ -51,19 +55,34 @@ class Sampler:
         seeds: Sequence[int],
         on_step: Callable[[int, Captured], None],
         tracer: Tracer | None = None,
+        replacement: Replacement | None = None,
+        latents: bool = False,
+        embeddings: tuple[Tensor, Tensor] | None = None,
     ) -> Drawn:
-        """Draw one picture a prompt; `on_step(step, captured)` is called as each denoising step ends, `tracer` as blocks end."""
-        transformer = self.pipe.transformer
-        embeds, pooled = encode(self.pipe, prompts, self.max_sequence_length)
-        sigmas: list[np.ndarray] = []
+        """Draw one picture a prompt; `on_step(step, captured)` is called as each denoising step ends, `tracer` as blocks end.
 
-        def step_ended(_pipe: "FluxPipeline", step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
+        `replacement`: what `replace` handed out; its step is kept.  `latents`: hand the final ones over too.  `embeddings`:
+        the prompts as `harvest.text.encode` gives them, where they were encoded before.
+        """
+        transformer = self.pipe.transformer
+        embeds, pooled = embeddings or encode(self.pipe, prompts, self.max_sequence_length)
+        sigmas: list[np.ndarray] = []
+        final: Tensor | None = None
+        if replacement is not None:
+            replacement.step = 0
+
+        def step_ended(_pipe: "FluxPipeline", step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            nonlocal final
             taken = captured.take()
             assert taken.sigma is not None, "the transformer ran without a timestep"
             sigmas.append(taken.sigma.cpu().numpy())
             on_step(step, taken)
             if tracer is not None:
                 tracer.step = step + 1
+            if replacement is not None:
+                replacement.step = step + 1
+            if latents:
+                final = tensors["latents"]
             return {}
 
         traces = nullcontext() if tracer is None else tracing(transformer, tracer)
@@ -85,4 +104,5 @@ class Sampler:
             sigma=np.stack(sigmas, axis=1).astype(np.float32),
             scheduler_sigma=np.tile(scheduled.astype(np.float32), (len(prompts), 1)),
             pictures=list(output.images) if self.pictures else None,
+            latents=None if final is None else final.float().cpu().clone(),  # a plain tensor, not one of inference
         )

@@ -9,6 +9,7 @@
     data/prompts/N.js, data/pieces/N.js prompts and their text tokens, 1,024 images a file
     pictures/000/17.webp                each picture once
     graphs.html, graph.css, data/graphs.js, data/graphs/NAME.js     attribution graphs, where there are any (`analyze.circuits.viewer`)
+    steering.html, steering.css, pictures/steering/…                steering and faithfulness, where there are any (`steering`)
 
 Everything is relative, static and local.  Equal results give equal bytes.
 """
@@ -40,6 +41,8 @@ from analyze.report.page import dictionary_rows
 from analyze.report.planning import Plan, plan_of
 from analyze.report.settings import ReportSettings
 from analyze.report.spool import Spool
+from analyze.report.steering import check_steering, write_steering
+from analyze.report.steering_experiments import Names
 from analyze.truth.attributes import Attribute, Scene, read_scenes
 
 
@@ -61,6 +64,7 @@ def run(settings: ReportSettings) -> Report | Plan:
     truth = read_truth(analysis)
     limit = heat_limit(analysis, settings)
     check_graphs(settings.graphs, analysis.store)  # before a report that is there already is touched
+    check_steering(settings.steering, settings.faithfulness, analysis.store)
     if settings.plan:
         plan = plan_of(analysis, settings, limit)
         print(plan.sentence())
@@ -76,7 +80,15 @@ def run(settings: ReportSettings) -> Report | Plan:
     folder.script("labels", _labels(analysis, books))
     page = Page(analysis, settings, choices, truth, overview, findings, libraries)
     identities = {subject.identity: subject.name for subject in analysis.subjects}
-    graphs = write_beside_report(folder, settings.graphs, analysis.store, identities) if settings.graphs else []
+    steered = bool(settings.steering or settings.faithfulness)
+    graphs = (
+        write_beside_report(folder, settings.graphs, analysis.store, identities, steered) if settings.graphs else []
+    )
+    if steered:
+        names = Names(identities, analysis.steps)
+        write_steering(
+            folder, settings.steering, settings.faithfulness, settings.title, names, settings.picture_side, bool(graphs)
+        )
     folder.script("report", {**_contents(analysis, settings, overview), "pictures": pictures, "graphs": len(graphs)})
     write_page(folder, page)
     size = sum(folder.written.values())

@@ -10,12 +10,13 @@ from store.files import is_temporary, write_bytes
 
 INDEX = "index.html"
 OURS = re.compile(
-    r"data/.+\.js|pictures/\d+/\d+\.webp|pictures/.+/step\d+-feature\d+\.webp|(libraries|static)/[^/]+|report\.(css|js)|graphs?\.(css|html)"
+    r"data/.+\.js|pictures/\d+/\d+\.webp|pictures/.+/step\d+-feature\d+\.webp|pictures/steering/[^/]+/[^/]+\.(webp|png)|"
+    r"(libraries|static)/[^/]+|report\.(css|js)|graphs?\.(css|html)|steering\.(css|html)"
 )
 """what reports call their files, those of earlier versions too; files of other names are not ours"""
 
 
-BEGUN = {"data", "libraries", "pictures", "static"}
+BEGUN = {"data", "libraries", "pictures", "static", "graph.css", "graphs.html", "steering.css", "steering.html"}
 """what lies in the folder of a report that was interrupted; `report.css` is in every other one"""
 
 

@@ -69,6 +69,7 @@ def _rendered(page: Page) -> bytes:
         "pictures": analysis.store.meta.pictures != "none",
         "streams": analysis.streams(),
         "graphs": bool(page.settings.graphs),
+        "steering": bool(page.settings.steering or page.settings.faithfulness),
     }
     loader = jinja2.PackageLoader("analyze.report", "templates")
     environment = jinja2.Environment(

@@ -37,8 +37,8 @@ def write_pictures(folder: ReportFolder, store: Store, images: Iterable[int], si
     return same
 
 
-def webp_bytes(image: Image.Image) -> bytes:
+def webp_bytes(image: Image.Image, lossless: bool = False) -> bytes:
     """The picture as WebP."""
     buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=QUALITY, method=2)
+    image.save(buffer, "WEBP", quality=QUALITY, method=2, lossless=lossless)
     return buffer.getvalue()

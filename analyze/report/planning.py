@@ -14,6 +14,7 @@ from analyze.report.heat_pass import stream_tokens
 from analyze.report.images import BLOCK
 from analyze.report.picture_files import webp_bytes
 from analyze.report.settings import ReportSettings
+from analyze.report.steering import planned as planned_steering
 
 BASE64 = 4 / 3
 LIBRARIES = 2_300_000
@@ -32,7 +33,7 @@ class Plan:
 
     files: int
     bytes: dict[str, int]
-    """by what they are: tables, examples, heat, pictures, prompts, libraries, and graphs where there are any"""
+    """by what they are: tables, examples, heat, pictures, prompts, libraries, and graphs and steering where there are any"""
     seconds: float
     heated: int
     """features with heat, over all dictionaries and steps"""
@@ -80,6 +81,9 @@ def plan_of(analysis: Analysis, settings: ReportSettings, limit: int) -> Plan:
     seconds += len(drawn) * SECONDS_A_PICTURE + rounds * SECONDS_A_MILLION_FEATURES / 1e6 + 2
     if settings.graphs:
         more, sizes["graphs"] = planned(settings.graphs)
+        files += more
+    if settings.steering or settings.faithfulness:
+        more, sizes["steering"] = planned_steering(settings.steering, settings.faithfulness)
         files += more
     return Plan(files, {**{name: int(size) for name, size in sizes.items()}, "libraries": LIBRARIES}, seconds, heated)
 

@@ -28,6 +28,10 @@ class ReportSettings(Inputs):
     """Similar features listed with each feature."""
     graphs: tuple[Path, ...] = ()
     """Attribution graphs to show with the features: what `analyze graph --out` was told, one or several."""
+    steering: tuple[Path, ...] = ()
+    """Steering to show on a page of its own: what `analyze steer` or `analyze guided` was told with --out, one or several."""
+    faithfulness: Path | None = None
+    """Faithfulness to show on that page: what `analyze faithfulness` was told with --out."""
     plan: bool = False
     """Print files, bytes and time, and write nothing."""
 

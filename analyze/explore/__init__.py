@@ -1,0 +1,1 @@
+"""`analyze explore`: find a feature, move a slider, see the picture change; a local app."""
