@@ -70,6 +70,11 @@ COMMANDS = {
         "analyze.steering.command:run",
         "change features while pictures are drawn, and see what becomes of them (runs the model)",
     ),
+    "targets": Command(
+        "analyze.guided.targets:TargetsSettings",
+        "analyze.guided.targets:run",
+        "what graph is to explain, so that it finds the circuit of each colour",
+    ),
     "guided": Command(
         "analyze.guided.settings:GuidedSettings",
         "analyze.guided.command:run",

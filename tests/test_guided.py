@@ -19,7 +19,7 @@ from analyze.guided.sources import (
     read_members,
     strongest_paths,
 )
-from analyze.steering import case_studies
+from analyze.guided import case_studies
 from analyze.steering.judging import VERDICTS, Rate
 from store.errors import ForeignError, MismatchError, UsageError
 from store.sites import Site

@@ -262,6 +262,8 @@ def test_an_interrupt_ends_the_waiting_for_a_shard_at_once(pack: Pack, monkeypat
     with pytest.raises(KeyboardInterrupt):
         next(loader(pack).batches(0, 15))
     timer.join()
+    for thread in readers():  # one that was told to stop may still be about to
+        thread.join(5)
     assert time.monotonic() - begun < 5 and not readers()
 
 
