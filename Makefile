@@ -56,10 +56,11 @@ demo: .venv/installed ## prompts -> stores -> packs -> dictionaries -> graphs ->
 steer-demo: .venv/installed ## after make demo: suppress the circuit of every colour, beside single features, and judge the pictures, in DEMO=demo
 	@test -d "$(DEMO)/analysis" || { echo "there is no $(DEMO)/analysis: run make demo first"; exit 2; }
 	$(PY) -m harvest $(DEMO_HARVEST) --split val --images 96 --steps 0,1 --pictures none --trace --trace-images 0-95 --trace-steps 0,1 --out "$(DEMO)/store-circuits"
+	$(PY) -m harvest $(DEMO_HARVEST) --split val --images 384 --seed 1 --layers 0 --streams img --steps 0 --pictures png --out "$(DEMO)/store-fresh"
 	$(PY) -m analyze targets --traces "$(DEMO)/store-circuits" $(DEMO_ANALYSIS) --analysis "$(DEMO)/analysis" --out "$(DEMO)/circuits.csv"
 	$(PY) -m analyze graph --store "$(DEMO)/store-circuits" --dictionaries "$(DEMO)/dictionaries" --targets "$(DEMO)/circuits.csv" --skip-inactive --no-page --out "$(DEMO)/circuits"
 	$(PY) -m analyze guided $(DEMO_ANALYSIS) --traces "$(DEMO)/store-circuits" --analysis "$(DEMO)/analysis" --graphs "$(DEMO)/circuits" \
-	  --images 32 --tuning 6 --own contrast,single --own-strengths 3,5,10,30 --out "$(DEMO)/guided"
+	  --judge "$(DEMO)/store-fresh" --images 32 --own circuit,contrast,single --out "$(DEMO)/guided"
 	$(PY) -m analyze report $(DEMO_ANALYSIS) --graphs "$(DEMO)/graphs" --steering "$(DEMO)/guided" --out "$(DEMO)/analysis"
 
 explore: .venv/installed ## after make demo: a local app to find features, move sliders and see the picture change
@@ -79,6 +80,7 @@ validate-demo: .venv/installed ## after make demo: perturb what the demo's graph
 	$(PY) -m analyze scan $(DEMO_ANALYSIS) --kind top --images 0-31 --sites img_3-4 --steps 3 --best 12 --name strongest --out "$(DEMO)/analysis"
 	$(PY) -m analyze graph $(DEMO_ANALYSIS) --targets "$(DEMO)/analysis/scan/strongest.csv" --no-page --out "$(DEMO)/strongest-graphs"
 	$(PY) -m analyze validate $(DEMO_ANALYSIS) --graphs "$(DEMO)/strongest-graphs" "$(DEMO)/graphs" --out "$(DEMO)/validation"
+	$(PY) -m analyze validate $(DEMO_ANALYSIS) --graphs "$(DEMO)/graphs" --sources feature,error,rest --hold mlps --out "$(DEMO)/validation-kinds"
 
 notebooks: .venv/installed ## after make demo: run the notebooks, and keep them with what they show in DEMO/notebooks
 	GRANARY_DEMO="$(abspath $(DEMO))" $(PY) notebooks/run.py "$(DEMO)/notebooks"

@@ -5,7 +5,9 @@ the output folder) is refused here, before anything is computed.
 """
 
 import hashlib
+import json
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +23,7 @@ from analyze.scoring.matrices import UNFINISHED, ScoreMatrix, step_folder
 from analyze.settings import Inputs
 from store import Store, open_store
 from store.errors import ForeignError, MismatchError, UsageError
-from store.files import is_temporary, read_json, write_json
+from store.files import is_temporary, json_bytes, read_json, write_json
 from store.sites import Point, Site, choose_sites, parse_numbers, parse_sites
 from store.tables import write_table
 from train import Dictionary
@@ -296,6 +298,46 @@ def check_output(analysis: Analysis, wanted: dict[str, Any] | None = None) -> di
                 f"{analysis.out} holds another run ({key} {found.get(key)!r}, now {value!r}): choose another --out"
             )
     return found
+
+
+def check_results(out: Path, record: Mapping[str, Any], what: str) -> None:
+    """Refuse an OUT that holds something else than `what`, or what another record (its `run.json`, with format and version) made.
+
+    `UsageError` says the first difference; `ForeignError` where the record there is none of this format.
+    """
+    path = out / "run.json"
+    if not path.exists():
+        if out.exists() and not all(is_temporary(each) for each in out.iterdir()):
+            raise UsageError(f"{out} is not empty and holds no {what}: choose another --out")
+        return
+    found, now = read_json(path), json.loads(json_bytes(dict(record)))
+    if not isinstance(found, dict) or any(found.get(name) != now[name] for name in ("format", "version")):
+        raise ForeignError(
+            f"{path} is not the record of {what} in format {now['version']}: choose another --out, or finish it with the version of "
+            "Granary that began it"
+        )
+    if (difference := _difference(found, now)) is not None:
+        raise UsageError(f"{out} was made with {difference}: choose another --out")
+
+
+def _difference(before: Any, now: Any) -> str | None:
+    """The first thing that differs, in words; None where nothing does."""
+    if before == now:
+        return None
+    if isinstance(before, dict) and isinstance(now, dict):
+        name = next(name for name in sorted({*before, *now}) if before.get(name) != now.get(name))
+        return f"{name} {_difference(before.get(name), now.get(name))}"
+    if all(isinstance(value, list) and all(isinstance(each, dict) for each in value) for value in (before, now)):
+        if len(before) != len(now):
+            return f"({len(before)} of them, now {len(now)})"
+        place = next(place for place, (one, other) in enumerate(zip(before, now, strict=True)) if one != other)
+        return f"{place} {_difference(before[place], now[place])}"
+    return f"{_short(before)}, now {_short(now)}"
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else str(value) if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def _images(store: Store) -> pa.Table:

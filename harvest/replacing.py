@@ -148,9 +148,10 @@ def _changed(moment: Moment, changes: Sequence[Change], given: Tensor, output: T
             _check_like(moment, found, output)
             new = found
     if new is not None and not bool(torch.isfinite(new).all()):
+        wider = "" if new.dtype == torch.float32 else ", or --dtype float32"
         raise NonFiniteError(
             f"{moment.site} at step {moment.step} holds a NaN or an infinity in {str(new.dtype).removeprefix('torch.')} "
-            "after it was changed: use a smaller strength, or --dtype float32"
+            f"after it was changed: use a smaller strength{wider}"
         )
     return new
 

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 from dataclasses import is_dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from store.command import Command, program
-from tests.test_house import OURS
+from tests.test_house import OURS, ROOT
 
 
 @pytest.mark.parametrize("package", OURS)
@@ -20,6 +21,19 @@ def test_every_command_names_settings_and_a_function_that_takes_them(package: st
         assert is_dataclass(settings), name
         taken = next(iter(inspect.signature(run, eval_str=True).parameters.values())).annotation
         assert taken is settings or taken is object, (name, taken)
+
+
+def commands_said(text: str) -> set[tuple[str, str]]:
+    """(package, command) of every `-m analyze COMMAND` in a text; harvest, and train at times, go on with a flag instead."""
+    return set(re.findall(rf"-m ({'|'.join(OURS)}) ([a-z][a-z-]*)", text))
+
+
+@pytest.mark.parametrize("file", ["README.md", "Makefile", "CHANGELOG.md", "notebooks/README.md"])
+def test_every_command_that_is_written_down_is_there(file: str) -> None:
+    there = {(package, name) for package in OURS for name in importlib.import_module(f"{package}.__main__").COMMANDS}
+    said = commands_said((ROOT / file).read_text())
+    assert said and not said - there
+    assert commands_said("python -m analyze nothing --out O; $(PY) -m harvest --model M") == {("analyze", "nothing")}
 
 
 @pytest.mark.parametrize("package", ["store", "analyze"])

@@ -1,10 +1,13 @@
 """Experiment files: what they may say, how it is read, and that what is written reads back as it was."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -18,6 +21,8 @@ from analyze.steering.token_choice import TokenChoice
 from analyze.steering.wording import edits_in, members_text, off_in, supernode_in
 from store import Site, open_store
 from store.errors import UsageError
+from tests.traced_tiny_flux import transcoder
+from train.dictionaries.checkpoint import save_dictionary
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 words = st.one_of(
@@ -168,3 +173,71 @@ def test_prompts_come_from_a_file_beside_the_experiment_with_the_seeds_that_it_g
     assert [(shot.prompt, shot.seed) for shot in both.shots] == [
         ("a red ring", 0), ("a red ring", 1), ("a blue ring", 0), ("a blue ring", 1)
     ]  # fmt: skip
+
+
+def test_a_variants_strength_is_that_of_its_edits_and_says_no_other(tmp_path: Path, traced_flux: Path) -> None:
+    def strengths(edits: str) -> list[float]:
+        text = f"images: 0\nvariants:\n- {{name: one, strength: 3, edits: [{edits}]}}\n"
+        (variant,) = resolved(tmp_path, text, traced_flux).experiment.variants
+        assert variant.strength == 3
+        return [edit.strength for edit in variant.intervention.edits]
+
+    assert strengths("amplify img_0:1, zero txt_0:2") == [3, 1]
+    assert strengths("'amplify:3 img_0:1'") == [3]
+    for edits, said in (
+        ("'amplify:4 img_0:1'", "variant 'one' has strength 3, and its edit is amplify:4 img_0:1"),
+        ("'amplify:3 img_0:1', add img_0:2", "its edit is add:1 img_0:2"),
+        ("zero img_0:1", "has no edit with a strength"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            strengths(edits)
+
+
+def test_a_strength_that_changes_nothing_is_refused_but_as_the_control_of_a_sweep(
+    tmp_path: Path, traced_flux: Path
+) -> None:
+    for edit in ("amplify img_0:1", "'invert:-1 img_0:1'", "'add:0 img_0:1 @normalised'"):
+        with pytest.raises(
+            UsageError, match="changes nothing, its strength leaves everything as it is: write amplify:4"
+        ):
+            resolved(tmp_path, f"images: 0\nedits: [{edit}]\n", traced_flux)
+    for more in ("off: [txt 2]", "splice: img_2", "method: replacement", "strengths: [1, 2]"):
+        resolved(tmp_path, f"images: 0\nedits: [amplify img_0:1]\n{more}\n", traced_flux)
+    resolved(tmp_path, "images: 0\nedits: [amplify img_0:1, zero img_0:2]\n", traced_flux)
+    control = resolved(tmp_path, "images: 0\nedits: [amplify img_0:1]\nstrengths: [1]\n", traced_flux).experiment
+    (variant,) = control.variants
+    saved = replace(control, variants=(replace(variant, strength=None),))  # as the app saves what its sliders say
+    resolved(tmp_path, document_bytes(saved.document()).decode(), traced_flux)
+
+
+def test_a_splice_names_the_dictionary_where_a_site_has_both_kinds_and_reads_back(
+    tmp_path: Path, traced_flux: Path
+) -> None:
+    both = tmp_path / "both"
+    shutil.copytree(traced_flux / "dictionaries" / "transcoder_img_1", both / "transcoder_img_1")
+    save_dictionary(both / "sae_img_1", transcoder("img_1", kind="sae"), None, [])
+    text = "images: 0\nsplice: {}\n"
+    for kind in ("sae", "transcoder"):
+        found = resolved(tmp_path, text.format(f"{kind}_img_1"), traced_flux, dictionaries=both).experiment
+        assert list(found.identities) == [(Site.parse("img_1"), kind)]
+        assert found.document()["variants"][0]["splice"] == [f"{kind}_img_1"]
+        data = document_bytes(found.document())
+        again = resolved(tmp_path, data.decode(), traced_flux, dictionaries=both, store=None).experiment
+        assert document_bytes(again.document()) == data
+    with pytest.raises(UsageError, match="img_1 has a transcoder and an SAE: splice transcoder_img_1 or sae_img_1"):
+        resolved(tmp_path, text.format("img_1"), traced_flux, dictionaries=both)
+    edited = "images: 0\nedits: [zero img_1:2 @kind=sae]\nsplice: img_1\n"
+    (variant,) = resolved(tmp_path, edited, traced_flux, dictionaries=both).experiment.variants
+    assert variant.intervention.splice == ((Site.parse("img_1"), "sae"),)
+
+
+def test_weights_that_were_read_for_their_hash_are_not_read_or_held_again(
+    tmp_path: Path, traced_flux: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = resolved(tmp_path, "images: 0\nedits: zero img_1:2\n", traced_flux).shelf
+    key = (Site.parse("img_1"), "transcoder")
+    first = shelf[key]
+    monkeypatch.setattr("analyze.steering.shelf.loaded", lambda _: pytest.fail("read again"))
+    moved = shelf.on(torch.device("cpu"))
+    assert moved[key] is first and not shelf._held
+    assert shelf.identity(key) == moved.identity(key)

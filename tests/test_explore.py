@@ -268,7 +268,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, studio: Studio) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interrupt_ends_it_cleanly_and_leaves_nothing_behind(
     settings: ExploreSettings,
     sent: int,

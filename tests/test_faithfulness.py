@@ -1,5 +1,6 @@
 """`analyze faithfulness`: its figures are those of a plain account, the same command goes on, and bad input never loads a model."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from analyze.faithfulness import command
+from analyze.faithfulness import command, plots
 from analyze.faithfulness.groups import Group, sites_text, splicings_of
-from analyze.faithfulness.plots import last_layer, sparsity_plot, steps_plot
+from analyze.faithfulness.plots import block_lines, blocks_plot, last_layer, sparsity_plot, steps_plot
 from analyze.faithfulness.settings import FaithfulnessSettings
 from analyze.faithfulness.table import figure, pool, with_recovered
 from analyze.steering.drawing import Painter, open_painter
@@ -20,6 +21,7 @@ from analyze.steering.shelf import Shelf
 from store import Site, open_store
 from store.errors import GranaryError, MismatchError, UsageError
 from store.sites import parse_sites
+from store.sizes import human_size
 from tests.object_server import tree
 from tests.traced_tiny_flux import transcoder
 from train.dictionaries.checkpoint import save_dictionary
@@ -129,9 +131,11 @@ def test_a_run_writes_its_tables_and_one_that_was_stopped_ends_with_the_same_byt
     (tmp_path / "out" / "faithfulness.parquet").unlink()
     again = measure(**choices)
     assert again.pictures == 2 * 2 and tree(tmp_path / "out") == before
-    with pytest.raises(UsageError, match=r"was made with other choices \(images\): choose another --out"):
+    with pytest.raises(
+        UsageError, match=r"was made with settings images \[0, 1\], now \[0, 1, 2\]: choose another --out"
+    ):
         measure(**{**choices, "images": "0-2"})
-    with pytest.raises(UsageError, match=r"was made with other choices \(groups\)"):
+    with pytest.raises(UsageError, match=r"was made with groups \(3 of them, now 2\)"):
         measure(**{**choices, "baseline": False})
 
 
@@ -224,6 +228,72 @@ def test_figures_are_pooled_as_sums_and_compared_with_the_baseline_at_the_same_s
     }
     assert shown == {"0.123", "-", "equal", "100.0"}
     assert last_layer("img_0-4,txt_3") == 4 and sites_text([Site.parse("txt_3"), Site.parse("img_2")]) == "img_2,txt_3"
+
+
+def block(group: str, kind: str, sites: str, off: float) -> dict[str, Any]:
+    return {"group": group, "kind": kind, "sites": sites, "latent_fvu": off, "scopes": "cumulative", "every_step": True}
+
+
+def test_a_line_of_the_baseline_grows_by_the_sites_of_a_group_that_is_drawn() -> None:
+    chains = {"img_0": 0.1, "img_0-1": 0.2, "img_0-2": 0.3}
+    rows = [block("mean output", "mean", sites, 10 * off) for sites, off in chains.items()]
+    rows += [block("mean output", "mean", "img_2", 9.0)]  # the SAE's only site: no line, and no point of another's
+    rows += [block("t", "transcoder", sites, off) for sites, off in chains.items()] + [block("s", "sae", "img_2", 0.5)]
+    lines, means = block_lines(rows)
+    assert lines == {"mean output": [(0, 1.0), (1, 2.0), (2, 3.0)], "t": [(0, 0.1), (1, 0.2), (2, 0.3)]}
+    assert means == {"mean output"} and blocks_plot(rows) is not None
+    rows += [block("mean output", "mean", "img_1-2", 7.0), block("s", "sae", "img_1-2", 0.7)]
+    rows = [row for row in rows if row != block("mean output", "mean", "img_2", 9.0)] + [
+        block("mean output", "mean", "img_2", 6.0)
+    ]
+    lines, means = block_lines(rows)
+    assert means == {"mean output, img_0-2", "mean output, img_1-2"}  # a line for each chain of sites
+    assert lines["mean output, img_1-2"] == [(2, 6.0), (2, 7.0)] and list(lines)[:2] == [
+        "mean output, img_0-2",
+        "mean output, img_1-2",
+    ]
+
+
+def test_a_site_without_dictionaries_of_a_kind_has_no_empty_panel(monkeypatch: pytest.MonkeyPatch) -> None:
+    sites = [
+        {
+            "site": site,
+            "sites": site,
+            "step": step,
+            "kind": kind,
+            "group": kind,
+            "tokens": "all",
+            "every_step": True,
+            "fvu": 0.1,
+        }
+        for kind, site in (("transcoder", "img_0"), ("transcoder", "img_2"), ("sae", "img_2"))
+        for step in (0, 1)
+    ]
+    shown: list[tuple[str, bool]] = []
+
+    def look(figure: Any) -> bytes:
+        shown.extend((axes.get_title("left"), axes.get_visible()) for axes in figure.axes)
+        return b""
+
+    monkeypatch.setattr(plots, "png", look)
+    assert steps_plot([], sites) == b""
+    assert dict(shown) == {
+        "img_0, transcoders": True, "img_2, transcoders": True, "img_0, SAEs": False, "img_2, SAEs": True
+    }  # fmt: skip
+
+
+def test_the_plan_says_what_is_written_and_what_kept_errors_take(
+    measure: Measure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    choices: dict[str, Any] = {"sites": "img_1", "scope": "site", "images": "0-1", "exact": 2}
+    measure(**choices, plan=True)
+    said = capsys.readouterr().out
+    kept = 4 * 2 * 4 * 64 * 128  # float32, images, steps, tokens, d_model
+    assert f"{human_size(kept)} for errors that are kept" in said
+    (most,) = re.findall(r"written +at most ([\d.]+) (kB|MB)", said)
+    measure(**choices)
+    there = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert there <= float(most[0]) * {"kB": 1e3, "MB": 1e6}[most[1]]
 
 
 def test_there_is_no_plot_where_there_is_nothing_to_plot() -> None:

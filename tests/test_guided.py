@@ -8,8 +8,20 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from analyze.guided import case_studies
 from analyze.guided.arms import _contrast
-from analyze.guided.results import ALL, PICTURES, best_strength, lines_of, measured, rates_table, verdict_of
+from analyze.guided.results import (
+    ALL,
+    PICTURES,
+    best_strength,
+    edge_of,
+    edges_said,
+    goals_of,
+    lines_of,
+    measured,
+    rates_table,
+    verdict_of,
+)
 from analyze.guided.settings import GuidedSettings
 from analyze.guided.sources import (
     Member,
@@ -19,7 +31,6 @@ from analyze.guided.sources import (
     read_members,
     strongest_paths,
 )
-from analyze.guided import case_studies
 from analyze.steering.judging import VERDICTS, Rate
 from store.errors import ForeignError, MismatchError, UsageError
 from store.sites import Site
@@ -43,9 +54,7 @@ def fed(edges: Sequence[tuple[str, str, float]], target: str = TARGET, **facts: 
 
 def member(strengths: dict[tuple[Site, int], float], step: int = 0, paths: Any = None) -> Member:
     targets = ((Site.parse("img_2"), 7),)
-    return Member(
-        Path("g"), 0, "a red circle", 5, step, "sha256-x", targets, strengths, paths or strengths, {"img_2": "abc"}
-    )
+    return Member(Path("g"), 0, step, "sha256-x", targets, strengths, paths or strengths, {"img_2": "abc"})
 
 
 def test_a_source_counts_with_its_effect_over_all_tokens_as_a_share_of_the_target(tmp_path: Path) -> None:
@@ -55,7 +64,7 @@ def test_a_source_counts_with_its_effect_over_all_tokens_as_a_share_of_the_targe
     )  # fmt: skip
     graph.write(tmp_path / "g")
     (found,) = read_members([tmp_path / "g"])
-    assert found.targets == ((Site.parse("img_2"), 7),) and found.seed == 5
+    assert found.targets == ((Site.parse("img_2"), 7),) and (found.image, found.step) == (0, 1)
     assert found.strengths[IMG, 4] == pytest.approx(5 / 8)
     assert found.strengths[TXT, 9] == pytest.approx((1 + 2 + 5 * 3 / 4) / 8)  # directly, and through img_1:4
 
@@ -92,6 +101,17 @@ def test_paths_rank_by_path_and_suppressors_are_what_inhibits() -> None:
     graphs = {"red": [member({(TXT, 1): 0.1, (IMG, 2): 0.3, (IMG, 9): -0.4}, paths={(TXT, 1): 0.6, (IMG, 2): 0.2})]}
     assert [source.key for source in ranked_sources(graphs, "red", "path")] == [(TXT, 1), (IMG, 2)]
     assert [source.key for source in case_studies.suppressors(graphs, "red")] == [(IMG, 9)]
+
+
+def test_what_inhibits_the_target_is_no_source_however_strong_its_path() -> None:
+    graphs = {
+        "red": [member({(TXT, 1): 0.1, (IMG, 2): -0.3, (IMG, 3): -0.1}, paths={(TXT, 1): 0.2, (IMG, 2): 0.6})],
+        "green": [member({(IMG, 3): -0.9}, paths={})],
+    }
+    assert [source.key for source in ranked_sources(graphs, "red", "path")] == [(TXT, 1)]
+    assert [source.key for source in ranked_sources(graphs, "red", "both")] == [
+        (TXT, 1)
+    ]  # img_1:3 inhibits red less than green
 
 
 def test_a_value_without_graphs_or_sources_is_refused() -> None:
@@ -141,20 +161,43 @@ def test_a_clean_change_changes_the_colour_and_neither_shape_nor_position() -> N
     assert found["changed"] == Rate(3, 4) and found["kept_shape"] == Rate(3, 4) and found["clean"] == Rate(1, 4)
 
 
-def test_the_own_strength_changes_most_among_those_that_keep_enough() -> None:
-    def tried(changed: int, kept: int, clean: int) -> dict[str, Rate]:
-        return {
-            "changed": Rate(changed, 10),
-            "kept_shape": Rate(kept, 10),
-            "kept_position": Rate(10, 10),
-            "clean": Rate(clean, 10),
-        }
+def tried(**clean: int) -> dict[float, dict[str, Rate]]:
+    """Clean changes of ten by strength, all of them changed: s3=4."""
+    return {float(s[1:]): {"changed": Rate(10, 10), "clean": Rate(count, 10)} for s, count in clean.items()}
 
-    assert best_strength({3.0: tried(4, 10, 4), 10.0: tried(7, 8, 6), 30.0: tried(10, 2, 2)}, "colour") == 10
-    assert (
-        best_strength({3.0: tried(2, 7, 1), 10.0: tried(9, 6, 5)}, "colour") == 10
-    )  # none keeps enough: the most clean ones
-    assert best_strength({10.0: tried(0, 10, 0), 3.0: tried(0, 10, 0)}, "colour") == 3  # of equals the smallest
+
+def test_the_own_strength_is_the_one_with_most_clean_changes() -> None:
+    assert best_strength(tried(s3=4, s10=6, s30=2)) == 10
+    assert best_strength(tried(s10=5, s3=5)) == 3  # of equals the smallest
+
+
+def test_a_best_strength_at_an_end_of_those_tried_is_said() -> None:
+    edges = {
+        "mid": tried(s3=4, s10=6, s30=2),
+        "low": tried(s3=4, s10=1),
+        "high": tried(s3=1, s10=4),
+        "no": tried(s3=0, s10=0),
+    }
+    assert {name: edge_of(each) for name, each in edges.items()} == {
+        "mid": None, "low": "least", "high": "greatest", "no": "none"
+    }  # fmt: skip
+    about = {
+        "value": "red",
+        "own_strengths": {arm: {"strength": best_strength(each), "edge": edge_of(each)} for arm, each in edges.items()},
+    }
+    said = edges_said([about])
+    assert said == [
+        "no strength of --own-strengths changed a tuning picture cleanly: red no (3)",
+        "best at the least of --own-strengths, a smaller one may do better: red low (3)",
+        "best at the greatest of --own-strengths, a greater one may do better: red high (10)",
+    ]
+
+
+def test_every_arm_is_tried_at_the_same_strengths_by_default() -> None:
+    settings = asked()
+    assert settings.own_arms == settings.chosen_arms
+    ratios = np.asarray(settings.sweep[1:]) / np.asarray(settings.sweep[:-1])
+    assert len(ratios) == 10 and ratios.min() > 1.2 and ratios.max() < 1.6  # no gap in which an arm's best could lie
 
 
 def test_rates_are_told_by_value_and_over_all_and_the_best_arm_is_named() -> None:
@@ -169,8 +212,16 @@ def test_rates_are_told_by_value_and_over_all_and_the_best_arm_is_named() -> Non
     assert lines[0][:6] == ["colour", "intervened on", "features", "strength", "pictures", "changed"]
     assert lines[-1][:6] == [ALL, "single", "1", "3", "4", "50 %"]
     assert verdict_of(table, "colour") == (
-        "circuit wins: 100 % of 4 pictures have another colour and the same shape and position; single 50 %"
+        "circuit leads, with overlapping 95 % intervals: 100 % of 4 pictures have another colour and the same shape and position; "
+        "single 50 %"
     )
+    assert goals_of(table, "colour") == (
+        "changed in 70 % or more of the pictures, with shape and position each kept in 80 % or more: circuit 2 of 2 values, "
+        "single 0 of 2 values"
+    )
+    many, none = [True] * 20, [False] * 20
+    sure = rates_table([judged(many, many, many), judged(none, many, many, arm="single")], "colour")
+    assert verdict_of(sure, "colour").startswith("circuit wins: 100 % of 20 pictures ")
     equal = rates_table([judged([True], [True], [True], arm=arm) for arm in ("circuit", "single")], "colour")
     assert verdict_of(equal, "colour").startswith("circuit and single do equally well: 100 % of 1 picture ")
 
@@ -189,6 +240,7 @@ def asked(**changes: Any) -> GuidedSettings:
         ({"top": 0}, "--top is 0: give at least 1"),
         ({"strength": float("nan")}, "--strength is nan: give a finite number"),
         ({"own_strengths": "3,nan"}, "write finite numbers such as 3,10,30, or none"),
+        ({"own": "nonsense", "own_strengths": "none"}, "--own: there is no arm 'nonsense'"),
         ({"own_strengths": "strong"}, "write finite numbers such as 3,10,30, or none"),
         ({"by": "supernode"}, "give both or neither"),
         ({"supernode": ("red=img_3:66",)}, "give both or neither"),

@@ -13,7 +13,7 @@ from PIL import Image
 
 from analyze.inputs import Analysis, open_analysis
 from analyze.settings import Inputs
-from analyze.steering.interventions import FeatureEdit, Intervention, StreamOff, TokenChoice, by_key, check
+from analyze.steering.interventions import FeatureEdit, Intervention, StreamOff, TokenChoice, by_key, check, needed
 from analyze.steering.peaks import read_peaks
 from store import Site
 from store.errors import MismatchError, UsageError
@@ -163,11 +163,17 @@ def edit(site: Site = IMG_3, features: tuple[int, ...] = (3,), mode: Any = "zero
             {"peaks": {(IMG_3, "transcoder"): np.zeros(32, np.float32)}},
             "feature 3 was never active in the analysis, so it has no peak",
         ),
-        ((), {"off": (StreamOff("txt", (5, 6, 7)),)}, "case: txt off: there is no block 6-7"),
-        ((), {"off": (StreamOff("txt", (5,), steps=(0, 9)),)}, "case: txt off: there is no step 9"),
+        ((), {"off": (StreamOff("txt", (5, 6, 7)),)}, "case: txt 5-7 off: there is no block 6-7"),
+        ((), {"off": (StreamOff("txt", (5,), steps=(0, 9)),)}, "case: txt 5 off: there is no step 9"),
         ((), {"splice": (Site.parse("img_7"),)}, "splice img_7: there is no block 7"),
         ((), {"splice": (Site.parse("img_2"),)}, "there is no dictionary of img_2"),
-        ((), {"splice": (TXT_2,)}, "txt_2 has a transcoder and an SAE"),
+        ((), {"splice": (TXT_2,)}, "txt_2 has a transcoder and an SAE: splice transcoder_txt_2 or sae_txt_2"),
+        ((), {"splice": ((IMG_1, "transcoder"),)}, "there is no transcoder of img_1"),
+        (
+            (edit(TXT_2, kind="transcoder"),),
+            {"splice": ((TXT_2, "sae"),), "method": "replacement"},
+            "both the transcoder and the SAE of txt_2 would stand for its MLP",
+        ),
         (
             (edit(TXT_2, kind="sae"), edit(TXT_2, kind="transcoder")),
             {"method": "replacement"},
@@ -181,14 +187,32 @@ def edit(site: Site = IMG_3, features: tuple[int, ...] = (3,), mode: Any = "zero
         (
             (edit(steps=(1, 2)),),
             {"off": (StreamOff("img", (3,), steps=(0, 1)), StreamOff("img", (2, 3), steps=(2,)))},
-            "the img stream is off there at all steps of the edit, which would do nothing",
+            "the img stream is off there at all its steps: it would do nothing",
         ),
-        ((edit(),), {"off": (StreamOff("img", (3,)),)}, "the img stream is off there at all steps of the edit"),
+        ((edit(),), {"off": (StreamOff("img", (3,)),)}, "the img stream is off there at all its steps"),
     ],
 )
 def test_what_the_model_or_its_dictionaries_have_not_is_refused(edits: Any, options: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         checked(*edits, **options)
+
+
+def test_a_name_that_says_the_edit_is_not_said_twice() -> None:
+    for name, said in (("zero img_9:2", "zero img_9:2: there is no block 9"), ("red", "red: zero img_9:2: there is")):
+        with pytest.raises(UsageError, match=f"^{said}"):
+            check(
+                Intervention(name, (FeatureEdit(Site.parse("img_9"), (2,), "zero"),)), OUTLINES, BLOCKS, TOKENS, STEPS
+            )
+
+
+def test_a_splice_names_the_kind_where_a_site_has_both_and_the_other_one_can_be_edited() -> None:
+    for kind, other in (("sae", "transcoder"), ("transcoder", "sae")):
+        splice = {"splice": ((TXT_2, kind),)}
+        checked(**splice)
+        checked(edit(TXT_2, kind=other), **splice)
+        assert needed([Intervention("x", **splice)], OUTLINES) == ((TXT_2, kind),)
+    with pytest.raises(UsageError, match="txt_2 is spliced twice"):
+        Intervention("x", splice=((TXT_2, "sae"), TXT_2))
 
 
 def test_a_dictionary_of_another_width_is_of_another_model() -> None:

@@ -15,15 +15,17 @@ from PIL import Image
 
 from analyze.faithfulness import command as faithfulness
 from analyze.faithfulness.settings import FaithfulnessSettings
+from analyze.guided import command as guided_command
 from analyze.guided.results import PICTURES, rates_table
 from analyze.inputs import open_analysis
 from analyze.report import building as report
 from analyze.report.settings import ReportSettings
-from analyze.report.steering import check_steering, planned
+from analyze.report.steering import VERSIONS, check_steering, planned
 from analyze.report.steering_experiments import Names, figure, picture_bytes, slug_of, variant_parts
 from analyze.scoring import scores
 from analyze.scoring.settings import ScoresSettings
 from analyze.steering import command as steer
+from analyze.steering import results
 from analyze.steering.settings import SteerSettings
 from store import open_store
 from store.errors import DamagedError, ForeignError, MismatchError, UnfinishedError, UsageError
@@ -53,7 +55,7 @@ def guided_folder(out: Path, store: Path, dictionaries: dict[str, str]) -> Path:
         "attribute": "colour", "mode": "invert", "strength": 3.0, "steps": "all", "tokens": "all", "by": "txt",
     }  # fmt: skip
     circuits = {"red": {"graphs": 3, "targets": ["img_1:5"], "features": ["txt_1:7", "img_0:3"]}}
-    record = {"format": "granary guided steering", "version": 1, "model": model, "dictionaries": dictionaries}
+    record = {"format": "granary guided steering", "version": 2, "model": model, "dictionaries": dictionaries}
     write_json(out / "run.json", {**record, "settings": settings, "circuits": circuits})
     return out
 
@@ -211,6 +213,15 @@ def test_what_does_not_belong_is_refused_before_a_report_is_touched(
     assert index.read_bytes() == before
 
 
+def test_the_formats_that_are_read_are_those_that_are_written() -> None:
+    written = {
+        results.FORMAT: results.VERSION,
+        guided_command.FORMAT: guided_command.VERSION,
+        faithfulness.RUN_FORMAT: faithfulness.RUN_VERSION,
+    }
+    assert written == VERSIONS
+
+
 def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"no picture")
     with pytest.raises(DamagedError, match=r"x\.png cannot be read"):
@@ -230,4 +241,13 @@ def test_names_are_told_apart_and_streams_that_are_off_are_said() -> None:
         "txt stream off in blocks 0-2 (mlp) at steps 0",
         "the dictionary of img_3 in the place of its MLP",
     ]
+    two = {
+        "edits": [{"mode": "zero", "site": "img_2", "kind": "sae", "features": [5]}],
+        "splice": ["img_3", "sae_txt_0"],
+    }
+    edit, spliced = variant_parts(two, {"dictionaries": {"sae_img_2": "a", "transcoder_img_2": "b"}}, Names({}, (0,)))
+    assert edit["before"] == "zero sae_img_2:"
+    assert spliced["before"] == "the dictionaries of img_3, sae_txt_0 in the place of their MLPs"
+    near = [figure("ssim", value) for value in (0.9912, 0.99951, 0.9999998, 1 - 1e-9, 1.0)]
+    assert near == ["0.991", "0.9995", "0.9999998", "0.999999999", "equal"]
     assert [figure("psnr", value) for value in (20.04, np.inf, np.nan)] == ["20.0", "equal", "–"]

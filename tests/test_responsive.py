@@ -1,7 +1,9 @@
 """`analyze responsive`: candidates from the band that was asked for, drawn, measured and ordered by their response."""
 
 import json
+import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tyro
 from PIL import Image
 
 from analyze.pictures.drawing import GAP, MARGIN
@@ -22,6 +25,8 @@ from analyze.scoring import scores
 from analyze.scoring.matrices import ScoreMatrix, step_folder
 from analyze.scoring.settings import ScoresSettings
 from analyze.steering.collages import CLOSE, LABEL_WIDTH
+from analyze.steering.resolving import resolve
+from analyze.steering.settings import SteerSettings
 from store import open_store
 from store.errors import UsageError
 
@@ -61,8 +66,7 @@ def alive(out: Path, count: int = 2) -> list[int]:
 @pytest.fixture(scope="module")
 def done(settings_of: Settings, scored: Path) -> Responsive:
     """A run over two features and two strengths."""
-    names = f"{SITE}:{','.join(map(str, sorted(alive(scored))))}"
-    return run(settings_of(features=(names,), strengths=(0.0, 8.0), rank="latent_mse", name="two"))
+    return run(two_of(settings_of, scored))
 
 
 def test_candidates_are_the_images_between_the_percentiles_one_a_prompt() -> None:
@@ -116,29 +120,111 @@ def test_the_picture_of_a_feature_shows_plain_and_changed_ones(done: Responsive)
     assert not drawn[:, left + 128 + CLOSE :].sum() > 128 * 128  # and no fourth column
 
 
-def test_the_same_settings_give_the_same_bytes(done: Responsive, settings_of: Settings, scored: Path) -> None:
+def two_of(settings_of: Settings, scored: Path) -> ResponsiveSettings:
+    """The settings of `done`."""
     names = f"{SITE}:{','.join(map(str, sorted(alive(scored))))}"
-    settings = settings_of(features=(names,), strengths=(0.0, 8.0), rank="latent_mse", name="two")
+    return settings_of(features=(names,), strengths=(0.0, 8.0), rank="latent_mse", name="two")
+
+
+def test_a_run_goes_on_with_the_feature_that_is_missing_and_gives_the_same_bytes(
+    done: Responsive, settings_of: Settings, scored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = two_of(settings_of, scored)
     before = {path.name: path.read_bytes() for path in sorted(done.folder.iterdir())}
     assert len(before) == 5 and sum(name.endswith(".png") for name in before) == 2
     record = json.loads(before["run.json"])
     assert record["drawn"]["model"] == "tiny-flux" and record["settings"]["rank"] == "latent_mse"
+    assert record["device"] == "cpu" and {"scikit-image", "flip-evaluator"} <= set(record["versions"])
+    assert "lpips" in record and record["features"] == [f"{SITE}:{feature}" for feature in sorted(alive(scored))]
     assert not any(str(scored.parent) in data.decode(errors="ignore") for data in before.values())
-    run(settings)
-    assert {path.name: path.read_bytes() for path in sorted(done.folder.iterdir())} == before
     about = json.loads((scored.parent / f"{scored.name}.runs" / "responsive-two.json").read_text())
     assert about["forwards"] == 72 and about["seconds"] > 0
 
+    first, _ = sorted(done.folder.glob("*.png"))
+    first.unlink()  # as a run that was stopped leaves it
+    again = run(settings)
+    assert again.forwards == 36 and again.table.equals(done.table)
+    assert {path.name: path.read_bytes() for path in sorted(done.folder.iterdir())} == before
+    monkeypatch.setattr(command, "open_painter", None)
+    assert run(settings).forwards == 0
+    assert {path.name: path.read_bytes() for path in sorted(done.folder.iterdir())} == before
 
-def test_a_change_that_changes_nothing_leaves_every_bit_and_the_pictures_of_an_earlier_run_go(
-    done: Responsive, settings_of: Settings, scored: Path
+
+def test_what_is_published_of_a_run_that_was_stopped_is_whole(
+    done: Responsive, settings_of: Settings, scored: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    again = run(settings_of(strengths=(1.0,), name="two", rank="flip"))
-    found = again.table
-    assert again.folder == done.folder
-    assert [path.name for path in done.folder.glob("*.png")] == [f"{SITE}.{alive(scored)[0]}.png"]
+    """The drawing is that of `done`, read back; the second feature is never drawn."""
+    settings = replace(two_of(settings_of, scored), name="stopped")
+
+    def stopped(*_: Any) -> Any:
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(command, "open_painter", lambda *_: None)
+    monkeypatch.setattr(command, "respond", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings)
+    folder = done.folder.with_name("stopped")
+    assert [path.name for path in folder.iterdir()] == ["run.json"]
+    first = f"{SITE}.{min(alive(scored))}.png"
+    (folder / first).write_bytes((done.folder / first).read_bytes())
+    pq.write_table(done.table.slice(0, 6), folder / "responses.parquet")
+    asked: list[list[int]] = []
+
+    def counted(_question: Any, searches: Any, *_: Any) -> Any:
+        asked.append([search.feature for search in searches])
+        return stopped()
+
+    monkeypatch.setattr(command, "respond", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings)
+    assert asked == [[max(alive(scored))]]
+
+
+def test_another_question_leaves_an_earlier_answer_as_it_is(
+    done: Responsive, settings_of: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "open_painter", None)
+    before = {path.name: path.read_bytes() for path in done.folder.iterdir()}
+    with pytest.raises(UsageError, match=r"answers another question \(features: .* now .*\): choose another --name"):
+        run(settings_of(strengths=(2.0,), name="two"))
+    assert {path.name: path.read_bytes() for path in done.folder.iterdir()} == before
+
+
+def test_the_record_says_a_masks_tokens_and_not_where_its_file_lies(settings_of: Settings, scored: Path) -> None:
+    mask = scored.parent / "mask.png"
+    Image.new("L", (8, 8), 255).save(mask)
+    made = command.record(question.ask(settings_of(tokens=f"mask:{mask}")), None)
+    assert made["settings"]["tokens"] == "0-63" and str(mask) not in json.dumps(made)
+
+
+@pytest.mark.slow  # of a painter test_steer shows it
+def test_a_change_that_changes_nothing_leaves_every_bit(settings_of: Settings) -> None:
+    found = run(settings_of(mode="add", strengths=(1e-30,), name="still", rank="flip", best=1)).table
     assert found["latent_mse"].to_pylist() == [0, 0, 0] and found["psnr"].to_pylist() == [np.inf] * 3
     assert found["image"].to_pylist() == [0, 1, 2]  # equal responses stand in the order of the images
+
+
+def test_the_command_that_it_names_next_is_one_that_steer_takes(
+    done: Responsive, settings_of: Settings, tmp_path: Path
+) -> None:
+    changes: list[dict[str, Any]] = [
+        {"strengths": (1.23456789,), "tokens": "3,7-9", "at_steps": "2-3", "method": "replacement"},
+        {"mode": "set", "unit": "peak", "strengths": (0.5,), "batch_size": 3, "dtype": "bfloat16", "device": "cpu"},
+    ]
+    for change in changes:
+        asked = question.ask(settings_of(**change))
+        answer = replace(done, table=pa.table({"image": [2, 0, 1]}))
+        line = command._closing(asked, answer).partition("next: python -m analyze ")[2]
+        words = shlex.split(line)
+        words[words.index("O")] = str(tmp_path / "O")
+        assert words[0] == "steer"
+        found = resolve(tyro.cli(SteerSettings, args=words[1:])).experiment
+        (wanted,) = asked.searches[0].interventions
+        (made,) = (variant.intervention for variant in found.variants)
+        assert (made.edits, made.method) == (wanted.edits, wanted.method)
+        assert (found.batch_size, found.canvas.dtype) == (asked.batch_size, asked.canvas.dtype)
+        assert bool(found.peaks) == ("unit" in change)
 
 
 def test_a_plan_counts_and_draws_nothing(
@@ -167,6 +253,7 @@ def test_a_plan_counts_and_draws_nothing(
         ({"clip": "/nowhere"}, "there is no such folder"),
         ({"strengths": (float("nan"),)}, "a strength is a finite number"),
         ({"strengths": ()}, "name one or several"),
+        ({"strengths": (1.0,)}, "--mode amplify --strengths 1 changes nothing"),
         ({"mode": "zero", "strengths": (2.0,)}, "zero takes no strength"),
         ({"unit": "peak"}, "only set and add count in peaks"),
         ({"low": 95.0, "high": 70.0}, "percentiles with 0 <= low < high <= 100"),
@@ -198,13 +285,27 @@ def test_a_dead_feature_and_a_folder_of_others_are_refused(
 
 
 def test_the_response_counts_towards_what_the_intervention_asks_for(settings_of: Settings) -> None:
-    values = {"psnr": np.array([[20.0, np.inf]]), "ssim": np.array([[0.9, 1.0]]), "concept": np.array([[0.2, -0.1]])}
+    values = {
+        "psnr": np.array([[20.0, np.inf, 9]]), "ssim": np.array([[0.9, 1.0, 0.5]]), "concept": np.array([[0.2, -0.1, 0.3]])
+    }  # fmt: skip
     more, less = (question.ask(settings_of(strengths=(strength,))).searches[0] for strength in (4.0, 0.0))
-    assert (pushes(more, 0), pushes(less, 0)) == (1, -1)
-    assert response_of(values, "psnr", more).tolist() == [-20, -np.inf]
-    assert response_of(values, "ssim", more) == pytest.approx([0.1, 0])
-    assert response_of(values, "concept", more) == pytest.approx([0.2, -0.1])
-    assert response_of(values, "concept", less) == pytest.approx([-0.2, 0.1])
+    assert (pushes(more, 0).tolist(), pushes(less, 0).tolist()) == ([1] * 3, [-1] * 3)
+    assert response_of(values, "psnr", more).tolist() == [-20, -np.inf, -9]
+    assert response_of(values, "ssim", more) == pytest.approx([0.1, 0, 0.5])
+    assert response_of(values, "concept", more) == pytest.approx([0.2, -0.1, 0.3])
+    assert response_of(values, "concept", less) == pytest.approx([-0.2, 0.1, -0.3])
+
+
+def test_a_feature_that_is_set_below_what_it_was_is_taken_from(settings_of: Settings) -> None:
+    (search,) = question.ask(settings_of(mode="set", strengths=(1.0,))).searches
+    low, middle, high = (candidate.score for candidate in search.candidates)
+    assert low < middle < high
+    (edit,) = search.interventions[0].edits
+    between = replace(edit, strength=(low + middle) / 2)
+    search = replace(search, interventions=(replace(search.interventions[0], edits=(between,)),))
+    assert pushes(search, 0).tolist() == [1, -1, -1]
+    (search,) = question.ask(settings_of(mode="set", unit="peak", strengths=(0.999,))).searches
+    assert search.peak == pytest.approx(high) and pushes(search, 0).tolist() == [1, 1, -1]
 
 
 def test_a_concept_points_from_all_pictures_towards_the_best(traced_flux: Path) -> None:

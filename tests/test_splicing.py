@@ -125,7 +125,21 @@ def test_padding_of_the_text_is_counted_apart() -> None:
     assert watch.spreads[site, 1, "real"].rows == 5
 
 
-def test_the_mean_output_is_that_of_all_rows_and_explains_nothing() -> None:
+def test_real_tokens_and_padding_have_a_mean_output_each() -> None:
+    site, real = Site.parse("txt_3"), torch.tensor([[True] * 4 + [False] * 2, [True] + [False] * 5])
+    moment, given, output = batch(site=site)
+    output = torch.where(real[..., None], output + 5, output - 5)  # they lie far apart, as the model's do
+    watch = Watch(real=real)
+    watch.observe(moment, given, output)
+    found = change_of(MeanOutput.of(watch.spreads, site), site, watch=watch)(moment, given, output)
+    assert torch.allclose(found[real], output[real].mean(0).expand_as(output[real]), atol=1e-5)
+    assert torch.allclose(found[~real], output[~real].mean(0).expand_as(output[~real]), atol=1e-5)
+    for name in ("real", "padding"):  # a mean of its own explains nothing of the kind, and no less
+        deviation = watch.spreads[site, 1, name].deviation
+        assert watch.fits[site, 1, name].residual == pytest.approx(deviation, rel=1e-3)
+
+
+def test_without_a_mask_the_mean_output_is_that_of_all_rows_and_explains_nothing() -> None:
     site = Site.parse("txt_3")
     moment, given, output = batch(site=site)
     watch = Watch(real=torch.tensor([[True] * 4 + [False] * 2] * 2))

@@ -13,6 +13,7 @@ import torch
 
 from analyze.features.clip import Clip
 from analyze.steering import command
+from analyze.steering.distances import measured_by
 from analyze.steering.documents import read_document
 from analyze.steering.drawing import Painter, Shot, open_painter, shots_of
 from analyze.steering.edits import FeatureEdit, Intervention, StreamOff
@@ -21,6 +22,9 @@ from analyze.steering.results import Results
 from analyze.steering.settings import SteerSettings
 from store import Site, open_store
 from store.errors import MismatchError, NonFiniteError, UsageError
+from tests.traced_tiny_flux import transcoder
+from train.dictionaries.checkpoint import save_dictionary
+from train.dictionaries.config import Parent
 
 IMG, TXT = Site.parse("img_1"), Site.parse("txt_0")
 Steer = Callable[..., command.Steered]
@@ -198,6 +202,7 @@ def test_the_experiment_that_was_written_draws_the_same_bytes_again_without_the_
     assert json.loads(first["run.json"])["transformer_runs"] == 48
 
 
+@pytest.mark.slow  # that what is missing is drawn, and nothing else, the next test shows
 def test_a_run_that_was_stopped_goes_on_with_the_first_batch_that_is_missing(
     steer: Steer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,6 +283,43 @@ def test_prompts_with_seeds_need_no_store_and_the_weights_that_drew_them_are_wri
     table = pq.read_table(tmp_path / "out" / "results.parquet")
     assert {"flip", "kept_shape"} <= set(table.column_names) and table["image"].null_count == 4
     assert steer(**asked, edit=("zero img_0:3",)).transformer_runs == 0
+
+
+def test_dictionaries_of_another_model_are_refused_once_it_is_loaded_and_before_anything_is_written(
+    steer: Steer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("analyze.steering.resolving.transformer_of_files", lambda _: None)  # as of one of the hub
+    made = transcoder("img_0", parent=Parent("p", "s", {"id": "m", "weights_sha256": {"transformer": "0" * 64}}))
+    save_dictionary(tmp_path / "d" / made.name, made, None, [])
+    asked = {"store": None, "model": "tiny-flux", "prompt": ("a",), "dictionaries": tmp_path / "d"}
+    with pytest.raises(MismatchError, match=r"transcoder_img_0 is of m .*which is another model"):
+        steer(**asked, edit=("zero img_0:3",))
+    said = capsys.readouterr().out
+    assert "that transcoder_img_0 belong to tiny-flux is checked when its weights are loaded" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_kind_of_a_dictionary_is_said_where_it_is_not_a_transcoder(
+    steer: Steer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_dictionary(tmp_path / "d" / "sae_img_0", transcoder("img_0", kind="sae"), None, [])
+    steer(images="0", dictionaries=tmp_path / "d", edit=("zero img_0:3",), plan=True)
+    assert "  zero img_0:3: zero img_0:3 @kind=sae (difference)" in capsys.readouterr().out
+
+
+def test_the_record_names_what_measures_and_draws_the_results_and_other_versions_are_refused(
+    steer: Steer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"images": "0", "off": ("txt 0",), "judge": "none"}
+    steer(**asked)
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert {"scikit-image", "flip-evaluator", "matplotlib", "torch", "Pillow"} <= set(record["versions"])
+    assert "lpips" in record
+    versions, _ = measured_by()
+    lpips = {"version": "0.1.4", "weights_sha256": "0" * 64}
+    monkeypatch.setattr("analyze.steering.results.measured_by", lambda: (versions, lpips))
+    with pytest.raises(UsageError, match="begun with another lpips: None, now"):
+        steer(**asked)
 
 
 def test_a_clip_model_compares_the_pictures_and_another_one_is_refused(

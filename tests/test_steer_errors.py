@@ -8,9 +8,11 @@ import pytest
 
 from analyze.__main__ import main
 from harvest.model import TINY_FLUX_FOLDER
+from store import open_store
 from store.errors import MismatchError
 from tests.traced_tiny_flux import transcoder
 from train.dictionaries.checkpoint import save_dictionary
+from train.dictionaries.config import Parent
 
 Ask = Callable[..., str]
 
@@ -46,7 +48,7 @@ EDIT = ("--images", "0", "--edit")
     [
         ("zero img_0:96", "no feature 96"),
         ("zero img_0:5000000", "there is no feature 5000000"),
-        ("zero img_0:0-99999999999999", "there is no feature 99999999999999"),
+        ("zero img_0:0-99999999999999", "there is no feature 1000000-99999999999999"),
         ("zero img_7:1", "no block 7"),
         ("zero joint_0:1", "single-stream"),
         ("zero img_9x:1", "no site"),
@@ -94,7 +96,13 @@ def test_an_edit_that_cannot_be_is_refused_before_the_model_is_loaded(ask: Ask, 
         (("--images", "0"), "changes nothing"),
         ((*EDIT, "zero img_0:1", "--images", "3"), "there is no image 3"),
         ((*EDIT, "zero img_0:1", "--images", "x"), "is no image"),
-        ((*EDIT, "zero img_0:1", "--images", "0-99999999999"), "there is no image 99999999999"),
+        ((*EDIT, "zero img_0:1", "--images", "0-99999999999"), "there is no image 3-99999999999"),
+        (("--images", "", "--edit", "zero img_0:1"), "--images is empty"),
+        (("--images", "0,0", "--edit", "zero img_0:1"), "image 0 is there twice"),
+        (("--images", "0,0-1", "--edit", "zero img_0:1"), "image 0 is there twice"),
+        ((*EDIT, "zero img_0:1", "--name", " "), "--name is empty"),
+        ((*EDIT, "amplify img_0:1"), "changes nothing"),
+        (("--images", "0", "--off", "txt 0", "--method", "replacement"), "the method replacement is about edits"),
         (("--edit", "zero img_0:1"), "says not what is drawn"),
         ((*EDIT, "zero img_0:1", "--prompt", "a"), "give --images or prompts"),
         (("--prompts", "p.txt", "--prompt", "a", "--edit", "zero img_0:1"), "give --prompts FILE or --prompt TEXT"),
@@ -164,7 +172,7 @@ def test_flags_that_cannot_be_are_refused_before_the_model_is_loaded(
         ("images: 0\ndrawing: {guidance: a}\nedits: zero img_0:1", "must be a number"),
         ("images: 0\ndrawing: {guidance: .nan}\nedits: zero img_0:1", "guidance is nan"),
         ("images: 0\ndrawing: {height: '64'}\nedits: zero img_0:1", "must be a whole number"),
-        ("images: 0\ndrawing: {dtype: [a]}\nedits: zero img_0:1", "is not one of float32"),
+        ("images: 0\ndrawing: {dtype: [a]}\nedits: zero img_0:1", "is not one of bfloat16"),
         ("images: 0\ndrawing: [4]\nedits: zero img_0:1", "write a mapping"),
         ("images: 0\ndrawing: {steps: 4}\nedits: zero img_0:1", "'steps' says nothing of how to draw"),
         (
@@ -208,6 +216,24 @@ def test_dictionaries_that_are_missing_or_of_another_model_are_refused(ask: Ask,
         assert said in ask(
             *flags, "--dictionaries", str(tmp_path / name), code=MismatchError.exit_code, dictionaries=None
         )
+
+
+def test_without_a_store_dictionaries_of_another_model_are_refused_by_their_parent(
+    ask: Ask, tmp_path: Path, traced_flux: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = open_store(traced_flux / "store").meta.model["weights_sha256"]["transformer"]
+    out = tmp_path / "out"
+    flags = ("--model", "tiny-flux", "--prompt", "a red ring", "--edit", "zero img_0:1", "--plan", "--device", "cpu")
+    for known in (weights, "0" * 64):
+        made = transcoder("img_0", parent=Parent("p", "s", {"id": "m", "weights_sha256": {"transformer": known}}))
+        save_dictionary(tmp_path / known / made.name, made, None, [])
+        given = (*flags, "--dictionaries", str(tmp_path / known))
+        if known == weights:
+            assert main(["steer", "--out", str(out), "--clip", "none", *given]) == 0
+            assert "note" not in capsys.readouterr().out
+        else:
+            assert "which is another model" in ask(*given, store=None, dictionaries=None, code=1)
+            assert "in the dtype" in ask(*given, "--dtype", "bfloat16", store=None, dictionaries=None, code=1)
 
 
 def test_a_file_made_with_other_dictionaries_store_or_model_is_refused(ask: Ask, tmp_path: Path) -> None:
@@ -268,9 +294,7 @@ def test_an_out_of_another_experiment_is_refused_and_says_how_they_differ(ask: A
 
     def claimed(**changes: Any) -> None:
         experiment = resolve(SteerSettings(out=tmp_path / "out", **changes)).experiment
-        from harvest.model import library_versions
-
-        Results(tmp_path / "out", experiment).claim(record_of(experiment, "cpu", library_versions(), None))
+        Results(tmp_path / "out", experiment).claim(record_of(experiment, "cpu"))
 
     given = {"store": None, "model": "tiny-flux", "prompt": ("a red ring",), "off": ("txt 0",)}
     claimed(**given)

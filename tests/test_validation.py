@@ -27,8 +27,9 @@ from analyze.validation.node_writes import readers_of
 from analyze.validation.pairwise import effects, influences
 from analyze.validation.perturbed_runs import calls_of, plain_pass
 from analyze.validation.settings import ValidateSettings
+from analyze.validation.text import rows_text
 from store import Site, open_store
-from store.errors import MismatchError, UsageError
+from store.errors import DamagedError, GranaryError, MismatchError, UsageError
 from store.files import read_json, write_json
 from tests.frozen_flux import frozen
 from tests.object_server import tree
@@ -221,7 +222,7 @@ def test_a_plain_pass_at_a_step_reads_what_the_harvest_stored_and_draws_no_later
 
 
 def test_results_are_the_same_bytes_stopped_or_not_and_say_what_they_are_of(
-    validate: Validate, whole: Path, tmp_path: Path
+    validate: Validate, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(whole, tmp_path / "two")
     facts = read_json(whole / "validation.json")
@@ -234,14 +235,58 @@ def test_results_are_the_same_bytes_stopped_or_not_and_say_what_they_are_of(
     again = validate("two")
     assert tree(whole) == tree(tmp_path / "two")
     assert again.rows == 2 * sum(facts["graphs"][number]["perturbed"] for number in (0, 1))
+    capsys.readouterr()
     assert validate("two").rows == 0
+    said = capsys.readouterr().out
+    assert (
+        "plan: 0 graphs of 0 images (4 graphs finished already); the transformer" in said
+        and "runs 0 times to draw, 0 times whole" in said
+    )
     said = (whole / "validation.md").read_text()
     for word in ("tiny-flux", "supernode_pair", "| 3 |", "Spearman"):
         assert word in said, word
     with Image.open(whole / "validation.png") as picture:
         assert picture.width > 1200
-    with pytest.raises(UsageError, match="another batch_size"):
+    with pytest.raises(UsageError, match="settings batch_size 3, now 4: choose another --out"):
         validate("two", batch_size=4)
+
+
+def test_a_cut_table_of_a_graph_is_one_message(whole: Path, validate: Validate, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "cut")
+    path = next((tmp_path / "cut" / "graphs").glob("*/direct.parquet"))
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(
+        DamagedError, match=r"direct.parquet cannot be read .* remove its folder and run the command again"
+    ):
+        validate("cut")
+
+
+def test_running_out_of_memory_is_one_message_that_names_the_batch(
+    validate: Validate, painter: Painter, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validate("o", plan=True)
+    assert "memory: the model, the transcoders, and beside what 4 rows at once take" in capsys.readouterr().out
+    forward = painter.sampler.pipe.transformer.forward
+
+    def full(*arguments: Any, **options: Any) -> Any:
+        if len(options["hidden_states"]) > 1:
+            raise torch.OutOfMemoryError("tried to allocate 9 GiB")
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(painter.sampler.pipe.transformer, "forward", full)
+    with pytest.raises(
+        GranaryError, match=r"a run of 4 rows .* does not fit .* use a smaller --batch-size .tried to allocate 9 GiB"
+    ):
+        validate("o", hold="nothing", exactness=False)
+
+
+def test_kinds_of_source_are_told_apart_on_the_terminal() -> None:
+    sign = {"feature": 1.0, "error": -1.0, "rest": -1.0}
+    facts = {"graph": "g", "stream": "img", "padding": False, "way": "same token"}
+    made = [{**facts, "kind": k, "predicted": v, "measured": sign[k] * v} for k in sign for v in (0.0, 1.0, 2.0, 3.0)]
+    lines = rows_text(agreement_table(compared(pa.Table.from_pylist(made), None))).splitlines()
+    told = {line.split()[1]: line.split()[4] for line in lines}
+    assert told == {"of": "Spearman", "all": "12", "features": "1.000", "errors": "-1.000", "rests": "-1.000"}
 
 
 def test_figures_are_scipys_pooled_and_graph_by_graph(whole: Path) -> None:

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,18 +21,18 @@ from analyze.faithfulness.exactness import exactness, pictures_of
 from analyze.faithfulness.groups import Group, Splicing, groups_of, sites_text, splicings_of, steps_text
 from analyze.faithfulness.judged import can_judge
 from analyze.faithfulness.measuring import Plain, draw_plain, measure
-from analyze.faithfulness.publishing import PLAIN, SHOWN, Place, Results, publish_results
+from analyze.faithfulness.publishing import MOST_COLUMNS, PLAIN, SHOWN, Place, Results, publish_results
 from analyze.faithfulness.settings import IMAGES, FaithfulnessSettings
 from analyze.faithfulness.splicing import MeanOutput
 from analyze.faithfulness.summing_up import printed
 from analyze.features.clip import TINY_FLUX, Clip, clip_for, load_clip
-from analyze.inputs import dictionary_identity, loaded
+from analyze.inputs import check_results, dictionary_identity, loaded
 from analyze.steering.canvas import Canvas, canvas_of_store
 from analyze.steering.drawing import Painter, Shot, open_painter, shots_of
 from harvest.model import choose_device, library_versions
 from store import Store, open_store
 from store.errors import UsageError
-from store.files import read_json, write_json
+from store.files import write_json
 from store.layout import runs_folder
 from store.sites import Site, parse_numbers, spans
 from store.sizes import human_size, many
@@ -42,7 +41,9 @@ from train import Dictionary
 from train.claim import claimed, refuse_place
 from train.dictionaries.provenance import model_name
 
-RUN_FORMAT, RUN_VERSION = "granary faithfulness", 1
+RUN_FORMAT, RUN_VERSION, WHAT = "granary faithfulness", 2, "measured faithfulness"
+SPLICING_BYTES, PAGE_BYTES = 60_000, 1_000_000
+"""of a splicing's tables, twice, and of the page with its plots: more than they take"""
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,11 @@ class Inquiry:
     def steps(self) -> tuple[int, ...]:
         """The steps that were asked for."""
         return parse_numbers(self.settings.steps, self.canvas.num_inference_steps, "step")
+
+    @property
+    def batch_size(self) -> int:
+        """Pictures drawn at once."""
+        return self.settings.batch_size or self.store.meta.batch_size
 
     @property
     def exact(self) -> tuple[Shot, ...]:
@@ -101,7 +107,7 @@ def run(settings: FaithfulnessSettings) -> FaithfulnessMeasured:
     inquiry = open_inquiry(settings)
     place = Place(settings.out)
     record = _record(inquiry)
-    _check_out(settings.out, record)
+    check_results(settings.out, record, WHAT)
     missing = [splicing for splicing in inquiry.splicings if not place.finished(splicing)]
     inexact = [
         group for group in inquiry.groups if inquiry.exact and group.outlines and not place.exactness(group).exists()
@@ -112,7 +118,7 @@ def run(settings: FaithfulnessSettings) -> FaithfulnessMeasured:
         return FaithfulnessMeasured(None, 0, 0, time.monotonic() - started)
     pictures = forwards = 0
     with claimed(settings.out, runs_folder(settings.out), "process measures faithfulness in"):
-        _check_out(settings.out, record)
+        check_results(settings.out, record, WHAT)  # another process may have had the lock
         write_json(settings.out / "run.json", record)
         if missing or inexact:
             pictures, forwards = _draw(inquiry, place, missing, inexact)
@@ -168,7 +174,7 @@ def _record(inquiry: Inquiry) -> dict[str, Any]:
             "images": list(inquiry.images), "sites": settings.sites, "scope": list(settings.scopes), "steps": list(inquiry.steps),
             "each_step": settings.each_step, "baseline": settings.baseline, "exact": len(inquiry.exact), "pictures": settings.pictures,
             "clip": None if clip is None else clip.identity, "dtype": canvas.dtype, "threads": canvas.threads,
-            "batch_size": settings.batch_size or inquiry.store.meta.batch_size, "device": choose_device(settings.device).type,
+            "batch_size": inquiry.batch_size, "device": choose_device(settings.device).type,
         },
         "versions": library_versions(),
     }  # fmt: skip
@@ -180,23 +186,6 @@ def _identities(group: Group) -> dict[str, str]:
         str(site): dictionary_identity(outline if outline.place is None else loaded(outline.place))
         for site, outline in group.outlines.items()
     }
-
-
-def _check_out(out: Path, record: dict[str, Any]) -> None:
-    """Refuse an OUT that holds something else, or was made with other choices."""
-    path = out / "run.json"
-    if not path.exists():
-        if out.exists() and any(not each.name.startswith(".") for each in out.iterdir()):
-            raise UsageError(f"{out} is not empty and holds no measured faithfulness: choose another --out")
-        return
-    found = read_json(path)
-    for key, value in record.items():
-        there = found.get(key) if isinstance(found, dict) else None
-        if there != value:
-            what = key
-            if isinstance(value, dict) and isinstance(there, dict):
-                what = ", ".join(sorted(name for name in {*value, *there} if value.get(name) != there.get(name)))
-            raise UsageError(f"{out} was made with other choices ({what}): choose another --out")
 
 
 def _announced(inquiry: Inquiry, missing: Sequence[Splicing], inexact: Sequence[Group]) -> list[str]:
@@ -212,7 +201,9 @@ def _announced(inquiry: Inquiry, missing: Sequence[Splicing], inexact: Sequence[
         *(f"  {group.label:<24} {sites_text(group.sites)}" for group in inquiry.groups),
         f"  RUNS THE MODEL: {many(pictures, 'picture')} ({exact:,} of them to show that errors added back are exact), "
         f"{pictures * steps:,} passes through the transformer of {model_name(inquiry.store.meta.model)}",
-        f"  memory       the model, and up to {human_size(weights)} of dictionaries in float32",
+        f"  memory       the model, and up to {human_size(weights)} of dictionaries in float32"
+        + (f"; {human_size(_kept(inquiry, inexact))} for errors that are kept" if inexact else ""),
+        f"  written      at most {human_size(_written(inquiry, missing))}",
         "  time         not known before the first batch; then the bar says it",
     ]  # fmt: skip
     unchecked = sorted({name for group in inquiry.groups for name in group.shelf.unchecked})
@@ -222,6 +213,22 @@ def _announced(inquiry: Inquiry, missing: Sequence[Splicing], inexact: Sequence[
             "they come from (parent: unknown)"
         )
     return lines
+
+
+def _kept(inquiry: Inquiry, inexact: Sequence[Group]) -> int:
+    """Bytes of the errors that `exactness` keeps of one batch, of every site and step of a group."""
+    canvas, images = inquiry.canvas, min(inquiry.batch_size, len(inquiry.exact))
+    rows = max(sum(canvas.tokens[site.stream] for site in group.sites) for group in inexact)  # type: ignore[index]
+    return 4 * images * canvas.num_inference_steps * rows * canvas.d_model
+
+
+def _written(inquiry: Inquiry, missing: Sequence[Splicing]) -> int:
+    """Bytes that come under OUT, at most: tables, the first pictures of each splicing, the sheet and plots of them all."""
+    canvas, count = inquiry.canvas, len(inquiry.shots)
+    pictures = (len(missing) + 1) * min(SHOWN, count) if missing and inquiry.settings.pictures else 0
+    sheet = 2 * min(SHOWN, count) * (MOST_COLUMNS + 1) if inquiry.settings.pictures else 0  # with the differences
+    pixels = 3 * canvas.height * canvas.width
+    return (pictures + sheet) * pixels + len(inquiry.splicings) * SPLICING_BYTES + PAGE_BYTES
 
 
 def _weights(outline: Dictionary) -> int:

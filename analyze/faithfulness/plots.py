@@ -137,16 +137,22 @@ def steps_plot(rows: Sequence[Row], sites: Sequence[Row]) -> bytes | None:
         figure.subplots_adjust(
             left=1.0 / width, right=1 - 1.35 / width, top=1 - 0.8 / height, bottom=0.6 / height, wspace=0.08, hspace=0.3
         )
+        filled = [{row["site"] for row in source if row["kind"] == kind} for _, kind, source in lines]
         for line, (key, kind, source) in enumerate(lines):
+            first = next((column for column, site in enumerate(names) if site in filled[line]), 0)
             for column, site in enumerate(names):
                 axes = grid[line, column]
                 axes.sharey(grid[0 if key == "fvu" else len(kinds), 0])
-                _over_steps(axes, [row for row in source if (row["site"], row["kind"]) == (site, kind)], key, looks)
+                here = [row for row in source if (row["site"], row["kind"]) == (site, kind)]
+                axes.set_visible(bool(here))  # not every site has dictionaries of every kind
+                _over_steps(axes, here, key, looks)
                 axes.set_title(f"{site}, {NAMES[kind]}")
-                axes.set_xlabel("denoising step" if line == len(lines) - 1 else "")
-                axes.tick_params(axis="y", which="both", labelleft=column == 0)
+                lowest = not any(site in below for below in filled[line + 1 :])
+                axes.set_xlabel("denoising step" if lowest else "")
+                axes.tick_params(axis="x", labelbottom=lowest)
+                axes.tick_params(axis="y", which="both", labelleft=column == first)
             said = "FVU at the step" if key == "fvu" else "latents off,\nthis step spliced alone"
-            grid[line, 0].set_ylabel(said, fontsize=9)
+            grid[line, first].set_ylabel(said, fontsize=9)
         handles, labels = _legend(grid)
         figure.legend(handles, labels, loc="upper right", bbox_to_anchor=(0.995, 1 - 0.6 / height))
         return png(figure)
@@ -168,14 +174,7 @@ def _over_steps(axes: Any, rows: Sequence[Row], key: str, looks: Mapping[str, tu
 
 def blocks_plot(rows: Sequence[Row]) -> bytes | None:
     """The final latents as block after block is spliced, a line a group; None without cumulative splicings of two blocks and more."""
-    chosen = of_scope(rows, "cumulative")
-    groups = list(dict.fromkeys(row["group"] for row in chosen))
-    lines = {
-        group: [(last_layer(row["sites"]), row["latent_fvu"]) for row in chosen if row["group"] == group]
-        for group in groups
-    }
-    lines = {group: points for group, points in lines.items() if len(points) > 1}
-    means = {row["group"] for row in chosen if row["kind"] == MEAN}
+    lines, means = block_lines(rows)
     if not lines:
         return None
     with drawing(7.4, 4.2) as figure:
@@ -184,7 +183,7 @@ def blocks_plot(rows: Sequence[Row]) -> bytes | None:
         figure.subplots_adjust(left=0.11, right=0.7, top=0.88, bottom=0.13)
         for number, (group, points) in enumerate(lines.items()):
             x, y = zip(*points, strict=True)
-            colour = GREY if group in means else SERIES[(number - bool(means)) % len(SERIES)]
+            colour = GREY if group in means else SERIES[(number - len(means)) % len(SERIES)]
             axes.plot(
                 x, y, color=colour, marker=MARKERS[number % len(MARKERS)], markersize=5, linewidth=1.4, label=group
             )
@@ -196,6 +195,31 @@ def blocks_plot(rows: Sequence[Row]) -> bytes | None:
         axes.set_ylabel("latents off, share of their variance")
         figure.legend(loc="upper left", bbox_to_anchor=(0.71, 0.89))
         return png(figure)
+
+
+def block_lines(rows: Sequence[Row]) -> tuple[dict[str, list[tuple[int, float]]], set[str]]:
+    """Name -> (last block, latents off) of each line of the plot, the baseline's first, and which lines are the baseline's.
+
+    The baseline was measured at the sites of every group; a line of it has the sets of sites of one group that is drawn, so that it
+    grows by the same sites as that group.  Groups of other sites have a line of their own beside theirs.
+    """
+    chosen = of_scope(rows, "cumulative")
+    chains: dict[tuple[str, ...], list[str]] = {}  # sets of sites -> groups
+    for group in dict.fromkeys(row["group"] for row in chosen if row["kind"] != MEAN):
+        chain = tuple(row["sites"] for row in chosen if row["group"] == group)
+        if len(chain) > 1:
+            chains.setdefault(chain, []).append(group)
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for chain in chains:
+        there = {row["sites"]: row for row in chosen if row["kind"] == MEAN}
+        points = [(last_layer(sites), there[sites]["latent_fvu"]) for sites in chain if sites in there]
+        if points:
+            name = there[chain[-1]]["group"] if chain[-1] in there else MEAN
+            lines[name if len(chains) == 1 else f"{name}, {chain[-1]}"] = points
+    means = set(lines)
+    for group in (group for groups in chains.values() for group in groups):
+        lines[group] = [(last_layer(row["sites"]), row["latent_fvu"]) for row in chosen if row["group"] == group]
+    return lines, means
 
 
 def last_layer(sites: str) -> int:

@@ -16,16 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from analyze.faithfulness.groups import FILE_NAME, Group, Splicing, sites_text
 from analyze.faithfulness.plots import blocks_plot, sparsity_plot, steps_plot
 from analyze.faithfulness.table import markdown, summary, summary_table, with_recovered
 from analyze.steering.collages import grid
-from store.errors import DamagedError
 from store.files import write_bytes
-from store.tables import write_table
+from store.tables import read_table, write_table
 
 PLAIN = "plain"
 SHOWN = 4
@@ -76,10 +74,7 @@ class Place:
 
 
 def _table(path: Path) -> pa.Table:
-    try:
-        return pq.read_table(path, partitioning=None)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DamagedError(f"{path} cannot be read ({error}): remove its folder and run the command again") from None
+    return read_table(path, "remove its folder and run the command again")
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,8 @@ class FaithfulnessSettings:
     pictures: bool = True
     """Decode the pictures and compare them too; without, only latents and MLP outputs are compared."""
     clip: str | None = None
-    """CLIP model that compares pictures too: a folder, or an id of the Hugging Face hub. Default: none."""
+    """CLIP model that compares pictures too: a folder, or an id of the Hugging Face hub. Default: tiny-flux's own for a store of
+    tiny-flux, else none."""
 
     batch_size: int | None = None
     """Pictures drawn at once; part of what decides the last digits. Default: as the store was drawn."""

@@ -11,7 +11,7 @@ Everything is computed in float32 and handed back in the model's dtype.  The MLP
 the dictionary is compared with.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -94,24 +94,36 @@ class Spread:
 
 @dataclass(frozen=True)
 class MeanOutput:
-    """The mean of a site's plain outputs at each step, the same for every token: what explains nothing of them."""
+    """The mean of a site's plain outputs at each step, of each kind of tokens (`TOKENS`): what explains nothing of them.
 
-    at: Mapping[int, Float[Tensor, " d_model"]]
+    A prompt's own tokens and its padding have means of their own: their outputs lie so far apart that one mean would fit neither.
+    """
+
+    at: Mapping[tuple[int, str], Float[Tensor, " d_model"]]
+    """(step, kind of tokens) -> mean; `all` is of every row"""
 
     @classmethod
     def of(cls, spreads: Mapping["Place", "Spread"], site: Site) -> "MeanOutput":
-        """That of all rows that were counted at a site, padding too."""
-        steps = sorted({step for where, step, _ in spreads if where == site})
-        found = {}
-        for step in steps:
-            parts = [spread for (where, at, _), spread in spreads.items() if (where, at) == (site, step)]
-            total = sum((torch.as_tensor(part.total) for part in parts), torch.zeros(()))
-            found[step] = (total / max(sum(part.rows for part in parts), 1)).float()
+        """Those of the rows that were counted at a site."""
+        found: dict[tuple[int, str], Tensor] = {}
+        for step in sorted({step for where, step, _ in spreads if where == site}):
+            parts = {name: spread for (where, at, name), spread in spreads.items() if (where, at) == (site, step)}
+            found |= {(step, name): _mean([part]) for name, part in parts.items()}
+            found[step, "all"] = _mean(list(parts.values()))
         return cls(found)
 
-    def __call__(self, moment: Moment, like: Tensor) -> Tensor:
-        """The mean at a step in the shape of `like`, float32."""
-        return self.at[moment.step].to(like.device).expand(like.shape)
+    def __call__(self, moment: Moment, like: Tensor, parts: Sequence[tuple[str, Tensor | None]] = ()) -> Tensor:
+        """The means at a step in the shape of `like`, float32; `parts` as `Watch.parts` has them, without them that of all rows."""
+        made = self.at[moment.step, "all"].to(like.device).expand(like.shape)
+        for name, mask in parts:
+            if mask is not None:
+                made = torch.where(mask[..., None], self.at[moment.step, name].to(like.device), made)
+        return made
+
+
+def _mean(parts: "Sequence[Spread]") -> Float[Tensor, " d_model"]:
+    total = sum((torch.as_tensor(part.total) for part in parts), torch.zeros(()))
+    return torch.as_tensor(total / max(sum(part.rows for part in parts), 1)).float()
 
 
 Place = tuple[Site, int, str]
@@ -192,7 +204,7 @@ def splice(
 ) -> dict[tuple[Site, Part], list[Change]]:
     """Changes for `harvest.replacing.replace`: at each site its dictionary in the place of the MLP, at `steps` (None: all).
 
-    A `MeanOutput` may stand in too.
+    A `MeanOutput` may stand in too; which text tokens are padding it knows from `watch`.
 
     `errors`: False for the dictionary alone; True adds what it leaves unexplained in this run; `KeptErrors` adds what it left
     unexplained in a plain run of the same batch.  `watch` counts how well the dictionaries do in the run, at these steps.
@@ -214,7 +226,8 @@ def _standing_in(
             return None
         target = output.float()
         if isinstance(dictionary, MeanOutput):
-            explained, active = dictionary(moment, target), torch.zeros(target.shape[:2], dtype=torch.int64)
+            parts = watch.parts(moment.site, target) if watch is not None else ()
+            explained, active = dictionary(moment, target, parts), torch.zeros(target.shape[:2], dtype=torch.int64)
         else:
             explained, active = reconstruct(dictionary, _input_of(dictionary, read, output), moment.sigma)
         if watch is not None:

@@ -28,7 +28,8 @@ A dictionary stands in for the MLP of its site while the model draws; everything
   steps are pooled as sums. Of several sites together: the mean over the sites.
 - latents off %: the squared difference of the final latents from the plain ones, over the latents' own squared deviation from their
   channel means. recovered %: 100 when the latents are the plain ones, 0 when they are as far off as with each MLP's mean output in
-  its place (mean output). PSNR (dB), SSIM, FLIP and the other distances of latents and pictures are medians over the images.
+  its place (mean output; of the text a prompt's own tokens and its padding have a mean each).
+  PSNR (dB), SSIM, FLIP and the other distances of latents and pictures are medians over the images.
 - kept %: the share of pictures in which tiny-flux's judge reads what it reads in the plain ones, of every object."""
 
 

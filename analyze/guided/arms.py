@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
-import pyarrow.parquet as pq
 from jaxtyping import Bool, Int
 
-from analyze.guided.sources import Feature, Source
+from analyze.guided.sources import Feature
 from analyze.inputs import Analysis, Subject
 from store.errors import UsageError
 from store.sites import Site
+from store.tables import read_table
 from train import Dictionary
 
 Arm = Literal["circuit", "target", "matched", "contrast", "single", "random"]
@@ -109,6 +109,27 @@ def best_of_truth(
 
     `UsageError` for an analysis without a truth table, and for a value that it has no feature of.
     """
+    found = best_of(told_by_truth(analysis, attribute), value, sites, step)
+    if found is None:
+        raise UsageError(
+            f"{analysis.out / 'truth.parquet'} has no feature of {attribute} {value} at {', '.join(map(str, sorted(sites)))}"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Told:
+    """A row of the truth table: which feature of a site tells a value best at a step, over whole pictures."""
+
+    value: str
+    step: int
+    feature: Feature
+    selection: float
+    """AUROC on the half that it was chosen on"""
+
+
+def told_by_truth(analysis: Analysis, attribute: str) -> list[Told]:
+    """The truth table's features of an attribute; `UsageError` for an analysis without one, `DamagedError` for one that is cut."""
     path = analysis.out / "truth.parquet"
     if not path.is_file():
         raise UsageError(
@@ -116,26 +137,24 @@ def best_of_truth(
         )
     names = {subject.name: subject.site for subject in transcoders(analysis).values()}
     columns = ["dictionary", "step", "group", "value", "image_feature", "image_selection"]
-    rows = [
-        (row["image_selection"], names[row["dictionary"]], int(row["image_feature"]))
-        for row in pq.read_table(path, columns=columns).to_pylist()
-        if (row["group"], row["value"]) == (attribute, value)
-        and row["image_feature"] is not None
-        and names.get(row["dictionary"]) in sites
-        and step in (None, row["step"])
+    return [
+        Told(row["value"], row["step"], (names[row["dictionary"]], int(row["image_feature"])), row["image_selection"])
+        for row in read_table(path, "run python -m analyze truth again", columns).to_pylist()
+        if row["group"] == attribute and row["image_feature"] is not None and row["dictionary"] in names
     ]
-    if not rows:
-        raise UsageError(f"{path} has no feature of {attribute} {value} at {', '.join(map(str, sorted(sites)))}")
-    _, site, feature = max(rows, key=lambda row: row[0])  # the first of equals: the earliest site and step
-    return site, feature
+
+
+def best_of(told: Sequence[Told], value: str, sites: Collection[Site], step: int | None = None) -> Feature | None:
+    """The feature that tells a value best at some sites, at any step or at one; None where there is none."""
+    rows = [row for row in told if row.value == value and row.feature[0] in sites and step in (None, row.step)]
+    return max(rows, key=lambda row: row.selection).feature if rows else None  # of equals the earliest site and step
 
 
 def features_of_arms(
-    arms: Sequence[Arm], circuit: Sequence[Source], targets: Sequence[Feature], analysis: Analysis, labelled: Labelled,
+    arms: Sequence[Arm], own: tuple[Feature, ...], targets: Sequence[Feature], analysis: Analysis, labelled: Labelled,
     single: Feature, seed: int,
 ) -> dict[Arm, tuple[Feature, ...]]:  # fmt: skip
-    """The features of every arm that is asked for."""
-    own = tuple(source.key for source in circuit)
+    """The features of every arm that is asked for; `own` are the circuit's, and matched, contrast and random have as many."""
     streams = {site.stream for site, _ in own}
     beside = [site for site in transcoders(analysis) if site.stream in streams]
     made: dict[Arm, Callable[[], tuple[Feature, ...]]] = {

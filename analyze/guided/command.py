@@ -16,23 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from analyze.guided.planning import Case, GuidedPlan, open_plan
-from analyze.guided.results import lines_of, rates_table, verdict_of
+from analyze.guided.planning import FEW_TUNING, Case, GuidedPlan, open_plan
+from analyze.guided.results import edges_said, goals_of, lines_of, rates_table, verdict_of
 from analyze.guided.session import Session, names_of, place_of
 from analyze.guided.settings import GuidedSettings
+from analyze.inputs import check_results
 from analyze.steering.comparing import aligned, markdown
 from analyze.steering.drawing import open_painter
-from store.errors import ForeignError, UsageError
-from store.files import is_temporary, read_json, write_bytes, write_json
+from store.files import read_json, write_bytes, write_json
 from store.layout import runs_folder
 from store.sizes import many
-from store.tables import write_table
+from store.tables import read_table, write_table
 from train.claim import claimed, refuse_place
 
-RUN, FORMAT, VERSION = "run.json", "granary guided steering", 1
+RUN, FORMAT, VERSION, WHAT = "run.json", "granary guided steering", 2, "guided steering"
 KILOBYTES = 350
 """of a value's files: nearly all of it is the collage, with six pictures of 64 pixels in ten columns"""
 
@@ -54,27 +53,26 @@ def run(settings: GuidedSettings) -> Guided:
     Errors: those of `open_plan`, before the model is loaded; `UsageError` for an OUT of other settings.
     """
     started = time.monotonic()
+    refuse_place(settings.out)
     plan = open_plan(settings)
-    check_out(plan)
+    made_with = record(plan)
+    check_results(settings.out, made_with, WHAT)
     announce(plan)
     if settings.plan:
         return Guided(None, 0, time.monotonic() - started)
     with claimed(settings.out, runs_folder(settings.out), "process steers in"):
-        check_out(plan)
-        write_json(settings.out / RUN, record(plan))
+        check_results(settings.out, made_with, WHAT)  # another process may have had the lock
+        write_json(settings.out / RUN, made_with)
         forwards = _draw_all(plan)
-        found = rates_table(
-            [pq.read_table(place_of(settings.out, case).with_suffix(".parquet")) for case in plan.cases],
-            settings.attribute,
-        )
+        found = rates_table([_judged(settings.out, case) for case in plan.cases], settings.attribute)
         write_table(settings.out / "rates.parquet", found)
         lines = lines_of(found, settings.attribute)
-        verdict = verdict_of(found, settings.attribute)
-        write_bytes(settings.out / "summary.md", f"# {verdict}\n\n{markdown(lines)}\n".encode())
+        verdict, notes = verdict_of(found, settings.attribute), _notes(plan, found)
+        listed = "\n".join(f"- {note}" for note in notes)
+        write_bytes(settings.out / "summary.md", f"# {verdict}\n\n{listed}\n\n{markdown(lines)}\n".encode())
     done = Guided(found, forwards, time.monotonic() - started)
-    print(
-        f"{aligned(lines)}\n{verdict}\nguided: {many(forwards, 'run')} of the transformer in {done.seconds:.1f} s -> {settings.out}"
-    )
+    took = f"guided: {many(forwards, 'run')} of the transformer in {done.seconds:.1f} s -> {settings.out}"
+    print("\n".join([aligned(lines), verdict, *notes, took]))
     write_json(
         runs_folder(settings.out) / "guided.json",
         {
@@ -88,8 +86,23 @@ def run(settings: GuidedSettings) -> Guided:
     return done
 
 
+def _judged(out: Path, case: Case) -> pa.Table:
+    path = place_of(out, case).with_suffix(".parquet")
+    return read_table(path, "remove it and run the command again, which draws that value once more")
+
+
+def _notes(plan: GuidedPlan, found: pa.Table) -> list[str]:
+    """What is to be known beside the rates: the goal, strengths at an end of those tried, choices that stand on few pictures."""
+    places = [place_of(plan.settings.out, case).with_suffix(".json") for case in plan.cases]
+    few = [f"{case.value} {len(case.tuning)}" for case in plan.cases if len(case.tuning) < FEW_TUNING]
+    notes = [goals_of(found, plan.settings.attribute), *edges_said([read_json(place) for place in places])]
+    if plan.settings.own_arms and few:
+        notes.append(f"own strengths stand on fewer than {FEW_TUNING} tuning pictures: {', '.join(few)}")
+    return notes
+
+
 def record(plan: GuidedPlan) -> dict[str, Any]:
-    """What made the results: nothing of it depends on where things lie."""
+    """What made the results, down to the pictures and features of every value: nothing of it depends on where things lie."""
     settings, analysis = plan.settings, plan.analysis
     names = (
         "attribute", "by", "top", "with_target", "mode", "strength", "steps", "tokens", "images", "shown", "tuning", "seed",
@@ -98,44 +111,22 @@ def record(plan: GuidedPlan) -> dict[str, Any]:
 
     return {
         "format": FORMAT, "version": VERSION, "store": analysis.store.id, "model": dict(plan.canvas.known_as),
+        "judged_store": plan.judged.id, "truth": plan.truth,
         "dictionaries": {subject.outline.name: subject.identity for subject in analysis.subjects},
         "settings": {name: getattr(settings, name) for name in names}
         | {"arms": list(settings.chosen_arms), "own": list(settings.own_arms), "own_strengths": list(settings.sweep),
            "batch_size": settings.batch_size or analysis.store.meta.batch_size, "device": choose_device(settings.device).type,
            "threads": plan.canvas.threads},
         "circuits": {
-            case.value: {"targets": names_of(case.targets), "graphs": case.graphs, "features": names_of([s.key for s in case.circuit])}
+            case.value: {
+                "targets": names_of(case.targets), "graphs": case.graphs, "features": names_of([s.key for s in case.circuit]),
+                "arms": {variant.arm: names_of(variant.features) for variant in case.variants},
+                "judged": list(case.judged), "tuned_on": list(case.tuning) if settings.own_arms else [],
+            }
             for case in plan.cases
         },
         "versions": library_versions(),
     }  # fmt: skip
-
-
-def check_out(plan: GuidedPlan) -> None:
-    """Refuse an OUT that holds something else, or results of other settings, graphs or dictionaries."""
-    out = plan.settings.out
-    refuse_place(out)
-    if not (out / RUN).exists():
-        if out.exists() and not all(is_temporary(path) for path in out.iterdir()):
-            raise UsageError(f"{out} is not empty and holds no guided steering: choose another --out")
-        return
-    found, now = read_json(out / RUN), record(plan)
-    if not isinstance(found, dict) or (found.get("format"), found.get("version")) != (FORMAT, VERSION):
-        raise ForeignError(
-            f"{out / RUN} is not the record of guided steering in format {VERSION}: choose another --out"
-        )
-    for key in ("store", "dictionaries", "settings", "circuits", "versions"):
-        if found.get(key) != now[key]:
-            raise UsageError(f"{out} was made with {_difference(key, found.get(key), now[key])}: choose another --out")
-
-
-def _difference(key: str, before: Any, now: Any) -> str:
-    """The first thing that differs, in words."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in sorted({*before, *now}):
-            if before.get(name) != now.get(name):
-                return f"{key} {name} {before.get(name)!r}, now {now.get(name)!r}"
-    return f"{key} {before!r}, now {now!r}"
 
 
 def announce(plan: GuidedPlan) -> None:
@@ -144,6 +135,11 @@ def announce(plan: GuidedPlan) -> None:
     if plan.left_out:
         print(
             f"note: {many(plan.left_out, 'graph')} left out, of images that show several values of {settings.attribute}"
+        )
+    if plan.foreign:
+        print(
+            f"note: {many(plan.foreign, 'graph')} left out, which explain another feature than the one that tells the {settings.attribute} "
+            "of their picture (as python -m analyze targets chooses it)"
         )
     for case in plan.cases:
         print(f"{case.value}: {many(case.graphs, 'graph')} of {_said(case.targets)}")

@@ -1,16 +1,27 @@
 """What `guided` will draw, settled and checked before the model is loaded: pictures, features of every arm, strengths.
 
 Every picture of the store has one part at most: its trace explained the circuit; or it is of the half on which the truth table chose
-its features, and strengths are tuned on it; or it is judged.
+its features, and strengths are tuned on it; or it is judged.  With a store to be judged no picture of this one is judged, and none
+of that one whose scene this one (or the traced one) shows.
 """
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from analyze.guided.arms import Arm, Labelled, best_of_truth, features_of_arms, outlines_of, transcoders
+from analyze.guided.arms import (
+    Arm,
+    Labelled,
+    best_of,
+    best_of_truth,
+    features_of_arms,
+    outlines_of,
+    told_by_truth,
+    transcoders,
+)
 from analyze.guided.settings import GuidedSettings
 from analyze.guided.sources import (
     Feature,
@@ -20,14 +31,14 @@ from analyze.guided.sources import (
     ranked_sources,
     read_members,
 )
-from analyze.guided.targets import alone, check_same_pictures, judges_of
+from analyze.guided.targets import alone, check_same_pictures, image_sites, judges_of, truth_settings
 from analyze.inputs import Analysis, open_analysis
 from analyze.prompts import prompt_texts
 from analyze.settings import Inputs
 from analyze.steering.canvas import Canvas, canvas_of_store
 from analyze.steering.edits import Intervention, edits_of
 from analyze.steering.interventions import check
-from analyze.truth.attributes import VALUES, Attribute, read_scenes
+from analyze.truth.attributes import VALUES, Attribute, Scene, read_scenes
 from analyze.truth.judges import Judges
 from store import Store, open_store
 from store.errors import MismatchError, UsageError
@@ -35,6 +46,8 @@ from store.sites import parse_numbers
 
 LEAST_TUNING = 3
 """pictures without which no strength is chosen"""
+FEW_TUNING = 12
+"""pictures below which the choice is said to stand on few"""
 
 
 @dataclass(frozen=True)
@@ -68,7 +81,9 @@ class Case:
     variants: tuple[Variant, ...]
     """an arm each, all at the same strength"""
     judged: tuple[int, ...]
+    """images of `GuidedPlan.judged`"""
     tuning: tuple[int, ...]
+    """images of the analysed store"""
     graphs: int
     """how many explain the value"""
 
@@ -81,15 +96,14 @@ class GuidedPlan:
     analysis: Analysis
     canvas: Canvas
     cases: tuple[Case, ...]
+    judged: Store
+    """the store whose pictures are judged"""
+    truth: dict[str, Any]
+    """what the truth table was made with"""
     left_out: int
-    """graphs of images that show several values of the attribute, or one that is not asked for"""
-
-    @property
-    def pictures(self) -> int:
-        """How many pictures are drawn if no value is finished yet."""
-        own = len(self.settings.own_arms)
-        each = (1 + len(self.settings.chosen_arms) + own, bool(own) + own * len(self.settings.sweep))
-        return sum(each[0] * len(case.judged) + each[1] * len(case.tuning) for case in self.cases)
+    """graphs of images that show several values of the attribute"""
+    foreign: int
+    """graphs that explain something else than what `targets` chooses for the value of their picture"""
 
 
 def open_plan(settings: GuidedSettings) -> GuidedPlan:
@@ -107,12 +121,12 @@ def open_plan(settings: GuidedSettings) -> GuidedPlan:
     members = read_members(settings.graphs)
     _check_store(members, traced)
     check_dictionaries(members, {str(site): subject.identity for site, subject in transcoders(analysis).items()})
-    by_value, left_out = _by_value(members, traced, settings.attribute)
-    used = {(member.prompt, member.seed) for member in members}
-    cases = tuple(_case(value, by_value, used, analysis, judges, settings) for value in settings.asked)
-    for case in cases:
-        _check(case, analysis, canvas)
-    return GuidedPlan(settings, analysis, canvas, cases, left_out)
+    by_value, left_out, foreign = _by_value(members, traced, analysis, settings.attribute)
+    prompts, seeds = prompt_texts(traced), traced.prompts()["seed"].to_pylist()
+    used = {(prompts[member.image], seeds[member.image]) for member in members}
+    pool = _pool(settings, canvas, store, traced, judges, used)
+    cases = tuple(_case(value, by_value, pool, analysis, canvas, judges, settings) for value in settings.asked)
+    return GuidedPlan(settings, analysis, canvas, cases, pool.judged_store, truth_settings(analysis), left_out, foreign)
 
 
 def check_readable(canvas: Canvas) -> None:
@@ -135,29 +149,49 @@ def _check_store(members: Sequence[Member], traced: Store) -> None:
             )
 
 
-def _by_value(members: Sequence[Member], traced: Store, attribute: str) -> tuple[dict[str, list[Member]], int]:
-    """The graphs of every value, those of pictures that show it alone; and how many others there are."""
-    scenes = {scene.image: scene for scene in read_scenes(traced)}
+def _by_value(
+    members: Sequence[Member], traced: Store, analysis: Analysis, attribute: str
+) -> tuple[dict[str, list[Member]], int, int]:
+    """The graphs of every value; how many are of pictures that show several, and how many explain nothing that tells their value.
+
+    A value's graph is of a picture that shows it alone, and explains what `targets` chooses for it at that step (whatever its --last):
+    what else a red picture makes active has a circuit too, and it is not that of red.
+    """
+    scenes, told = {scene.image: scene for scene in read_scenes(traced)}, told_by_truth(analysis, attribute)
+    sites = image_sites(analysis)
     found: dict[str, list[Member]] = defaultdict(list)
+    several = 0
     for member in members:
-        for value in VALUES[attribute]:  # type: ignore[index]
-            if alone(scenes[member.image], Attribute(attribute, value)):
+        values = [v for v in VALUES[attribute] if alone(scenes[member.image], Attribute(attribute, v))]  # type: ignore[index]
+        several += not values
+        for value in values:
+            chosen = {best_of(told, value, sites[-last:], member.step) for last in range(1, len(sites) + 1)}
+            if set(member.targets) <= chosen:
                 found[value].append(member)
-    return dict(found), len(members) - sum(map(len, found.values()))
+    return dict(found), several, len(members) - several - sum(map(len, found.values()))
 
 
 def _case(
-    value: str, members: Mapping[str, Sequence[Member]], used: set[tuple[str, int | None]], analysis: Analysis, judges: Judges,
+    value: str, members: Mapping[str, Sequence[Member]], pool: "_Pool", analysis: Analysis, canvas: Canvas, judges: Judges,
     settings: GuidedSettings,
 ) -> Case:  # fmt: skip
     own = members.get(value, ())
     targets = tuple(sorted({feature for member in own for feature in member.targets}))
+    if not own and (settings.with_target or {"target", "matched"} & set(settings.chosen_arms)):
+        raise UsageError(
+            f"no graph of a picture that is all {value} explains what analyze targets chooses for it: make graphs of those"
+            + (", or leave out the arms target and matched and --with-target" if settings.by == "supernode" else "")
+        )
     circuit = _circuit(value, members, settings)
-    choosing, judged = _pictures(Attribute(settings.attribute, value), used, analysis.store, judges)
+    features = tuple(source.key for source in circuit)
+    if settings.with_target:  # before the other arms are counted: they have as many
+        features = tuple(dict.fromkeys((*features, *targets)))
+    _check(_variant("circuit", features, settings, analysis), analysis, canvas)  # of a supernode it may be anything
+    choosing, judged = pool.pictures(Attribute(settings.attribute, value))
     if not judged:
         raise UsageError(
-            f"no picture of {analysis.store.path} is left that shows {settings.attribute} {value} and was not used for choosing: "
-            "harvest more images, or leave this value out with --values"
+            f"no picture of {pool.judged_store.path} is left that shows {settings.attribute} {value} and was not used for choosing: "
+            "harvest more images (with pictures), or leave this value out with --values"
         )
     if settings.own_arms and len(choosing) < LEAST_TUNING:
         raise UsageError(
@@ -166,10 +200,10 @@ def _case(
         )
     labelled = _labelled(judges, Attribute(settings.attribute, value))
     single = best_of_truth(analysis, settings.attribute, value, transcoders(analysis))
-    features = features_of_arms(settings.chosen_arms, circuit, targets, analysis, labelled, single, settings.seed)
-    if settings.with_target and "circuit" in features:
-        features["circuit"] = tuple(dict.fromkeys((*features["circuit"], *targets)))
-    variants = tuple(_variant(arm, chosen, settings, analysis) for arm, chosen in features.items())
+    arms = features_of_arms(settings.chosen_arms, features, targets, analysis, labelled, single, settings.seed)
+    variants = tuple(_variant(arm, chosen, settings, analysis) for arm, chosen in arms.items())
+    for variant in variants:
+        _check(variant, analysis, canvas)
     return Case(
         value,
         circuit,
@@ -187,17 +221,55 @@ def _circuit(value: str, members: Mapping[str, Sequence[Member]], settings: Guid
     return tuple(ranked_sources(members, value, settings.by)[: settings.top])
 
 
-def _pictures(
-    attribute: Attribute, used: set[tuple[str, int | None]], store: Store, judges: Judges
-) -> tuple[list[int], list[int]]:
-    """Pictures that show a value and were not traced for the graphs: those of the choosing half, and those that are judged."""
+@dataclass(frozen=True)
+class _Pool:
+    """The pictures that are left: of the choosing half for strengths, of the other half or of another store for the judge."""
+
+    choosing: tuple[Scene, ...]
+    judged: tuple[Scene, ...]
+    judged_store: Store
+
+    def pictures(self, attribute: Attribute) -> tuple[list[int], list[int]]:
+        """Images that show a value: those to choose on, those to be judged."""
+        choosing, judged = (
+            [scene.image for scene in scenes if scene.shows(attribute)] for scenes in (self.choosing, self.judged)
+        )
+        return choosing, judged
+
+
+def _pool(
+    settings: GuidedSettings, canvas: Canvas, store: Store, traced: Store, judges: Judges, used: set[tuple[str, Any]]
+) -> _Pool:
     prompts, seeds = prompt_texts(store), store.prompts()["seed"].to_pylist()
     scenes = {scene.image: scene for scene in read_scenes(store)}
-    found: tuple[list[int], list[int]] = ([], [])
+    halves: tuple[list[Scene], list[Scene]] = ([], [])
     for image, judged in zip(judges.images.tolist(), judges.halves.score.tolist(), strict=True):
-        if scenes[image].shows(attribute) and (prompts[image], seeds[image]) not in used:
-            found[judged].append(image)
-    return found
+        if (prompts[image], seeds[image]) not in used:
+            halves[judged].append(scenes[image])
+    if settings.judge is None:
+        return _Pool(tuple(halves[0]), tuple(halves[1]), store)
+    other = open_store(settings.judge)
+    _check_same_drawing(other, canvas, settings.model)
+    known = {scene.said for each in (store, traced) for scene in read_scenes(each)}
+    split = other.prompts()["split"].to_pylist()
+    fresh = [
+        scene for scene in read_scenes(other) if scene.drawn and scene.said not in known and split[scene.image] == "val"
+    ]
+    return _Pool(tuple(halves[0]), tuple(fresh), other)
+
+
+def _check_same_drawing(other: Store, canvas: Canvas, model: str | None) -> None:
+    """`MismatchError` unless another store's pictures are of the same model, and drawn in the same way."""
+    there = canvas_of_store(other, model)
+    names = (
+        "weights", "dtype", "height", "width", "num_inference_steps", "max_sequence_length", "guidance",
+    )  # fmt: skip
+    for name in names:
+        if getattr(there, name) != getattr(canvas, name):
+            raise MismatchError(
+                f"--judge {other.path}: {name} is {getattr(there, name)!r}, that of --store is {getattr(canvas, name)!r}: judge pictures "
+                "of the same model, drawn in the same way"
+            )
 
 
 def _labelled(judges: Judges, attribute: Attribute) -> Labelled:
@@ -218,9 +290,8 @@ def _variant(arm: Arm, features: tuple[Feature, ...], settings: GuidedSettings, 
     return Variant(arm, features, Intervention(arm, edits), strength)
 
 
-def _check(case: Case, analysis: Analysis, canvas: Canvas) -> None:
-    for variant in case.variants:
-        check(
-            variant.intervention, outlines_of(analysis), canvas.n_blocks, {str(k): v for k, v in canvas.tokens.items()},
-            canvas.num_inference_steps, canvas.grid, None, canvas.d_model,
-        )  # fmt: skip
+def _check(variant: Variant, analysis: Analysis, canvas: Canvas) -> None:
+    check(
+        variant.intervention, outlines_of(analysis), canvas.n_blocks, {str(k): v for k, v in canvas.tokens.items()},
+        canvas.num_inference_steps, canvas.grid, None, canvas.d_model,
+    )  # fmt: skip

@@ -1,6 +1,6 @@
 """What `guided` leaves in OUT.
 
-OUT/run.json               what made it: store, dictionaries, graphs, settings, versions
+OUT/run.json               what made it: store, dictionaries, truth table, settings, versions; features and pictures of every value
 OUT/values/red.parquet     a row a judged picture and variant: what the judge reads in it, plain and changed (`judging.VERDICTS`)
 OUT/values/red.json        the circuit, the features of every arm, and on which pictures which strengths were tried
 OUT/values/red.png         some of the pictures side by side
@@ -71,14 +71,38 @@ def reached(found: Mapping[str, Rate], attribute: str) -> bool:
     return found["changed"].share >= GOAL_CHANGED and all(found[name].share >= GOAL_KEPT for name in kept_of(attribute))
 
 
-def best_strength(tried: Mapping[float, Mapping[str, Rate]], attribute: str) -> float:
-    """The strength that changes most pictures among those that keep 80 %; where none does, the one with most clean changes.
+def best_strength(tried: Mapping[float, Mapping[str, Rate]]) -> float:
+    """The strength with most clean changes, by which arms are compared too; of equals the smallest."""
+    return max(sorted(tried, key=abs), key=lambda strength: _clean(tried[strength]))
 
-    Of equals the smallest.
-    """
-    kept = [s for s, found in tried.items() if all(found[name].share >= GOAL_KEPT for name in kept_of(attribute))]
-    measure = "changed" if kept else "clean"
-    return max(sorted(kept or tried, key=abs), key=lambda strength: tried[strength][measure].share)
+
+def edge_of(tried: Mapping[float, Mapping[str, Rate]]) -> str | None:
+    """What is wrong with the best strength: `none` where no strength gives a clean change, `least` or `greatest` at an end; else None."""
+    best, ranked = best_strength(tried), sorted(tried, key=abs)
+    if _clean(tried[best]) == 0:
+        return "none"
+    if len(ranked) > 1 and best in (ranked[0], ranked[-1]):
+        return "least" if best == ranked[0] else "greatest"
+    return None
+
+
+def _clean(found: Mapping[str, Rate]) -> float:
+    return found["clean"].share if found["clean"].n else 0.0
+
+
+def edges_said(abouts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is to be known of strengths of their own, from the values' JSON files: lines, none where there is nothing to say."""
+    found: dict[str, list[str]] = {"none": [], "least": [], "greatest": []}
+    for about in abouts:
+        for arm, own in about["own_strengths"].items():
+            if own["edge"] is not None:
+                found[own["edge"]].append(f"{about['value']} {arm} ({own['strength']:g})")
+    heads = {
+        "none": "no strength of --own-strengths changed a tuning picture cleanly",
+        "least": "best at the least of --own-strengths, a smaller one may do better",
+        "greatest": "best at the greatest of --own-strengths, a greater one may do better",
+    }
+    return [f"{heads[edge]}: {', '.join(cases)}" for edge, cases in found.items() if cases]
 
 
 def rates_table(tables: Sequence[pa.Table], attribute: str) -> pa.Table:
@@ -115,7 +139,7 @@ def lines_of(table: pa.Table, attribute: str) -> list[list[str]]:
     kept = kept_of(attribute)
     measures = ("changed", *kept, "clean", "lost")
     head = [attribute, "intervened on", "features", "strength", "pictures", "changed"]
-    lines = [[*head, *(name.replace("kept_", "") + " kept" for name in kept), "all three", "objects lost"]]
+    lines = [[*head, *(name.replace("kept_", "") + " kept" for name in kept), "all of these", "objects lost"]]
     found: dict[tuple[str, str, bool], dict[str, Any]] = {}
     for row in table.to_pylist():
         entry = found.setdefault((row["value"], row["arm"], row["own_strength"]), {"facts": row})
@@ -142,15 +166,38 @@ def verdict_of(table: pa.Table, attribute: str) -> str:
     clean = overall.filter(pc.equal(overall["measure"], "clean")).to_pylist()
     clean.sort(key=lambda row: -(row["share"] or 0.0))  # of equals the first stays the first
     top = clean[0]["share"] or 0.0
+    beyond = [row for row in clean if row["arm"] != clean[0]["arm"]]
+    sure = all(row["high"] < clean[0]["low"] for row in beyond)
     equal = [row for row in clean if (row["share"] or 0.0) == top]
     best = [row for place, row in enumerate(equal) if place == 0 or row["arm"] != equal[0]["arm"]]
     others = [f"{_named(row)} {100 * (row['share'] or 0):.0f} %" for row in clean if row not in best]
     kept = " and ".join(word.removeprefix("kept_") for word in kept_of(attribute))
-    wins = f"{_named(best[0])} wins" if len(best) == 1 else f"{' and '.join(map(_named, best))} do equally well"
+    if len(best) > 1:
+        wins = f"{' and '.join(map(_named, best))} do equally well"
+    else:
+        wins = f"{_named(best[0])} {'wins' if sure else 'leads, with overlapping 95 % intervals'}"
     return (
         f"{wins}: {100 * top:.0f} % of {many(best[0]['n'], 'picture')} have another {attribute} and the same {kept}"
         + (f"; {', '.join(others)}" if others else "")
     )
+
+
+def goals_of(table: pa.Table, attribute: str) -> str:
+    """How many values each arm changed in 70 % of the pictures with 80 % keeping shape (say) and 80 % position; one sentence."""
+    found: dict[str, dict[str, dict[str, Rate]]] = {}
+    for row in table.to_pylist():
+        if row["value"] != ALL:
+            arm = found.setdefault(_named(row), {})
+            arm.setdefault(row["value"], {})[row["measure"]] = Rate(row["count"], row["n"])
+    kept = " and ".join(word.removeprefix("kept_") for word in kept_of(attribute))
+    said = [
+        f"{arm} {sum(reached(rates, attribute) for rates in values.values())} of {many(len(values), 'value')}"
+        for arm, values in found.items()
+    ]
+    return (
+        f"changed in {GOAL_CHANGED:.0%} or more of the pictures, with {kept} each kept in {GOAL_KEPT:.0%} or more: "
+        f"{', '.join(said)}"
+    ).replace("%", " %")
 
 
 def _named(row: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ import pyarrow as pa
 from PIL import Image
 
 from analyze.guided.planning import Case, GuidedPlan, Variant
-from analyze.guided.results import PICTURES, best_strength, measured
+from analyze.guided.results import PICTURES, best_strength, edge_of, measured
 from analyze.guided.sources import Feature
 from analyze.prompts import prompt_texts
 from analyze.steering.collages import grid
@@ -46,7 +46,7 @@ class Session:
     def finish(self) -> None:
         """Draw, judge, and publish; the table last."""
         case = self.case
-        shots = shots_of(self.plan.analysis.store, case.judged)
+        shots = shots_of(self.plan.judged, case.judged)
         plain = self._drawn(shots, None)
         variants, tried = list(case.variants), self._tuned()
         variants += [variant.at(strength) for variant, strength in self._own(tried)]
@@ -89,16 +89,11 @@ class Session:
         }
 
     def _own(self, tried: dict[str, Strengths]) -> list[tuple[Variant, float]]:
-        attribute = self.plan.settings.attribute
-        return [
-            (variant, best_strength(tried[variant.arm], attribute))
-            for variant in self.case.variants
-            if variant.arm in tried
-        ]
+        return [(variant, best_strength(tried[variant.arm])) for variant in self.case.variants if variant.arm in tried]
 
     def _facts(self, found: pa.Table, variant: Variant) -> pa.Table:
         """The verdicts with what they are of."""
-        store, count = self.plan.analysis.store, len(found)
+        store, count = self.plan.judged, len(found)
         prompts, seeds = prompt_texts(store), store.prompts()["seed"].to_pylist()
         facts: dict[str, list[Any]] = {
             "value": [self.case.value] * count,
@@ -132,13 +127,16 @@ class Session:
                 }
                 for arm, strengths in tried.items()
             },
+            "own_strengths": {
+                arm: {"strength": best_strength(strengths), "edge": edge_of(strengths)} for arm, strengths in tried.items()
+            },
             "judged": list(case.judged), "tuned_on": list(case.tuning),
         }  # fmt: skip
 
     def _collage(self, columns: Sequence[tuple[str, list[Image.Image], list[str]]]) -> bytes:
         """The first pictures of the value: a line a picture, a column a variant, what the judge reads below each."""
         settings, count = self.plan.settings, min(self.plan.settings.shown, len(self.case.judged))
-        shots = shots_of(self.plan.analysis.store, self.case.judged[:count])
+        shots = shots_of(self.plan.judged, self.case.judged[:count])
         picture = grid(
             [[pictures[row] for _, pictures, _ in columns] for row in range(count)],
             [f"{shot.prompt} (image {shot.image})" for shot in shots],

@@ -35,6 +35,9 @@ class GuidedSettings:
     """What `analyze graph` wrote of targets that `analyze targets` chose: the graphs of every value."""
     out: Path
     """Folder of the results; values that are finished in it are not drawn again."""
+    judge: Annotated[str | Path | None, tyro.conf.arg(metavar="STORE")] = None
+    """Judge the pictures of this store of the same model, of prompts of the same kind, instead of those of --store that no feature was
+    chosen on; pictures of scenes that --store or --traces shows too are left out."""
     traces: Annotated[str | Path | None, tyro.conf.arg(metavar="STORE")] = None
     """The store whose traces the graphs explain, where it is another one."""
     model: str | None = None
@@ -66,9 +69,10 @@ class GuidedSettings:
     """Denoising steps at which it happens, such as 0-1."""
     tokens: str = "all"
     """Tokens at which it happens: all, 3,7-9, above:0.5 or mask:FILE.png."""
-    own_strengths: str = "3,4,5,10,30"
-    """Besides, the arms of --own are drawn at that of these strengths which suits them best in pictures that are not judged; `none`."""
-    own: str = "circuit,contrast,single"
+    own_strengths: str = "1.5,2,3,4,5,7,10,15,20,30,45"
+    """Besides, the arms of --own are drawn at that of these strengths which changes most of the --tuning pictures cleanly: the same
+    strengths for every arm, and pictures that are not judged; `none`."""
+    own: str = ",".join(ARMS)
     """Arms that are also drawn at their own best strength."""
     tuning: int = 12
     """Pictures of each value on which those strengths are chosen."""
@@ -114,9 +118,8 @@ class GuidedSettings:
     @property
     def own_arms(self) -> tuple[Arm, ...]:
         """The arms that are also drawn at their own strength; none where there is nothing to choose from."""
-        if not self.sweep:
-            return ()
-        return tuple(arm for arm in _arms("--own", self.own) if arm in self.chosen_arms)
+        wanted = _arms("--own", self.own)
+        return tuple(arm for arm in wanted if arm in self.chosen_arms) if self.sweep else ()
 
     @property
     def sweep(self) -> tuple[float, ...]:

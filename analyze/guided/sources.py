@@ -4,7 +4,8 @@
    pre-activation; or, by path, the strongest single path from it to the target.
 2. The mean over the graphs of a value, less the mean over the graphs of the other values: what red's graphs have in common with
    those of green (that there is an object at all) cancels out.
-3. Sources are ranked by that difference; only those that excite the target (difference above 0) belong to its circuit.
+3. Sources are ranked by that difference; only those that excite the target, in the mean over the value's graphs and more than in the
+   others (effect and difference above 0), belong to its circuit: a strong path may inhibit.
 """
 
 from collections import defaultdict
@@ -32,8 +33,6 @@ class Member:
 
     folder: Path
     image: int
-    prompt: str
-    seed: int | None
     step: int
     store: str
     targets: tuple[Feature, ...]
@@ -103,9 +102,7 @@ def _member(folder: Path) -> Member:
             strengths[key] += (effects[row] or 0.0) / (pre or 1.0)
             paths[key] = max(paths[key], float(best[row]))
     made_with = {site: str(of.get("identity")) for site, of in (facts.get("transcoders") or {}).items()}
-    return Member(
-        folder, image, facts.get("prompt") or "", facts.get("seed"), step, store, explained, strengths, paths, made_with
-    )
+    return Member(folder, image, step, store, explained, strengths, paths, made_with)
 
 
 def _explained(facts: Mapping[str, Any]) -> tuple[Feature, ...]:
@@ -138,7 +135,12 @@ def ranked_sources(members: Mapping[str, Sequence[Member]], value: str, by: By) 
     """
     streams = ("txt", "img") if by in ("both", "path") else (by,)
     found = mean_strengths(members, value, by == "path")
-    circuit = [source for source in found if source.site.stream in streams and source.excess > 0]
+    effects = _mean([member.strengths for member in members[value]])
+    circuit = [
+        source
+        for source in found
+        if source.site.stream in streams and source.excess > 0 and effects.get(source.key, 0.0) > 0
+    ]
     if not circuit:
         raise UsageError(
             f"the {many(len(members[value]), 'graph')} of {value} have no source by {by} that excites the target more than those of the "

@@ -10,7 +10,7 @@ import csv
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -22,7 +22,7 @@ from analyze.truth.attributes import VALUES, Attribute, Scene, read_scenes
 from analyze.truth.judges import Judges, choose_judges
 from analyze.truth.settings import TruthSettings
 from store import Store, open_store
-from store.errors import MismatchError, UsageError
+from store.errors import ForeignError, MismatchError, UsageError
 from store.files import read_json, write_bytes
 from store.sites import Site
 from store.sizes import many
@@ -112,14 +112,22 @@ def run(settings: TargetsSettings) -> list[dict[str, object]]:
 
 def judges_of(analysis: Analysis) -> Judges:
     """The pictures and halves of the analysis's truth table; `UsageError` where it has none."""
+    chosen = truth_settings(analysis)
+    return choose_judges(analysis, TruthSettings(store="", dictionaries=Path(), out=analysis.out, **chosen))
+
+
+def truth_settings(analysis: Analysis) -> dict[str, Any]:
+    """What decided the halves of the analysis's truth table; `UsageError` where it has none, `ForeignError` for one that is no table."""
     path = analysis.out / "truth.json"
     if not path.is_file():
         raise UsageError(
             f"{analysis.out} has no truth table: run python -m analyze truth with the same store and dictionaries"
         )
-    said = read_json(path)["settings"]
-    chosen = {name: said[name] for name in ("images", "any_picture", "seed")}
-    return choose_judges(analysis, TruthSettings(store="", dictionaries=Path(), out=analysis.out, **chosen))
+    try:
+        said = read_json(path)["settings"]
+        return {name: said[name] for name in ("images", "any_picture", "seed")}
+    except (KeyError, TypeError) as error:
+        raise ForeignError(f"{path} is not of a truth table ({error!r}): run python -m analyze truth again") from None
 
 
 def traced_of(store: Store) -> Traced:
@@ -149,10 +157,15 @@ def check_same_pictures(traced: Store, store: Store) -> None:
 
 def last_sites(analysis: Analysis, last: int) -> list[Site]:
     """The image sites of the last blocks that have transcoders."""
-    sites = sorted(site for site in transcoders(analysis) if site.stream == "img")
+    sites = image_sites(analysis)
     if not sites:
         raise UsageError("there is no transcoder of the image stream: train one, or give another --dictionaries")
     return sites[-last:]
+
+
+def image_sites(analysis: Analysis) -> list[Site]:
+    """The image sites that have transcoders, by block."""
+    return sorted(site for site in transcoders(analysis) if site.stream == "img")
 
 
 def alone(scene: Scene, attribute: Attribute) -> bool:

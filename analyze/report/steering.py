@@ -25,7 +25,7 @@ from store.errors import ForeignError, MismatchError, UnfinishedError, UsageErro
 from store.files import read_json
 
 STEERED, GUIDED, SPLICED = "granary steering", "granary guided steering", "granary faithfulness"
-VERSIONS = {STEERED: 1, GUIDED: 1, SPLICED: 1}
+VERSIONS = {STEERED: 1, GUIDED: 2, SPLICED: 2}
 WHOLE = {STEERED: RESULTS, GUIDED: RATES, SPLICED: FAITHFULNESS}
 """what is there when a command has come to its end"""
 COMMANDS = {STEERED: "steer", GUIDED: "guided", SPLICED: "faithfulness"}

@@ -18,11 +18,13 @@ from PIL import Image, UnidentifiedImageError
 from analyze.pictures.drawing import fitted
 from analyze.report.folder import ReportFolder
 from analyze.report.picture_files import webp_bytes
-from analyze.steering.distances import COLUMNS, typical
+from analyze.steering.distances import COLUMNS, NEARER_IS_GREATER, typical
 from analyze.steering.documents import read_document
+from analyze.steering.edits import exact
 from analyze.steering.judging import VERDICTS, rates, told
 from store.errors import DamagedError
 from store.sites import spans
+from store.sizes import many
 
 SHOWN = 12
 """shots of an experiment whose pictures stand on the page"""
@@ -76,9 +78,9 @@ def experiment_view(place: Path, slug: str, folder: ReportFolder, names: Names, 
         "slug": slug,
         "name": document["name"],
         "facts": (
-            f"{shots:,} shots, plain and {len(labels) - 1:,} variants, drawn by {drawing['model']} at {drawing['width']} × "
+            f"{many(shots, 'shot')}, plain and {many(len(labels) - 1, 'variant')}, drawn by {drawing['model']} at {drawing['width']} × "
             f"{drawing['height']} pixels in {drawing['num_inference_steps']} steps: "
-            f"{shots * len(labels) * drawing['num_inference_steps']:,} transformer runs"
+            f"{many(shots * len(labels) * drawing['num_inference_steps'], 'transformer run')}"
         ),
         "variants": [
             {"name": variant["name"], "method": variant["method"], "parts": variant_parts(variant, document, names)}
@@ -97,23 +99,28 @@ def experiment_view(place: Path, slug: str, folder: ReportFolder, names: Names, 
 def variant_parts(variant: Mapping[str, Any], document: Mapping[str, Any], names: Names) -> list[dict[str, Any]]:
     """What a variant does, an entry an edit: words before its features, the features with their links, words after."""
     identities = document.get("dictionaries") or {}
+    kinds = any(key.startswith("sae_") for key in identities)  # not all are transcoders: then each says its kind
     found: list[dict[str, Any]] = []
     for edit in variant.get("edits", ()):
         site, steps = edit["site"], edit.get("steps")
         keys = [key for key in identities if key in (f"{edit.get('kind')}_{site}", f"transcoder_{site}", f"sae_{site}")]
         identity = identities.get(f"{edit.get('kind')}_{site}", identities[keys[0]] if len(keys) == 1 else None)
-        strength = f" {edit['strength']:g}" if "strength" in edit else ""
+        strength = f" {exact(edit['strength'])}" if "strength" in edit else ""
         unit = " peaks" if edit.get("unit") == "peak" else ""
         after = f" at steps {spans(steps)}" if steps is not None else ""
         after += "" if edit.get("tokens", "all") == "all" else f" at tokens {_short(edit['tokens'])}"
         features = [{"text": str(f), "link": names.link(identity, steps, int(f))} for f in edit["features"]]
-        found.append({"before": f"{edit['mode']}{strength}{unit} {site}:", "features": features, "after": after})
+        place = f"{edit['kind']}_{site}" if kinds and edit.get("kind") else site
+        found.append({"before": f"{edit['mode']}{strength}{unit} {place}:", "features": features, "after": after})
     for off in variant.get("off", ()):
         steps = f" at steps {spans(off['steps'])}" if off.get("steps") is not None else ""
         words = f"{off['stream']} stream off in blocks {spans(off['layers'])} ({', '.join(off['parts'])}){steps}"
         found.append({"before": words, "features": [], "after": ""})
-    spliced = [f"the dictionary of {site} in the place of its MLP" for site in variant.get("splice", ())]
-    return found + [{"before": words, "features": [], "after": ""} for words in spliced]
+    if spliced := [str(each) for each in variant.get("splice", ())]:
+        words = f"the dictionaries of {', '.join(spliced)} in the place of their MLPs"
+        one = f"the dictionary of {spliced[0]} in the place of its MLP"
+        found.append({"before": words if len(spliced) > 1 else one, "features": [], "after": ""})
+    return found
 
 
 def distance_cells(labels: Sequence[str], parts: Sequence[pa.Table]) -> Cells:
@@ -196,8 +203,10 @@ def figure(name: str, value: float | None) -> str:
     """A distance as the tables show it."""
     if value is None or np.isnan(value):
         return "–"
-    if np.isinf(value):
+    if np.isinf(value) or (name in NEARER_IS_GREATER and value == 1):
         return "equal"
+    if name in NEARER_IS_GREATER - {"psnr"} and value >= 0.9995:  # as many digits as show that it is not 1
+        return next((text for digits in range(4, 13) if float(text := f"{value:.{digits}f}") < 1), "1 − 1e-12")
     return f"{value:.1f}" if name == "psnr" else f"{value:.2e}" if 0 < abs(value) < 5e-4 else f"{value:.3f}"
 
 

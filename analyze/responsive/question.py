@@ -1,6 +1,6 @@
 """What is asked of `responsive`, checked whole before a model is loaded or a weight is read."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from analyze.features.clip import clip_for
@@ -32,6 +32,8 @@ class Search:
     """the images on which it is strongest"""
     interventions: tuple[Intervention, ...]
     """one a strength"""
+    peak: float = 1.0
+    """the feature's greatest activation, where strengths count in it"""
 
     @property
     def place(self) -> str:
@@ -40,8 +42,8 @@ class Search:
 
     @property
     def target(self) -> str:
-        """`img_3:66`, what an edit of `analyze steer` names"""
-        return f"{self.subject.site}:{self.feature}"
+        """`img_3:66`, or `sae_img_3:66` where the site has both kinds: what `--features` names"""
+        return f"{self.subject.name}:{self.feature}"
 
 
 @dataclass(frozen=True)
@@ -60,14 +62,17 @@ class Question:
     """of every image of the store"""
 
     @property
-    def pictures(self) -> int:
-        """How many pictures are drawn: each candidate plain, and once a strength."""
-        return sum(len(search.candidates) * (1 + len(search.interventions)) for search in self.searches)
+    def batch_size(self) -> int:
+        """Pictures drawn at once."""
+        return self.settings.batch_size or self.analysis.store.meta.batch_size
 
-    @property
-    def forwards(self) -> int:
-        """How often the transformer runs, an image of a batch and a step counted once."""
-        return self.pictures * self.canvas.num_inference_steps
+    def pictures_of(self, searches: Sequence[Search]) -> int:
+        """How many pictures are drawn of these features: each candidate plain, and once a strength."""
+        return sum(len(search.candidates) * (1 + len(search.interventions)) for search in searches)
+
+    def forwards_of(self, searches: Sequence[Search]) -> int:
+        """How often the transformer runs for them, an image of a batch and a step counted once."""
+        return self.pictures_of(searches) * self.canvas.num_inference_steps
 
 
 def ask(settings: ResponsiveSettings) -> Question:
@@ -100,7 +105,9 @@ def ask(settings: ResponsiveSettings) -> Question:
         )  # fmt: skip
         shots_of(analysis.store, [candidate.image for candidate in chosen])  # refuses stores without prompts or seeds
         strongest = tuple(best_images(scores, prompts, BEST))
-        searches.append(Search(subject, feature, tuple(chosen), strongest, interventions))
+        known = None if peaks is None else peaks.get((subject.site, subject.outline.config.kind))
+        peak = 1.0 if known is None else float(known[feature])
+        searches.append(Search(subject, feature, tuple(chosen), strongest, interventions, peak))
     return Question(settings, analysis, canvas, shelf, peaks, tuple(searches), clip, tuple(prompts))
 
 

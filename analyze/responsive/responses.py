@@ -3,8 +3,9 @@
 Plain and changed pictures of a feature are drawn in the same batches, so that a change that does nothing leaves every bit.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -35,18 +36,18 @@ class Responses:
     """places of the candidates, the strongest response first"""
 
 
-def respond(question: Question, painter: Painter, clip: Clip | None) -> Iterator[Responses]:
-    """The responses of every feature, drawn one feature after the other; a bar counts the runs of the transformer."""
+def respond(question: Question, searches: Sequence[Search], painter: Painter, clip: Clip | None) -> Iterator[Responses]:
+    """The responses of these features, drawn one feature after the other; a bar counts the runs of the transformer."""
     concepts = None
     if clip is not None and question.analysis.store.meta.pictures != "none":
         concepts = Concepts(question.analysis.store, clip)
-    with tqdm(total=question.forwards, desc="responsive", unit="run", mininterval=0.5) as progress:
+    with tqdm(total=question.forwards_of(searches), desc="responsive", unit="run", mininterval=0.5) as progress:
 
         def step_ended(_first: int, _step: int, _captured: object) -> None:
             progress.update(painter.forwards - before - progress.n)
 
         before = painter.forwards
-        for search in question.searches:
+        for search in searches:
             progress.set_postfix_str(search.place, refresh=False)
             shots = shots_of(question.analysis.store, [candidate.image for candidate in search.candidates])
             plain = painter.draw(shots, on_step=step_ended)
@@ -81,18 +82,19 @@ def response_of(
     elif rank in NEARER_IS_GREATER:
         values = 1 - values
     elif rank == "concept":
-        values = values * np.array([[pushes(search, place)] for place in range(len(values))])
+        values = values * np.array([pushes(search, place) for place in range(len(values))])
     return np.asarray(values.mean(0))
 
 
-def pushes(search: Search, strength: int) -> int:
-    """1 where an intervention gives more of the feature, -1 where it takes from it."""
-    edit = search.interventions[strength].edits[0]
-    more = {
+def pushes(search: Search, strength: int) -> Float[np.ndarray, " candidate"]:
+    """1 for each candidate to which an intervention gives more of the feature, -1 where it takes from it."""
+    edit, scores = search.interventions[strength].edits[0], np.array([each.score for each in search.candidates])
+    peak = search.peak if edit.unit == "peak" else 1.0
+    more: Any = {
         "zero": False,
         "amplify": edit.strength > 1,
         "invert": edit.strength < -1,
-        "set": edit.strength > 0,
+        "set": edit.strength * peak > scores,
         "add": edit.strength > 0,
     }[edit.mode]
-    return 1 if more else -1
+    return np.where(np.broadcast_to(more, scores.shape), 1.0, -1.0)

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from analyze.settings import Inputs
-from analyze.steering.edits import Method, Mode, Unit
+from analyze.steering.edits import FeatureEdit, Method, Mode, Unit
+from analyze.steering.settings import DType
 from analyze.steering.token_choice import TokenChoice
+from store import Site
 from store.errors import UsageError
 
 Rank = Literal["flip", "ssim", "psnr", "lpips", "latent_mse", "latent_cosine", "clip", "concept"]
+ANY = Site.parse("img_0")
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
@@ -56,7 +59,7 @@ class ResponsiveSettings(Inputs):
     """CLIP model for clip and concept: a folder or an id of the Hugging Face hub. Default: tiny-flux's own for its pictures, else none."""
     batch_size: int | None = None
     """Pictures drawn at once; part of what decides the last digits. Default: as the store was drawn."""
-    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    dtype: DType | None = None
     """What the model computes in. Default: as the store was drawn."""
     device: str | None = None
     """cuda, cuda:1, cpu; default: cuda where there is one."""
@@ -86,3 +89,6 @@ class ResponsiveSettings(Inputs):
             raise UsageError(f"--strengths {odd[0]}: a strength is a finite number")
         if self.unit == "peak" and self.mode not in ("set", "add"):
             raise UsageError(f"--unit peak: the strength of {self.mode} is a factor; only set and add count in peaks")
+        asked = () if self.mode == "zero" else self.strengths
+        if asked and all(FeatureEdit(ANY, (0,), self.mode, strength).idle for strength in asked):
+            raise UsageError(f"--mode {self.mode} --strengths {asked[0]:g} changes nothing: give another strength")

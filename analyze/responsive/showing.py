@@ -80,23 +80,42 @@ def collage(question: Question, each: Responses, books: Books) -> Image.Image:
     return grid(rows, labels, columns, f"Where {name} responds", notes, captions)
 
 
-def summary(question: Question, found: Sequence[Responses], books: Books) -> str:
-    """What came out, a line a feature, and what to do with it."""
-    width = max(len(each.search.place) for each in found)
+def summary(table: pa.Table) -> str:
+    """What came out, a line a feature, in the order of the table."""
+    found: dict[tuple[str, int], dict[int, dict[str, Any]]] = {}
+    for row in table.to_pylist():
+        found.setdefault((row["dictionary"], row["feature"]), {}).setdefault(row["rank"], row)
+    width = max(len(f"{name}/{feature}") for name, feature in found)
     lines = [f"  {'feature':<{width}}  {'response':>9}  {'median':>8}  images, the most responsive first"]
-    for each in found:
-        ordered = each.response[each.order]
-        images = ",".join(str(each.search.candidates[place].image) for place in each.order[:6].tolist())
-        middle = float(sorted(ordered.tolist())[len(ordered) // 2])
-        label = books[each.search.subject.name].text(each.search.feature)
+    for (name, feature), ranks in found.items():
+        ordered = [ranks[rank] for rank in sorted(ranks)]
+        images = ",".join(str(row["image"]) for row in ordered[:6])
+        middle = sorted(row["response"] for row in ordered)[len(ordered) // 2]
+        label = ordered[0]["label"]
         lines.append(
-            f"  {each.search.place:<{width}}  {_figure(ordered[0]):>9}  {_figure(middle):>8}  {images}"
+            f"  {f'{name}/{feature}':<{width}}  {_figure(ordered[0]['response']):>9}  {_figure(middle):>8}  {images}"
             + (f"  ({label})" if label else "")
         )
     return "\n".join(lines)
 
 
-def steer_edit(search: Search) -> str:
+def steer_words(question: Question, table: pa.Table) -> list[str]:
+    """The words after `python -m analyze` that draw the first feature's best pictures with its first strength; O is the folder to name."""
+    settings, search = question.settings, question.searches[0]
+    images = table["image"].to_pylist()[: settings.best * len(search.interventions) : len(search.interventions)]
+    choices = {
+        "--model": settings.model, "--dtype": settings.dtype, "--clip": settings.clip, "--batch-size": settings.batch_size,
+        "--device": settings.device, "--method": None if settings.method == "difference" else settings.method,
+        "--analysis": settings.out if settings.unit == "peak" else None,
+    }  # fmt: skip
+    words = ["steer", "--store", str(settings.store), "--dictionaries", str(settings.dictionaries)]
+    words += [word for flag, value in choices.items() if value is not None for word in (flag, str(value))]
+    return [
+        *words, "--images", ",".join(map(str, sorted(images))), "--edit", _steer_edit(question, search), "--out", "O",
+    ]  # fmt: skip
+
+
+def _steer_edit(question: Question, search: Search) -> str:
     """The edit of the first strength, as `analyze steer --edit` takes it."""
     edit = search.interventions[0].edits[0]
     text = str(edit)
@@ -104,7 +123,7 @@ def steer_edit(search: Search) -> str:
         text += f" @steps={','.join(map(str, edit.steps))}"
     if str(edit.tokens) != "all":
         text += f" @tokens={edit.tokens}"
-    if search.subject.name != str(search.subject.site):
+    if sum(site == edit.site for site, _ in question.shelf.outlines) > 1:
         text += f" @kind={edit.kind}"
     return text + (" @unit=peak" if edit.unit == "peak" else "")
 

@@ -11,6 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
+
+from harvest.model import DTYPES, locate_model, tensors_hash
 from store import Store
 from store.errors import DamagedError, MismatchError, UsageError
 from store.sites import Stream
@@ -24,15 +27,14 @@ COMPARED = (
     "joint_attention_dim", "pooled_projection_dim", "guidance_embeds",
 )  # fmt: skip
 """what a transformer's configuration must have in common with the store's, which can be told without its weights"""
-
-
 CHOSEN = ("dtype", "height", "width", "num_inference_steps", "max_sequence_length", "guidance", "threads")
 """what an experiment may choose"""
 FACTS = ("weights_dtype", "pixels_per_token", "n_blocks", "d_model")
-COUNTS = ("height", "width", "num_inference_steps", "max_sequence_length", "threads")
 """what follows from the model"""
-DTYPES = ("float32", "bfloat16", "float16")
+COUNTS = ("height", "width", "num_inference_steps", "max_sequence_length", "threads")
 MOST, MOST_TEXT_TOKENS = 1 << 20, 512
+READ_AHEAD = 1 << 30
+"""bytes of weights that are read to compare them before the model is loaded"""
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def canvas_of_store(store: Store, model: str | None = None, dtype: str | None = 
     Errors: `UsageError` for a store that does not say what drew it (of imported activations), `MismatchError` for a folder whose
     configuration is another model's; that the weights are the same is checked when they are loaded.
     """
-    from harvest.model import cpu_threads, locate_model
+    from harvest.model import cpu_threads
 
     meta = store.meta
     name = model or meta.model.get("id")
@@ -177,7 +179,7 @@ def canvas_of_model(model: str, dtype: str | None = None, device: str | None = N
     Errors: `UsageError` for what is no FluxPipeline folder here, and for a model of the hub whose sizes are not known before it
     is loaded.
     """
-    from harvest.model import KNOWN_SHAPES, choose_device, cpu_threads, defaults_of, locate_model
+    from harvest.model import KNOWN_SHAPES, choose_device, cpu_threads, defaults_of
     from harvest.settings import HarvestSettings
 
     name, here = locate_model(model)
@@ -218,8 +220,6 @@ def canvas_of_document(values: Mapping[str, Any], where: str, model: str | None 
 
     Errors: `UsageError` for what is missing or cannot be, and for a model that was a folder and is not here.
     """
-    from harvest.model import locate_model
-
     missing = [name for name in ("model", *CHOSEN, *FACTS) if name not in values]
     if missing:
         raise UsageError(
@@ -231,7 +231,7 @@ def canvas_of_document(values: Mapping[str, Any], where: str, model: str | None 
     name, revision, hashes = values["model"], values.get("revision"), values.get("weights_sha256") or {}
     if not isinstance(name, str) or not isinstance(revision, str | None) or not isinstance(hashes, dict):
         raise UsageError(f"{where}: model {name!r}, revision {revision!r} name no model")
-    if values["weights_dtype"] not in DTYPES:
+    if values["weights_dtype"] not in tuple(DTYPES):
         raise UsageError(f"{where}: weights_dtype {values['weights_dtype']!r} is not one of {', '.join(DTYPES)}")
     _refuse_lost_folder(where, name, model)
     locate_model(model or name)
@@ -254,7 +254,7 @@ def _typed(values: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise UsageError(f"{where}: {name} is {value!r}; it must be a whole number from 1 on")
         if name == "guidance" and type(value) not in (int, float):
             raise UsageError(f"{where}: guidance is {value!r}; it must be a number, 0 or more")
-        if name == "dtype" and value not in DTYPES:
+        if name == "dtype" and value not in tuple(DTYPES):
             raise UsageError(f"{where}: dtype {value!r} is not one of {', '.join(DTYPES)}")
     return found | ({"guidance": float(found["guidance"])} if "guidance" in found else {})
 
@@ -276,6 +276,22 @@ def _check_hashes(where: str, wanted: Any, known: Mapping[str, str]) -> None:
                 f"{where} was made with another model: its {part} has weights {str(wanted[part])[:SHOWN]}…, here they are "
                 f"{known[part][:SHOWN]}…; draw with the model that it was made with"
             )
+
+
+def transformer_of_files(canvas: Canvas) -> str | None:
+    """SHA-256 of the transformer's weights in their dtype, as `harvest.model.weights_hash` says of the loaded ones.
+
+    None where that takes loading the model: one of the hub, one in several or in large files.
+    """
+    name, here = locate_model(canvas.model)
+    found = sorted((Path(name) / "transformer").glob("*.safetensors")) if here else []
+    if len(found) != 1 or found[0].stat().st_size > READ_AHEAD:
+        return None
+    try:
+        tensors = safetensors.torch.load_file(found[0])
+    except (OSError, safetensors.SafetensorError):
+        return None  # which loading it tells
+    return tensors_hash({name: tensor.to(DTYPES[canvas.weights_dtype]) for name, tensor in tensors.items()})
 
 
 def check_weights(canvas: Canvas, found: Mapping[str, str]) -> None:

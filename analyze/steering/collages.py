@@ -196,8 +196,3 @@ def _difference(first: Image.Image | None, cell: Image.Image | None) -> Image.Im
     strength = np.clip(np.abs(one - other).mean(2) / FULL, 0, 1)
     colours = np.asarray(matplotlib.colormaps["magma"](strength))[..., :3]
     return Image.fromarray(np.round(colours * 255).astype(np.uint8))
-
-
-def titled(picture: Image.Image, title: str, notes: Sequence[str] = ()) -> Image.Image:
-    """A picture of any kind on a page with a title, as `grid` makes it."""
-    return page(title, list(notes), [picture])

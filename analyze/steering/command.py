@@ -16,14 +16,17 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from analyze.features.clip import TINY_FLUX, TINY_FLUX_CLIP, Clip, load_clip
+from analyze.pictures.drawing import png_bytes
 from analyze.steering.collages import grid
 from analyze.steering.comparing import Compared, aligned, compare, distance_lines, judge_lines, markdown
 from analyze.steering.drawing import Painter, open_painter, weights_of
-from analyze.steering.edits import Intervention
+from analyze.steering.edits import Intervention, exact
 from analyze.steering.experiment import NONE, Experiment, peak_arrays
 from analyze.steering.resolving import Resolved, resolve
-from analyze.steering.results import Results, png_bytes, record_of
+from analyze.steering.results import Results, record_of
 from analyze.steering.settings import SteerSettings
+from analyze.steering.shelf import checked_against, nameless
+from analyze.steering.wording import splice_text
 from harvest.capture import Captured
 from store.errors import MismatchError
 from store.files import read_json, write_bytes, write_json
@@ -61,7 +64,7 @@ def run(settings: SteerSettings) -> Steered:
     Errors: `UsageError` and `MismatchError` for what cannot be drawn or does not belong together, before the model is loaded;
     `MismatchError` for weights other than the store's; `NonFiniteError` where a strength drives the model to NaN.
     """
-    from harvest.model import choose_device, library_versions
+    from harvest.model import choose_device
 
     started = time.monotonic()
     device = choose_device(settings.device)
@@ -70,9 +73,8 @@ def run(settings: SteerSettings) -> Steered:
     experiment = replace(
         resolved.experiment, clip=None if clip is None else {"name": clip[0], "identity": clip[1].identity}
     )
-    versions = library_versions()
     results = Results(settings.out, experiment)
-    results.check_claim(record := record_of(experiment, device.type, versions, experiment.clip))
+    results.check_claim(record := record_of(experiment, device.type))
     for note in _notes(resolved):
         print(note)
     _announce(results, resolved)
@@ -80,7 +82,7 @@ def run(settings: SteerSettings) -> Steered:
         return Steered(experiment, None, 0, time.monotonic() - started)
     with claimed(settings.out, runs_folder(settings.out), "process draws into"):
         results.check_claim(record)  # another process may have had the lock
-        results, forwards, drawing = _draw(results, resolved, settings, versions, device.type)
+        results, forwards, drawing = _draw(results, resolved, settings, device.type)
         compared = _finish(results, None if clip is None else clip[1])
     done = Steered(results.experiment, compared.table, forwards, time.monotonic() - started)
     _record(settings, done, drawing)
@@ -110,14 +112,22 @@ def _lasting(name: str) -> str:
 
 
 def _notes(resolved: Resolved) -> list[str]:
-    used = [resolved.shelf.outlines[key].name for key in resolved.experiment.identities]
-    unchecked = [name for name in used if name in resolved.shelf.unchecked]
-    if not unchecked:
-        return []
-    return [
-        f"note: that {', '.join(unchecked)} belong to {resolved.experiment.canvas.model_name} is not checked: the dictionaries or the "
-        "store do not say what they come from (parent: unknown)"
-    ]
+    """What is not known of the dictionaries that are used, and why."""
+    used = [resolved.shelf.outlines[key] for key in resolved.experiment.identities]
+    unchecked = [outline for outline in used if outline.name in resolved.shelf.unchecked]
+    mute = [outline.name for outline in unchecked if nameless(outline)]
+    later = [outline.name for outline in unchecked if not nameless(outline)]
+    what, notes = f"belong to {resolved.experiment.canvas.model_name}", []
+    if mute:
+        reason = "not checked: they do not say what they come from (parent: unknown)"
+        notes.append(f"note: that {', '.join(mute)} {what} is {reason}")
+    if later:
+        store = "not checked: the store does not say which weights drew it"
+        reason = (
+            store if resolved.store is not None else "checked when its weights are loaded, before anything is written"
+        )
+        notes.append(f"note: that {', '.join(later)} {what} is {reason}")
+    return notes
 
 
 def _announce(results: Results, resolved: Resolved) -> None:
@@ -143,8 +153,9 @@ def _announce(results: Results, resolved: Resolved) -> None:
         f"{duration}; at most {human_size(most)} written",
         flush=True,
     )
+    kinds = _kinds(experiment)
     for variant in experiment.variants:
-        print(f"  {variant.name}: {_told(variant.intervention)}")
+        print(f"  {variant.name}: {_told(variant.intervention, kinds)}")
 
 
 def _latent_channels(pixels_per_token: int) -> int:
@@ -152,20 +163,26 @@ def _latent_channels(pixels_per_token: int) -> int:
     return 64 if pixels_per_token >= 16 else 32
 
 
-def _told(made: Intervention) -> str:
-    """An intervention in one line."""
+def _kinds(experiment: Experiment) -> bool:
+    """Whether kinds of dictionaries are said: where not all of them are transcoders."""
+    return any(kind == "sae" for _, kind in experiment.identities)
+
+
+def _told(made: Intervention, kinds: bool) -> str:
+    """An intervention in one line; `kinds`: with the kinds of its dictionaries."""
     words = []
     for edit in made.edits:
-        strength = "" if edit.mode == "zero" else f":{edit.strength:g}"
+        strength = "" if edit.mode == "zero" else f":{exact(edit.strength)}"
         said = [f"{edit.mode}{strength} {edit.site}:{_cut(spans(sorted(edit.features)))}{_steps(edit.steps)}"]
         said += [] if str(edit.tokens) == "all" else [f"@tokens={_cut(str(edit.tokens))}"]
+        said += [f"@kind={edit.kind}"] if kinds else []
         said += [] if edit.unit == "absolute" else [f"@unit={edit.unit}"]
         words.append(" ".join([*said, *(["@normalised"] if edit.normalised else [])]))
     words += [
         f"{off.stream} {spans(sorted(off.layers))} off ({', '.join(off.parts)}){_steps(off.steps)}" for off in made.off
     ]
     if made.splice:
-        words.append(f"dictionaries for the MLPs of {', '.join(map(str, made.splice))}")
+        words.append(f"dictionaries for the MLPs of {', '.join(map(splice_text, made.splice))}")
     return " + ".join(words) + (f" ({made.method})" if made.edits else "")
 
 
@@ -186,9 +203,7 @@ def _rate(results: Results) -> float | None:
     return found if isinstance(found, float) and found > 0 else None
 
 
-def _draw(
-    results: Results, resolved: Resolved, settings: SteerSettings, versions: dict[str, str], device: str
-) -> tuple[Results, int, float]:
+def _draw(results: Results, resolved: Resolved, settings: SteerSettings, device: str) -> tuple[Results, int, float]:
     """Draw what is missing; the results (with the weights that draw, where no store names them), transformer runs and seconds."""
     experiment, missing = results.experiment, results.missing()
     if not missing:
@@ -202,9 +217,11 @@ def _draw(
         canvas=experiment.canvas,
     )
     if not experiment.canvas.weights:
-        experiment = replace(experiment, canvas=replace(experiment.canvas, weights=weights_of(painter)))
+        weights = weights_of(painter)
+        checked_against(resolved.shelf, experiment.identities, experiment.canvas, weights["transformer"])
+        experiment = replace(experiment, canvas=replace(experiment.canvas, weights=weights))
         results = Results(results.out, experiment)
-    record = record_of(experiment, device, versions, experiment.clip)
+    record = record_of(experiment, device)
     results.check_claim(record)
     results.claim(record)
     _tell_cuts(painter, experiment)
@@ -266,7 +283,8 @@ def _write_grids(results: Results) -> None:
 
 def _legend(experiment: Experiment) -> list[str]:
     """What the variants do, for readers of the grid: the first, where they differ in a strength only."""
-    told = [(variant.name, _told(variant.intervention)) for variant in experiment.variants]
+    kinds = _kinds(experiment)
+    told = [(variant.name, _told(variant.intervention, kinds)) for variant in experiment.variants]
     if all(variant.strength is not None for variant in experiment.variants) and len(told) > 1:
         told = told[:1]
     return [f"{name}: {what}"[: 2 * LABEL_CHARACTERS] for name, what in told[:6]]

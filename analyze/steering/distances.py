@@ -18,6 +18,7 @@ import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,10 @@ from torch import Tensor
 
 from analyze.features.clip import Clip
 from store.errors import MismatchError, NonFiniteError, UsageError
+from store.files import sha256_file
 
+LIBRARIES = ("scikit-image", "scipy", "flip-evaluator", "matplotlib")
+"""whose versions could change a byte of distances and collages, besides those of `harvest.model.library_versions`"""
 COLUMNS = ("psnr", "ssim", "flip", "lpips", "latent_cosine", "latent_mse", "clip")
 """in the order of every table"""
 NEARER_IS_GREATER = frozenset({"psnr", "ssim", "latent_cosine", "clip"})
@@ -156,6 +160,20 @@ def unit_embeddings(clip: Clip, pictures: Sequence[Image.Image], batch: int = 32
     parts = [clip.embed(list(pictures[start : start + batch])) for start in range(0, len(pictures), batch)]
     values = np.concatenate(parts).astype(np.float64)
     return np.asarray(values / np.linalg.norm(values, axis=1, keepdims=True))
+
+
+def measured_by() -> tuple[dict[str, str], dict[str, str] | None]:
+    """Versions of the libraries that pictures are drawn, compared and shown with; and LPIPS's version and weights, or None."""
+    from harvest.model import library_versions
+
+    weights = _lpips_weights()
+    lpips = None if weights is None else {"version": version("lpips"), "weights_sha256": _hash_of(weights)}
+    return library_versions() | {name: version(name) for name in LIBRARIES}, lpips
+
+
+@cache
+def _hash_of(path: Path) -> str:
+    return sha256_file(path)
 
 
 def _of_pictures(pairs: Sequence[Pair], perceptual: bool) -> dict[str, Shots]:

@@ -189,9 +189,10 @@ class Painter:
         if bad:
             made = interventions[bad[0]]
             under = "without any intervention" if made is None else f"under the intervention {made.name!r}"
+            wider = "" if self.canvas.dtype == "float32" else f", or --dtype float32 (now {self.canvas.dtype})"
             raise NonFiniteError(
                 f"the latents of {shots[bad[0]].prompt!r}, seed {shots[bad[0]].seed}, are not finite {under}: "
-                f"choose a smaller strength, or --dtype float32 (now {self.canvas.dtype})"
+                f"choose a smaller strength{wider}"
             )
 
 

@@ -77,7 +77,7 @@ class FeatureEdit:
         if not math.isfinite(self.strength):
             raise UsageError(f"{self}: the strength {self.strength} is no finite number")
         if self.mode == "zero" and self.strength != 1:
-            raise UsageError(f"{self}: zero takes no strength; amplify:{self.strength:g} would scale")
+            raise UsageError(f"{self}: zero takes no strength; amplify:{exact(self.strength)} would scale")
         if self.unit == "peak" and self.mode not in OF_PEAKS:
             raise UsageError(f"{self}: only set and add count in peaks; the strength of {self.mode} is a factor")
         if self.normalised and self.mode != "add":
@@ -86,8 +86,13 @@ class FeatureEdit:
 
     def __str__(self) -> str:
         """`amplify:4 txt_2:5,9`"""
-        strength = "" if self.mode == "zero" else f":{self.strength:g}"
+        strength = "" if self.mode == "zero" else f":{exact(self.strength)}"
         return f"{self.mode}{strength} {self.site}:{','.join(map(str, self.features))}"
+
+    @property
+    def idle(self) -> bool:
+        """Whether its strength leaves everything as it is: amplify:1, invert:-1, add:0."""
+        return (self.mode, self.strength) in (("amplify", 1), ("invert", -1), ("add", 0))
 
     def at(self, step: int) -> bool:
         """Whether it is in force at a step."""
@@ -123,6 +128,10 @@ class StreamOff:
         return self.steps is None or step in self.steps
 
 
+Splice = Site | tuple[Site, Kind]
+"""a site whose MLP is replaced by its only dictionary, or by the one of a kind"""
+
+
 @dataclass(frozen=True)
 class Intervention:
     """A named set of changes; without edits, off and splice it changes nothing."""
@@ -132,16 +141,29 @@ class Intervention:
     off: tuple[StreamOff, ...] = ()
     """comes after all edits of a site"""
     method: Method = "difference"
-    splice: tuple[Site, ...] = ()
-    """sites whose MLP is the dictionary at every step, also without an edit"""
+    splice: tuple[Splice, ...] = ()
+    """sites whose MLP is the dictionary at every step, also without an edit; (site, kind) where the site has both"""
 
     def __post_init__(self) -> None:
         if not self.name.strip():
             raise UsageError("an intervention needs a name")
         if self.method not in METHODS:
             raise UsageError(f"{self.name}: method {self.method!r} is not one of {', '.join(METHODS)}")
-        for site in self.splice:
+        sites = [spliced_site(spliced) for spliced in self.splice]
+        for site in sites:
             _check_site(site)
+            if sites.count(site) > 1:
+                raise UsageError(f"{self.name}: {site} is spliced twice; one dictionary stands for its MLP")
+
+    @property
+    def spliced(self) -> dict[Site, Kind | None]:
+        """Spliced sites, and the kind of dictionary that stands there; None: the only one."""
+        return {spliced_site(each): each[1] if isinstance(each, tuple) else None for each in self.splice}
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing of it can change anything, whatever the features do."""
+        return not (self.off or self.splice) and self.method == "difference" and all(edit.idle for edit in self.edits)
 
     def with_strength(self, strength: float) -> "Intervention":
         """The same with this strength in every edit that has one; `UsageError` where none has."""
@@ -168,6 +190,17 @@ def edits_of(
         FeatureEdit(site, tuple(sorted(by_site[site])), mode, strength, steps, tokens, kind, unit, normalised)
         for site in sorted(by_site)
     )
+
+
+def spliced_site(spliced: Splice) -> Site:
+    """The site that is spliced."""
+    return spliced[0] if isinstance(spliced, tuple) else spliced
+
+
+def exact(strength: float) -> str:
+    """A strength as short as it reads back the same: `4`, `0.1`, `1.23456789`."""
+    short = f"{strength:g}"
+    return short if float(short) == strength else repr(strength)
 
 
 def _check_site(site: Site) -> None:

@@ -30,10 +30,11 @@ from analyze.steering.wording import (
     number,
     off_from,
     off_in,
+    splice_text,
+    splices_in,
     strengths_in,
 )
 from store.errors import ForeignError, UsageError
-from store.sites import parse_sites
 from train import Dictionary
 
 FORMAT, VERSION = "granary experiment", 1
@@ -42,6 +43,7 @@ PLAIN = "plain"
 NONE, ALL = "none", "all"
 """the judge is left out; the judge says only what was kept"""
 NAME_CHARACTERS = 60
+NOTHING_REPLACED = "the method replacement is about edits, and there is none: leave it out, or splice a site"
 OF_A_VARIANT = ("name", "edits", "off", "method", "splice", "strength")
 OF_AN_EXPERIMENT = (
     "format", "version", "name", "store", "images", "prompts", "seeds", "shots", "supernodes", "edits", "off", "splice", "method",
@@ -148,7 +150,7 @@ def _variant_document(variant: Variant) -> dict[str, Any]:
     if made.off:
         found["off"] = [_off_document(off) for off in made.off]
     if made.splice:
-        found["splice"] = [str(site) for site in made.splice]
+        found["splice"] = [splice_text(each) for each in made.splice]
     return found
 
 
@@ -198,6 +200,8 @@ def variants_of(
             f'{where} changes nothing: say what, for example --edit "zero img_3:66,70" or --off "txt 0-3", or in a file edits, off, '
             "splice or variants"
         )
+    if document.get("method") == "replacement" and not any(_replaces(each) for each in listed):
+        raise UsageError(f"{where}: {NOTHING_REPLACED}")
     sweep = strengths_in(document["strengths"]) if document.get("strengths") is not None else None
     found: list[Variant] = []
     for place, each in enumerate(listed):
@@ -210,6 +214,11 @@ def variants_of(
             " (plain is what is drawn without an intervention)" if twice[0] == PLAIN else ""
         ))  # fmt: skip
     return tuple(found)
+
+
+def _replaces(asked: Any) -> bool:
+    """Whether a variant has edits or splices, which a method is about."""
+    return not isinstance(asked, dict) or bool(asked.get("edits") or asked.get("splice"))
 
 
 def _variant(
@@ -227,15 +236,39 @@ def _variant(
         raise UsageError(f"{where}: {unknown[0]!r} is no key of a variant; there are {', '.join(OF_A_VARIANT)}")
     edits = tuple(edit for each in _listed(asked, "edits", where) for edit in _edits(each, supernodes))
     off = tuple(_off(each, n_blocks) for each in _listed(asked, "off", where))
-    splice = tuple(site for each in _listed(asked, "splice", where) for site in parse_sites(str(each)))
-    name = asked.get("name") or told(asked, where)
+    splice = tuple(found for each in _listed(asked, "splice", where) for found in splices_in(str(each)))
+    name = told(asked, where) if asked.get("name") is None else asked["name"]
     if not isinstance(name, str) or not name.strip():
         raise UsageError(f"{where}: variant {place} is named {name!r}; a name is a text")
     if not edits and not off and not splice:
         raise UsageError(f"{where}: variant {name!r} changes nothing: give it edits, off or splice")
-    strength = None if asked.get("strength") is None else number(f"variant {name!r}: strength", asked["strength"])
-    made = Intervention(name, edits, off, method_in(asked.get("method", method)), tuple(dict.fromkeys(splice)))
-    return Variant(made, strength)
+    own = method_in(asked.get("method", method))
+    if asked.get("method") == "replacement" and not (edits or splice):
+        raise UsageError(f"{where}: variant {name!r}: {NOTHING_REPLACED}")
+    made = Intervention(name, edits, off, own if edits else "difference", tuple(dict.fromkeys(splice)))
+    if asked.get("strength") is None:
+        return Variant(made)
+    strength = number(f"variant {name!r}: strength", asked["strength"])
+    return Variant(_with_strength(made, asked, strength, where), strength)
+
+
+def _with_strength(made: Intervention, asked: Mapping[str, Any], strength: float, where: str) -> Intervention:
+    """The variant at the strength that it is given, where its edits have none of their own; those that have one must agree."""
+    own = [each for each in _listed(asked, "edits", where) if _says_strength(each)]
+    if not own:
+        return made.with_strength(strength)
+    if other := [edit for edit in made.edits if edit.mode != "zero" and edit.strength != strength]:
+        raise UsageError(
+            f"{where}: variant {made.name!r} has strength {strength:g}, and its edit is {other[0]}: say the strength once"
+        )
+    return made
+
+
+def _says_strength(asked: Any) -> bool:
+    """Whether an edit says its strength itself."""
+    if isinstance(asked, str):
+        return ":" in asked.split()[0]
+    return asked.get("strength") is not None
 
 
 def _swept(variant: Variant, sweep: tuple[float, ...], several: bool, where: str) -> list[Variant]:

@@ -60,7 +60,8 @@ def check(
     """
     _check_off(intervention, n_blocks, num_steps)
     for edit in intervention.edits:
-        _check_blocks(f"{intervention.name}: {edit}", (edit.site.layer,), n_blocks)
+        what = _named(intervention, str(edit))
+        _check_blocks(what, (edit.site.layer,), n_blocks)
         outline = outlines[_key(edit.site, edit.kind, outlines)]
         beyond = [feature for feature in edit.features if feature >= outline.config.n_features]
         if beyond:
@@ -68,13 +69,13 @@ def check(
                 f"{intervention.name}: {outline.name} has no feature {', '.join(map(str, beyond))}; "
                 f"it has {outline.config.n_features}, 0 to {outline.config.n_features - 1}"
             )
-        _check_steps(f"{intervention.name}: {edit}", edit.steps, num_steps)
+        _check_steps(what, edit.steps, num_steps)
         _check_tokens(intervention, edit, tokens, grid)
         _check_peaks(intervention, edit, outlines, peaks)
         _check_not_off(intervention, edit, num_steps)
-    for site in intervention.splice:
-        _check_blocks(f"{intervention.name}: splice {site}", (site.layer,), n_blocks)
-    for site in {*intervention.splice, *(edit.site for edit in intervention.edits)}:
+    for site in intervention.spliced:
+        _check_blocks(_named(intervention, f"splice {site}"), (site.layer,), n_blocks)
+    for site in {*intervention.spliced, *(edit.site for edit in intervention.edits)}:
         _replacing(intervention, site, outlines)
     for key in needed([intervention], outlines):
         width = outlines[key].config.d_model
@@ -90,7 +91,7 @@ def needed(interventions: Iterable[Intervention | None], outlines: Mapping[Key, 
     for intervention in interventions:
         if intervention is not None:
             found |= {_key(edit.site, edit.kind, outlines) for edit in intervention.edits}
-            found |= {key for site in intervention.splice if (key := _replacing(intervention, site, outlines))}
+            found |= {key for site in intervention.spliced if (key := _replacing(intervention, site, outlines))}
     return tuple(sorted(found))
 
 
@@ -140,7 +141,7 @@ def _plan(
         return None
     edits = tuple(edit for edit in row.edits if _key(edit.site, edit.kind, dictionaries) == key)
     replaces = _replacing(row, key[0], dictionaries) == key
-    spliced = replaces and key[0] in row.splice
+    spliced = replaces and key[0] in row.spliced
     if not edits and not spliced:
         return None
     same = key, edits, replaces, spliced
@@ -164,22 +165,36 @@ def _key(site: Site, kind: Kind | None, outlines: Mapping[Key, Dictionary]) -> K
 
 def _replacing(intervention: Intervention, site: Site, outlines: Mapping[Key, Dictionary]) -> Key | None:
     """The dictionary that stands for the MLP of a site; None where the MLP stays.  `UsageError` where there would be two."""
-    if intervention.method == "difference" and site not in intervention.splice:
+    spliced = intervention.spliced
+    if intervention.method == "difference" and site not in spliced:
         return None
-    edited = {_key(edit.site, edit.kind, outlines) for edit in intervention.edits if edit.site == site}
-    if len(edited) > 1:
+    kind = spliced.get(site)
+    found = {_key(site, kind, outlines)} if kind is not None else set()
+    if (
+        kind is None or intervention.method == "replacement"
+    ):  # beside a dictionary that is named, a difference may be made
+        found |= {_key(edit.site, edit.kind, outlines) for edit in intervention.edits if edit.site == site}
+    if len(found) > 1:
         raise UsageError(
             f"{intervention.name}: both the transcoder and the SAE of {site} would stand for its MLP: edit one of them, or use "
             "the method difference without a splice there"
         )
-    if edited:
-        return edited.pop()
-    return _key(site, None, outlines) if site in intervention.splice else None
+    if found or site not in spliced:
+        return found.pop() if found else None
+    if all((site, known) in outlines for known in KINDS):
+        names = " or ".join(f"{known}_{site}" for known in KINDS)
+        raise UsageError(f"{intervention.name}: {site} has a transcoder and an SAE: splice {names}")
+    return _key(site, None, outlines)
+
+
+def _named(intervention: Intervention, part: str) -> str:
+    """What messages call a part of an intervention, whose own name often says it already."""
+    return intervention.name if part in intervention.name else f"{intervention.name}: {part}"
 
 
 def _check_off(intervention: Intervention, n_blocks: int, num_steps: int) -> None:
     for off in intervention.off:
-        what = f"{intervention.name}: {off.stream} off"
+        what = _named(intervention, f"{off.stream} {spans(off.layers)} off")
         _check_blocks(what, off.layers, n_blocks)
         _check_steps(what, off.steps, num_steps)
 
@@ -199,7 +214,7 @@ def _check_steps(what: str, steps: Sequence[int] | None, num_steps: int) -> None
 def _check_tokens(
     intervention: Intervention, edit: FeatureEdit, tokens: Mapping[str, int], grid: tuple[int, int] | None
 ) -> None:
-    what, count = f"{intervention.name}: {edit}", tokens[edit.site.stream]
+    what, count = _named(intervention, str(edit)), tokens[edit.site.stream]
     beyond = sorted({token for token in edit.tokens.positions or () if token >= count})
     if beyond:
         raise UsageError(f"{what}: {edit.site.stream} has no token {spans(beyond)}; it has {count}, 0 to {count - 1}")
@@ -219,13 +234,13 @@ def _check_peaks(
     known = None if peaks is None else peaks.get(_key(edit.site, edit.kind, outlines))
     if known is None:
         raise UsageError(
-            f"{intervention.name}: {edit} counts in peaks, and no analysis says what they are: give --analysis OUT of "
+            f"{_named(intervention, str(edit))} counts in peaks, and no analysis says what they are: give --analysis OUT of "
             "analyze scores over this site, or a strength in activations"
         )
     dead = [feature for feature in edit.features if not known[feature] > 0]
     if dead:
         raise UsageError(
-            f"{intervention.name}: {edit}: feature {', '.join(map(str, dead))} was never active in the analysis, so it has no "
+            f"{_named(intervention, str(edit))}: feature {', '.join(map(str, dead))} was never active in the analysis, so it has no "
             "peak to count in: give a strength in activations"
         )
 
@@ -235,5 +250,5 @@ def _check_not_off(intervention: Intervention, edit: FeatureEdit, num_steps: int
     offs = [off for off in intervention.off if (edit.site, "mlp") in off.spots()]
     if all(any(off.at(step) for off in offs) for step in range(num_steps) if edit.at(step)):
         raise UsageError(
-            f"{intervention.name}: {edit}: the {edit.site.stream} stream is off there at all steps of the edit, which would do nothing"
+            f"{_named(intervention, str(edit))}: the {edit.site.stream} stream is off there at all its steps: it would do nothing"
         )

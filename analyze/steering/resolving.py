@@ -12,22 +12,30 @@ from pathlib import Path
 from typing import Any
 
 from analyze.inputs import Subject
-from analyze.steering.canvas import TINY_FLUX, Canvas, canvas_of_document, canvas_of_model, canvas_of_store
+from analyze.steering.canvas import (
+    TINY_FLUX,
+    Canvas,
+    canvas_of_document,
+    canvas_of_model,
+    canvas_of_store,
+    transformer_of_files,
+)
 from analyze.steering.comparing import judged
 from analyze.steering.documents import read_document
 from analyze.steering.drawing import BATCH_SIZE
-from analyze.steering.edits import FeatureEdit, Intervention
+from analyze.steering.edits import KINDS, FeatureEdit, Intervention
 from analyze.steering.experiment import ALL, NONE, Experiment, Variant, check_keys, peak_arrays, told, variants_of
 from analyze.steering.feature_changes import Key
 from analyze.steering.interventions import check, needed
 from analyze.steering.judging import check_asked
 from analyze.steering.peaks import read_peaks
 from analyze.steering.settings import OF_SHOTS, SteerSettings
-from analyze.steering.shelf import Shelf, shelf_of
+from analyze.steering.shelf import Shelf, checked_against, shelf_of
 from analyze.steering.shots import shots_asked
 from analyze.steering.wording import Members, number, supernode_in, supernode_members
-from store import Store, open_store
+from store import Site, Store, open_store
 from store.errors import MismatchError, UsageError
+from train.dictionaries.config import Kind
 
 FLAGS = "the command"
 """what messages call the flags, where a file would be named"""
@@ -67,12 +75,22 @@ def resolve(settings: SteerSettings) -> Resolved:
             raise UsageError(f"{made.name}: give --dictionaries, the folder of the dictionaries that it changes")
     variants = tuple(replace(v, intervention=_with_files(v.intervention, folder)) for v in variants)
     peaks = _peaks(settings, document, where, variants, shelf)
+    settled = document.get("dictionaries") is not None  # a file that was written by a program, every strength in it
     for variant in variants:
         _check(variant.intervention, shelf, canvas, peaks)
+        if variant.strength is None and variant.intervention.idle and not settled:
+            raise UsageError(
+                f"{variant.name} changes nothing, its strength leaves everything as it is: write amplify:4, or give --strengths"
+            )
     variants = tuple(replace(v, intervention=_settled(v.intervention, shelf, canvas)) for v in variants)
-    name = document.get("name") or told(document, where) or (variants[0].name if len(variants) == 1 else "steering")
-    if not isinstance(name, str):
+    name = document.get("name")
+    if name is None:
+        name = told(document, where) or (variants[0].name if len(variants) == 1 else "steering")
+    if not isinstance(name, str) or not name.strip():
         raise UsageError(f"{where}: the name {name!r} is no text")
+    if store is None and "transformer" not in canvas.weights:
+        keys = needed([variant.intervention for variant in variants], shelf.outlines)
+        shelf = checked_against(shelf, keys, canvas, transformer_of_files(canvas) if keys else None)
     experiment = Experiment(
         name=name,
         shots=shots,
@@ -211,7 +229,17 @@ def _settled(made: Intervention, shelf: Shelf, canvas: Canvas) -> Intervention:
         ((_, kind),) = needed([Intervention("one", (edit,))], shelf.outlines)
         return replace(edit, kind=kind, tokens=edit.tokens.resolved(canvas.grid))  # type: ignore[arg-type]
 
-    return replace(made, edits=tuple(settled(edit) for edit in made.edits))
+    both = [site for site in made.spliced if all((site, kind) in shelf.outlines for kind in KINDS)]
+    splice = tuple(
+        (site, kind or _standing(made, site, shelf)) if site in both else site for site, kind in made.spliced.items()
+    )
+    return replace(made, edits=tuple(settled(edit) for edit in made.edits), splice=splice)
+
+
+def _standing(made: Intervention, site: Site, shelf: Shelf) -> Kind:
+    """The kind of the dictionary that is edited at a spliced site, and so stands for its MLP."""
+    keys = needed([made], shelf.outlines)
+    return next(kind for kind in KINDS if (site, kind) in keys)
 
 
 def _identities(document: Mapping[str, Any], where: str, variants: tuple[Variant, ...], shelf: Shelf) -> dict[Key, str]:

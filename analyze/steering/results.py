@@ -11,7 +11,6 @@
 A shot is always drawn in the same batch, whichever variant: what differs from plain is the intervention's doing alone.
 """
 
-import io
 import json
 import re
 from collections.abc import Iterator
@@ -27,6 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
+from analyze.pictures.drawing import png_bytes
+from analyze.steering.distances import measured_by
 from analyze.steering.documents import document_bytes
 from analyze.steering.drawing import Drawing
 from analyze.steering.experiment import Experiment
@@ -86,7 +87,7 @@ class Results:
         assert drawing.pictures is not None
         hashes = []
         for shot, picture in zip(self.shots(batch), drawing.pictures, strict=True):
-            data = png_bytes(picture)
+            data = png_bytes(picture, small=False)
             hashes.append(sha256_bytes(data))
             write_bytes(self.out / self.picture_name(shot, variant), data)
         about = {"pictures": json.dumps(hashes)}  # one key: safetensors writes several in any order
@@ -140,7 +141,7 @@ class Results:
                 f"{self.out} holds another experiment ({_difference(found.get('asked'), record['asked'])}): choose another --out, or run "
                 f"that one with --experiment {self.out / EXPERIMENT}"
             )
-        for key in ("device", "versions", "clip"):
+        for key in ("device", "versions", "clip", "lpips"):
             if found.get(key) != record[key]:
                 raise UsageError(
                     f"{self.out} was begun with another {key}: {_short(found.get(key))}, now {_short(record[key])}; its pictures would "
@@ -156,7 +157,7 @@ class Results:
             write_json(self.out / RUN, record)
 
 
-def record_of(experiment: Experiment, device: str, versions: dict[str, str], clip: Any) -> dict[str, Any]:
+def record_of(experiment: Experiment, device: str) -> dict[str, Any]:
     """What `run.json` says: what the results were made of and by, the same wherever and whenever they are made."""
     document = experiment.document()
     drawing = document.pop("drawing")
@@ -164,19 +165,14 @@ def record_of(experiment: Experiment, device: str, versions: dict[str, str], cli
     asked = {key: document[key] for key in ("name", "variants", "shots", "judge")} | {
         "peaks": document.get("peaks", {})
     }
+    versions, lpips = measured_by()
     return {
         "format": FORMAT, "version": VERSION, "store": experiment.store, "model": model,
-        "dictionaries": document["dictionaries"], "device": device, "versions": versions, "clip": clip,
+        "dictionaries": document["dictionaries"], "device": device, "versions": versions, "lpips": lpips,
+        "clip": None if experiment.clip is None else dict(experiment.clip),
         "asked": {**{key: _digest(value) for key, value in asked.items()}, **drawing},
         "pictures": experiment.pictures, "transformer_runs": experiment.forwards,
     }  # fmt: skip
-
-
-def png_bytes(picture: Image.Image) -> bytes:
-    """A picture as PNG: equal pixels in equal bytes."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _digest(value: Any) -> Any:

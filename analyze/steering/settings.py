@@ -13,6 +13,7 @@ DType = Literal["bfloat16", "float16", "float32"]
 OF_THE_FILE = ("edit", "off", "splice", "supernode", "strengths", "method", "name", "judge")
 """flags that say what an experiment file says"""
 OF_SHOTS = ("images", "prompts", "prompt", "seeds")
+EXAMPLES = {"images": "0-7", "name": "red"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class SteerSettings:
     off: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """A stream whose MLPs (or attention) write nothing: "txt 0-3 @steps=0 @parts=mlp,attn"."""
     splice: str | None = None
-    """Sites whose MLP is replaced by its dictionary, such as img_0-3,txt_2."""
+    """Sites whose MLP is replaced by its dictionary, such as img_0-3,txt_2; where a site has both kinds: sae_img_2."""
     supernode: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """A name for several features, red=img_3:66+txt_2:5, which an --edit can change as one."""
     method: Method | None = None
@@ -79,6 +80,9 @@ class SteerSettings:
             given = [flag for flag in OF_THE_FILE if getattr(self, flag) not in (None, ())]
             if given:
                 raise UsageError(f"--experiment {self.experiment} says what is changed: leave out --{given[0]}")
+        for flag in ("images", "name"):
+            if (value := getattr(self, flag)) is not None and not value.strip():
+                raise UsageError(f"--{flag} is empty: write for example --{flag} {EXAMPLES[flag]}, or leave it out")
         if self.images is not None and (self.prompts is not None or self.prompt):
             raise UsageError("give --images or prompts, not both")
         if self.prompts is not None and self.prompt:

@@ -1,6 +1,6 @@
 """The dictionaries that interventions name: what they say of themselves at once, their weights when they are first needed."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -8,14 +8,11 @@ import torch
 
 from analyze.inputs import dictionary_identity, loaded
 from analyze.steering.canvas import Canvas
-from store import Site
+from analyze.steering.feature_changes import Key
 from store.errors import MismatchError
 from train import Dictionary
 from train.dictionaries.collection import outline_dictionaries
-from train.dictionaries.provenance import check_same_model
-
-Key = tuple[Site, str]
-"""(site, kind), kind `transcoder` or `sae`"""
+from train.dictionaries.provenance import check_same_model, transformer_hash
 
 
 @dataclass
@@ -29,6 +26,8 @@ class Shelf(Mapping[Key, Dictionary]):
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     _held: dict[Key, Dictionary] = field(default_factory=dict, repr=False)
     _identities: dict[Key, str] = field(default_factory=dict, repr=False)
+    _moved: "Shelf | None" = field(default=None, repr=False)
+    """the shelf that took the weights over"""
 
     def __getitem__(self, key: Key) -> Dictionary:
         if key not in self._held:
@@ -42,11 +41,16 @@ class Shelf(Mapping[Key, Dictionary]):
         return len(self.outlines)
 
     def on(self, device: torch.device) -> "Shelf":
-        """The same, its weights on `device`."""
-        return replace(self, device=device, _held={}, _identities=dict(self._identities))
+        """The same, its weights on `device`: those that are read already move there, and are held once."""
+        held = {key: dictionary.to(device) for key, dictionary in self._held.items()}
+        self._held = {}
+        self._moved = replace(self, device=device, _held=held, _moved=None)
+        return self._moved
 
     def identity(self, key: Key) -> str:
         """SHA-256 of a dictionary's weights and of what makes it compute what it computes; reads the weights, if need be."""
+        if self._moved is not None:
+            return self._moved.identity(key)
         if key not in self._identities:
             self._identities[key] = dictionary_identity(self[key])
         return self._identities[key]
@@ -76,6 +80,26 @@ def shelf_of(folder: str | Path | None, canvas: Canvas) -> Shelf:
     outlines = outline_dictionaries(folder)
     unchecked = [outline.name for outline in outlines if not _fits(outline, canvas)]
     return Shelf({(outline.site, outline.config.kind): outline for outline in outlines}, tuple(unchecked))
+
+
+def checked_against(shelf: Shelf, keys: Iterable[Key], canvas: Canvas, transformer: str | None) -> Shelf:
+    """The same where no store named the model: its dictionaries `keys` compared with the weights that draw, where they are known.
+
+    `transformer`: their SHA-256, None where it is not known yet.  `MismatchError` for a dictionary of another model.
+    """
+    known = {"id": canvas.model_name, "weights_sha256": {"transformer": transformer}}
+    remedy = "choose dictionaries of the model that draws, or draw in the dtype of their store (--dtype, or --store)"
+    fitting = set()
+    for outline in (shelf.outlines[key] for key in keys):
+        parent = outline.config.parent
+        if parent is not None and check_same_model(outline.name, parent.model, "the model that draws", known, remedy):
+            fitting.add(outline.name)
+    return replace(shelf, unchecked=tuple(name for name in shelf.unchecked if name not in fitting))
+
+
+def nameless(outline: Dictionary) -> bool:
+    """Whether a dictionary does not say which weights it was trained on."""
+    return outline.config.parent is None or transformer_hash(outline.config.parent.model) is None
 
 
 def _fits(outline: Dictionary, canvas: Canvas) -> bool:

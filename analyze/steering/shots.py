@@ -1,14 +1,15 @@
 """The shots that an experiment asks for: images of a store, or prompts, each with one or several seeds; or shots already settled."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from analyze.steering.drawing import Shot, shots_of
-from analyze.steering.wording import bounded_numbers
 from store import Store
 from store.errors import UsageError
+from store.sites import parse_numbers
 
 MOST_SHOTS = 1_000_000
 MOST_SEED = 2**63 - 1
@@ -43,8 +44,14 @@ def _of_images(asked: Any, seeds: tuple[int, ...] | None, where: str, store: Sto
     if store is None:
         raise UsageError(f"{where}: images {asked!r} are images of a store: give --store")
     text = ",".join(map(str, asked)) if isinstance(asked, list) else str(asked)
+    if not text.strip():
+        raise UsageError(f"{where}: images is empty: write numbers and ranges such as 0-7")
     try:
-        found = shots_of(store, bounded_numbers(text, store.n_images, "image"))
+        numbers = [number for word in text.split(",") for number in parse_numbers(word, store.n_images, "image")]
+        if len(set(numbers)) < len(numbers):
+            twice = next(number for number, times in Counter(numbers).items() if times > 1)
+            raise UsageError(f"image {twice} is there twice: name each once")
+        found = shots_of(store, sorted(numbers))
     except UsageError as error:
         raise UsageError(f"images {text}: {error}; the store is {store.path}") from None
     if seeds is None:

@@ -21,6 +21,7 @@ from analyze.steering.edits import (
     MODES,
     FeatureEdit,
     Method,
+    Splice,
     StreamOff,
     Unit,
     edits_of,
@@ -28,7 +29,7 @@ from analyze.steering.edits import (
 from analyze.steering.token_choice import ALL, TokenChoice
 from harvest.replacing import PARTS
 from store.errors import UsageError
-from store.sites import Site, parse_numbers
+from store.sites import Site, parse_numbers, parse_sites
 
 FURTHEST = 1_000_000
 """beyond any feature, step and layer: what bounds numbers until a dictionary or a model says how many it has"""
@@ -121,6 +122,21 @@ def off_from(where: str, values: Mapping[str, Any], n_blocks: int) -> StreamOff:
         raise UsageError(f"off {where!r}: {error}") from None
 
 
+def splices_in(text: str) -> tuple[Splice, ...]:
+    """The dictionaries that `img_0-3,sae_txt_2` puts in the place of MLPs; `UsageError` for what names none."""
+    found: list[Splice] = []
+    for word in text.split(","):
+        kind = next((kind for kind in KINDS if word.strip().startswith(f"{kind}_")), None)
+        sites = parse_sites(word.strip().removeprefix(f"{kind}_"))
+        found += sites if kind is None else [(site, kind) for site in sites]
+    return tuple(dict.fromkeys(found))
+
+
+def splice_text(spliced: Splice) -> str:
+    """`img_2`, or `sae_img_2` where the kind is said."""
+    return f"{spliced[1]}_{spliced[0]}" if isinstance(spliced, tuple) else str(spliced)
+
+
 def supernode_in(text: str) -> tuple[str, Members]:
     """Name and members of `red=img_3:66+txt_2:5`; `UsageError` for one without a name or without members."""
     name, equals, members = text.partition("=")
@@ -183,19 +199,11 @@ def number(what: str, value: Any) -> float:
 def numbers(where: str, values: Any, what: str) -> tuple[int, ...]:
     """Ascending 0-based numbers from `0-3,7`, a number, or a list of numbers."""
     if isinstance(values, str):
-        return bounded_numbers(values, FURTHEST, what) if values.strip() != "all" else _refuse(where, values, what)
+        return parse_numbers(values, FURTHEST, what) if values.strip() != "all" else _refuse(where, values, what)
     listed = values if isinstance(values, list | tuple) else [values]
     if not listed or any(type(value) is not int or not 0 <= value < FURTHEST for value in listed):
         return _refuse(where, values, what)
     return tuple(sorted(set(listed)))
-
-
-def bounded_numbers(text: str, count: int, what: str) -> tuple[int, ...]:
-    """As `parse_numbers`, but a number beyond `count` is refused before a range up to it is made, however far that is."""
-    beyond = [digits for digits in re.findall(r"\d+", text) if len(digits) > len(str(count)) or int(digits) >= count]
-    if beyond and text.strip() != "all":
-        raise UsageError(f"there is no {what} {beyond[0][:40]}: the last could be {count - 1}")
-    return parse_numbers(text, count, what)
 
 
 def steps_in(where: str, value: Any) -> tuple[int, ...] | None:
@@ -261,7 +269,7 @@ def _features(where: str, piece: str) -> Members:
         )
     if features == "all":
         raise UsageError(f"{where}: {piece.strip()!r}: name features by their numbers")
-    return tuple((Site.parse(site), feature) for feature in bounded_numbers(features, FURTHEST, "feature"))
+    return tuple((Site.parse(site), feature) for feature in parse_numbers(features, FURTHEST, "feature"))
 
 
 def _tokens(where: str, value: Any) -> TokenChoice:

@@ -99,6 +99,7 @@ def _parts(table: pa.Table) -> dict[str, np.ndarray]:
     where = ["padding" if pad else stream for stream, pad in zip(streams, padding, strict=True)]
     found: dict[str, np.ndarray] = {}
     for words in (
+        [f"{kind}s" for kind in kinds],
         [f"{kind}s in {place}" for kind, place in zip(kinds, where, strict=True)],
         [f"to {way}" for way in ways],
     ):

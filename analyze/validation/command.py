@@ -19,18 +19,19 @@ import torch
 from tqdm import tqdm
 
 from analyze.faithfulness.splicing import KeptErrors, splice
+from analyze.inputs import check_results
 from analyze.steering.drawing import Painter, open_painter
 from analyze.validation.files import (
     DONE,
     RUN,
+    WHAT,
     Together,
-    check_claim,
     folder_of,
     publish_all,
     publish_graph,
     record_of,
 )
-from analyze.validation.graphs import Validated, open_validated
+from analyze.validation.graphs import Job, Validated, open_validated
 from analyze.validation.measured_graph import measure
 from analyze.validation.perturbed_runs import Call, Plain, answer, calls_of, dtype_of, plain_pass
 from analyze.validation.settings import ValidateSettings
@@ -69,12 +70,12 @@ def run(settings: ValidateSettings) -> Validation:
     refuse_place(settings.out)
     validated = open_validated(settings)
     record = record_of(validated)
-    check_claim(settings.out, record)
+    check_results(settings.out, record, WHAT)
     _announce(validated)
     if settings.plan:
         return Validation(None, 0, time.monotonic() - started)
     with claimed(settings.out, runs_folder(settings.out), "process validates graphs in"):
-        check_claim(settings.out, record)  # another process may have had the lock
+        check_results(settings.out, record, WHAT)  # another process may have had the lock
         write_json(settings.out / RUN, record)
         rows, forwards = _measure_all(validated)
         done = Validation(publish_all(validated), rows, time.monotonic() - started)
@@ -91,18 +92,25 @@ def run(settings: ValidateSettings) -> Validation:
 
 def _announce(validated: Validated) -> None:
     """Print what will be run, and how often."""
-    settings, calls = validated.settings, validated.by_call
+    settings = validated.settings
+    missing = _missing(validated)
+    calls = {(job.member.image, job.member.step) for job in missing}
     images = {image: max(step for i, step in calls if i == image) + 1 for image, _ in calls}
-    rows = sum(len(job.rows) for job in validated.jobs) * len(settings.holds)
+    rows = sum(len(job.rows) for job in missing) * len(settings.holds)
     size = validated.batch_size
-    batches = sum(-(-len(job.rows) // size) for job in validated.jobs) * len(settings.holds)
+    batches = sum(-(-len(job.rows) // size) for job in missing) * len(settings.holds)
     pairs = sum(len(job.rows) * len(job.readers) for job in validated.jobs) * len(settings.holds)
     whole = len(calls) * (3 if settings.exactness else 1)
     top = max(job.top for job in validated.jobs)
+    there = len(validated.jobs) - len(missing)
     print(
-        f"plan: {many(len(validated.jobs), 'graph')} of {many(len(images), 'image')}; the transformer of "
+        f"plan: {many(len(missing), 'graph')} of {many(len(images), 'image')}"
+        + (f" ({many(there, 'graph')} finished already)" if there else "")
+        + f"; the transformer of "
         f"{model_name(validated.store.meta.model)} runs {sum(images.values())} times to draw, {whole} times whole, and "
         f"{rows + batches:,} times up to block {top} ({many(rows, 'perturbation')} at most {size} at once, a plain row beside them)\n"
+        f"  memory: the model, the transcoders, and beside what {many(size + 1, 'row')} at once take in the model at least "
+        f"{human_size(_held(validated))} of what its MLPs read and wrote\n"
         f"  at most {human_size(pairs * PAIR_BYTES + PAGE_BYTES)} are written; the time is not known before the model runs",
         flush=True,
     )
@@ -117,9 +125,23 @@ def _announce(validated: Validated) -> None:
         print(f"note: {many(validated.left_out, 'graph')} left out, with nothing to perturb below what is read")
 
 
+def _missing(validated: Validated) -> list[Job]:
+    """The graphs that OUT does not hold yet."""
+    return [job for job in validated.jobs if not (folder_of(validated, job) / DONE).exists()]
+
+
+def _held(validated: Validated) -> int:
+    """Bytes of what a plain pass keeps (mlp_in and mlp_out of each site below the readers), and of one MLP's outputs of a batch."""
+    canvas = validated.canvas
+    sites = validated.sites(max(job.top for job in validated.jobs))
+    width = canvas.d_model * (4 if validated.settings.dtype == "float32" else 2)
+    tokens = [canvas.tokens[site.stream] for site in sites]  # type: ignore[index]
+    return width * (2 * sum(tokens) + (validated.batch_size + 1) * max(tokens, default=0))
+
+
 def _measure_all(validated: Validated) -> tuple[int, int]:
     """Measure the graphs that OUT does not hold yet: rows that ran, and passes that drawing took."""
-    missing = [job for job in validated.jobs if not (folder_of(validated, job) / DONE).exists()]
+    missing = _missing(validated)
     if not missing:
         return 0, 0
     settings = validated.settings

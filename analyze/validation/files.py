@@ -11,21 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from analyze.validation.agreement import agreement_table, compared
 from analyze.validation.graphs import Job, Validated
 from analyze.validation.measured_graph import Measured
 from analyze.validation.plots import scatter
 from analyze.validation.text import page
-from store.errors import ForeignError, UsageError
-from store.files import is_temporary, read_json, sha256_bytes, write_bytes, write_json
+from store.files import read_json, sha256_bytes, write_bytes, write_json
 from store.sizes import many
-from store.tables import table_bytes, write_table
+from store.tables import read_table, table_bytes, write_table
 from train.dictionaries.provenance import model_name
 
 RUN, DONE = "run.json", "done.json"
-FORMAT, VERSION = "granary validation", 1
+FORMAT, VERSION, WHAT = "granary validation", 1, "validation"
+AGAIN = "remove its folder and run the command again, which measures that graph once more"
 TABLES = ("direct", "pairwise")
 
 
@@ -64,24 +63,6 @@ def _graph_hash(job: Job) -> str:
     return sha256_bytes(table_bytes(job.graph.nodes) + table_bytes(job.graph.edges))
 
 
-def check_claim(out: Path, record: dict[str, Any]) -> None:
-    """Refuse an OUT that holds something else, or a validation of other things or with other settings."""
-    if not (out / RUN).exists():
-        if out.exists() and not all(is_temporary(path) for path in out.iterdir()):
-            raise UsageError(f"{out} is not empty and holds no validation: choose another --out")
-        return
-    found = read_json(out / RUN)
-    if not isinstance(found, dict) or (found.get("format"), found.get("version")) != (FORMAT, VERSION):
-        raise ForeignError(f"{out / RUN} is not the record of a validation in format {VERSION}: choose another --out")
-    for key, value in record.items():
-        there = found.get(key)
-        if there != value:
-            what = key
-            if isinstance(value, dict) and isinstance(there, dict):
-                what = ", ".join(sorted(name for name in {*value, *there} if value.get(name) != there.get(name)))
-            raise UsageError(f"{out} holds a validation with another {what}: choose another --out")
-
-
 def folder_of(validated: Validated, job: Job) -> Path:
     """Where what came of one graph lies."""
     return validated.settings.out / "graphs" / job.name
@@ -110,7 +91,7 @@ def publish_all(validated: Validated) -> Together:
     tables: dict[str, pa.Table | None] = {}
     for name, hold in zip(TABLES, (True, False), strict=True):
         paths = [folder_of(validated, job) / f"{name}.parquet" for job in validated.jobs]
-        tables[name] = pa.concat_tables([pq.read_table(path) for path in paths]) if hold in settings.holds else None
+        tables[name] = pa.concat_tables([read_table(path, AGAIN) for path in paths]) if hold in settings.holds else None
         if (table := tables[name]) is not None:
             write_table(out / f"{name}.parquet", table)
     tests = compared(tables["direct"], tables["pairwise"])

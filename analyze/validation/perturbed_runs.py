@@ -10,8 +10,8 @@ With MLPs held, every MLP hands on what it did in the plain pass (and, where its
 to the change): a perturbation then reaches a reader through the residual stream and the attentions alone, both live.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from store.errors import GranaryError
 from store.sites import Site
+from store.sizes import many
 
 if TYPE_CHECKING:
     from analyze.steering.drawing import Painter, Shot
@@ -116,12 +118,25 @@ def answer(transformer: nn.Module, call: Call, changes: "Mapping[tuple[Site, Par
     """What the transformer predicts under changes: (1, token, channel)."""
     from harvest.replacing import replace
 
-    with replace(transformer, changes) as replacement:
+    with replace(transformer, changes) as replacement, _memory_told(1):
         replacement.step = call.step
         output = transformer(**call.repeated(1, dtype_of(transformer)))
     found = output[0] if isinstance(output, tuple) else output.sample
     assert isinstance(found, Tensor)
     return found
+
+
+@contextmanager
+def _memory_told(rows: int) -> Iterator[None]:
+    """Inside, running out of the device's memory is told in one sentence."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        remedy = "use a smaller --batch-size" if rows > 2 else "use --dtype bfloat16, or a device with more memory"
+        raise GranaryError(
+            f"a run of {many(rows, 'row')} (perturbations, and one without) does not fit into the device's memory: {remedy} "
+            f"({str(error).splitlines()[0]})"
+        ) from None
 
 
 @torch.inference_mode()
@@ -164,7 +179,8 @@ def read_changes(
         return new
 
     below = {site for site in plain.outputs if site.layer <= max(place.layer for place in places)}
-    with suppress(_Enough), replace(transformer, {(site, "mlp"): [change] for site in sorted(below)}) as replacement:
+    spots: dict[tuple[Site, Part], list[Change]] = {(site, "mlp"): [change] for site in sorted(below)}
+    with _memory_told(rows), suppress(_Enough), replace(transformer, spots) as replacement:
         replacement.step = call.step
         transformer(**call.repeated(rows, dtype_of(transformer)))
     assert len(seen) == len(places), "a reader's site was not reached"

@@ -6,6 +6,7 @@ from typing import Any
 import pyarrow as pa
 
 from analyze.validation.agreement import POOLED
+from analyze.validation.settings import KINDS
 
 MEANING = {
     "direct": "edges: attribution against the change of the target, MLP outputs held",
@@ -34,6 +35,9 @@ What each test can show, and what it cannot:
   predicted are equal to rounding. It is of first order in the perturbation, so a smaller `--eps` does not make it vanish. A slope
   under 1 says that edges promise too much: what a source writes along the residual itself lengthens it, and a live norm takes that
   out again. The test says nothing of whether features are what the MLPs compute with.
+- **Errors and rests** (with `--sources feature,error,rest`) agree much less than features, and figures of features alone say nothing of
+  them. On tiny-flux the largest edges that fail come from rests at text tokens of the first two blocks: measured they are near nothing,
+  often of the other sign. With patterns and norms frozen in the model these edges are exact too, so it is patterns and norms that answer.
 - **total** lets everything answer. Beside patterns and norms, graph and model differ here by how well transcoders stand in for MLPs,
   by selections (TopK, thresholds) that change, and by paths through what the graph did not expand.
 - **pairwise** compares influence, a share without sign in which paths of opposite sign do not cancel, with the size of the change,
@@ -47,11 +51,11 @@ What each test can show, and what it cannot:
 
 
 def rows_text(table: pa.Table) -> str:
-    """The rows of all graphs together, aligned for a terminal."""
-    rows = [_cells(row) for row in table.to_pylist() if row["of"] == POOLED]
-    shown = [COLUMNS[:1] + COLUMNS[2:], *(row[:1] + row[2:] for row in rows)]
+    """The rows of all graphs together, and of each kind of source where there are several, aligned for a terminal."""
+    shown = [COLUMNS, *(_cells(row) for row in table.to_pylist() if row["of"] in (POOLED, *(f"{k}s" for k in KINDS)))]
     widths = [max(len(row[place]) for row in shown) for place in range(len(shown[0]))]
-    return "\n".join(f"  {row[0]:<{widths[0]}}  " + "  ".join(map(str.rjust, row[1:], widths[1:])) for row in shown)
+    lines = [[*map(str.ljust, row[:2], widths[:2]), *map(str.rjust, row[2:], widths[2:])] for row in shown]
+    return "\n".join("  " + "  ".join(line) for line in lines)
 
 
 def page(table: pa.Table, facts: Mapping[str, Any]) -> str:
