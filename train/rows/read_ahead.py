@@ -18,28 +18,40 @@ class Reading(threading.Thread):
         super().__init__(name=f"read {shard.path.name}", daemon=True)
         self.buffer = buffer
         self._order, self._stop_asked = (shard, points, buffer, whole), threading.Event()
+        # Not `join`: Python 3.11 takes a thread whose `join` was interrupted for one that has ended (`_wait_for_tstate_lock`).
+        self._ended = threading.Event()
         self._rows: dict[str, Tensor] | None = None
         self._error: BaseException | None = None
-        self.start()
+        try:
+            self.start()
+        except BaseException:  # interrupted: nobody will ask this thread to stop, should it have started
+            self._stop_asked.set()
+            raise
 
     def run(self) -> None:
         try:
             self._rows = read_shard(*self._order, stop=self._stop_asked)
         except BaseException as error:  # it is raised where the rows are asked for
             self._error = error
+        finally:
+            self._ended.set()
 
     def rows(self) -> dict[str, Tensor]:
         """The columns, as soon as they are there; what went wrong is raised here, as itself."""
-        self.join()
+        self._ended.wait()
         if self._error is not None:
             raise self._error
         assert self._rows is not None
         return self._rows
 
+    def reading(self) -> bool:
+        """Whether the buffer is still written to."""
+        return not self._ended.is_set()
+
     def stop(self) -> None:
-        """Give up within one block; back when the thread has ended."""
+        """Give up within one block; back when the thread no longer touches the buffer."""
         self._stop_asked.set()
-        self.join()
+        self._ended.wait()
 
 
 class ReadAhead:
@@ -74,7 +86,7 @@ class ReadAhead:
 
     def stop(self) -> None:
         """End what is being read; whole shards stay."""
-        for index in [index for index, reading in self._held.items() if reading.is_alive()]:
+        for index in [index for index, reading in self._held.items() if reading.reading()]:
             self._drop(index)
 
     def release(self) -> None:
