@@ -9,8 +9,9 @@ from jaxtyping import install_import_hook
 
 install_import_hook(["store", "harvest", "train", "analyze"], "beartype.beartype")
 
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
 
 import pytest  # noqa: E402
 
@@ -93,3 +94,17 @@ def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.small_training import leave_out_pictures
 
     leave_out_pictures(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the browser puts what a page hands out."""
+    return tmp_path_factory.mktemp("downloads")
+
+
+@pytest.fixture(scope="module")
+def browser(downloads: Path) -> Iterator[Any]:
+    """A browser for the tests of a module; one that needs it otherwise makes its own."""
+    from tests.chromium import chromium
+
+    yield from chromium(downloads)

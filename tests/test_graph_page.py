@@ -2,28 +2,17 @@
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.chromium import chromium, complaints, wait
+from tests.chromium import complaints, wait
 from tests.graph_pages import FIRST_VIEW_S, Fixture, Pages, served
 
 
 @pytest.fixture(scope="module")
 def made(graph_pages: Fixture) -> Fixture:
     return graph_pages
-
-
-@pytest.fixture(scope="module")
-def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("downloads")
-
-
-@pytest.fixture(scope="module")
-def browser(downloads: Path) -> Iterator[Any]:
-    yield from chromium(downloads)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from analyze.circuits.viewer.pages import write_pages
-from tests.chromium import chromium, complaints, contrast, wait
+from tests.chromium import complaints, contrast, wait
 from tests.graph_pages import FIRST_VIEW_S, SIZES, Fixture, Pages, label_target, served
 from tests.synthetic_graphs import random_graph, write_graphs
 from tests.test_report_browser import COLOUR, emulate
@@ -33,16 +33,6 @@ TIMED = """
 @pytest.fixture(scope="module")
 def made(graph_pages: Fixture) -> Fixture:
     return graph_pages
-
-
-@pytest.fixture(scope="module")
-def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("downloads")
-
-
-@pytest.fixture(scope="module")
-def browser(downloads: Path) -> Iterator[Any]:
-    yield from chromium(downloads)
 
 
 @pytest.fixture(scope="module")

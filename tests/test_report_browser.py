@@ -16,7 +16,7 @@ from analyze.report import building as report
 from analyze.report.building import Report
 from analyze.report.settings import ReportSettings
 from tests.analyze_planted import Plan
-from tests.chromium import Page, chromium, complaints, contrast, wait
+from tests.chromium import Page, complaints, contrast, wait
 from tests.synthetic_analysis import synthetic_analysis
 
 pytestmark = pytest.mark.browser
@@ -82,16 +82,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = report.run(ReportSettings(**inputs))
     assert isinstance(made, Report)
     return made.index.parent
-
-
-@pytest.fixture(scope="module")
-def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("downloads")
-
-
-@pytest.fixture(scope="module")
-def browser(downloads: Path) -> Iterator[Any]:
-    yield from chromium(downloads)
 
 
 @pytest.fixture(scope="module")

@@ -105,7 +105,7 @@ class Painter:
         each = self._a_row(shots, interventions)
         images: list[Image.Image] = []
         latents: list[Tensor] = []
-        with _threads(self.canvas.threads):
+        with threads(self.canvas.threads):
             for first in range(0, len(shots), self.batch_size):
                 rows = slice(first, first + self.batch_size)
                 drawn = self._draw_batch(shots[rows], each[rows], extra or {}, pictures, on_step, sites, first)
@@ -284,7 +284,7 @@ def weights_of(painter: Painter) -> dict[str, str]:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def threads(count: int) -> Iterator[None]:
     """Inside, PyTorch computes with so many threads: they decide in which parts sums are added up, and so their last digits."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)

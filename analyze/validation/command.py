@@ -10,17 +10,14 @@
 import platform
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import torch
 from tqdm import tqdm
 
 from analyze.faithfulness.splicing import KeptErrors, splice
 from analyze.inputs import check_results
-from analyze.steering.drawing import Painter, open_painter
+from analyze.steering.drawing import Painter, open_painter, threads
 from analyze.validation.files import (
     DONE,
     RUN,
@@ -152,7 +149,7 @@ def _measure_all(validated: Validated) -> tuple[int, int]:
     for key, jobs in validated.by_call.items():
         if here := [job for job in jobs if job.name in names]:
             by_call[key] = here
-    with _threads(validated.canvas.threads):
+    with threads(validated.canvas.threads):
         calls = _calls(validated, painter, sorted(by_call))
         transformer = _converted(painter, settings)
         total = sum(len(job.rows) for job in missing) * len(settings.holds)
@@ -204,17 +201,6 @@ def _exactness(validated: Validated, painter: Painter, transformer: "nn.Module",
     spliced = answer(transformer, call, splice(dictionaries, errors=errors))
     assert plain.answer is not None
     return float((spliced - plain.answer).abs().max() / plain.answer.abs().max())
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Inside, PyTorch computes with as many threads as when the store was made."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _summarise(validated: Validated, done: Validation) -> None:
