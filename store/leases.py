@@ -143,7 +143,10 @@ class Leases:
         away = self.folder.with_name(f"{self.folder.name}.{secrets.token_hex(4)}.old")
         with contextlib.suppress(FileNotFoundError):
             self.folder.rename(away)
-            shutil.rmtree(away, ignore_errors=True)
+            for _ in range(ATTEMPTS):  # whoever was about to make a file in it may still do so
+                shutil.rmtree(away, ignore_errors=True)
+                if not away.exists():
+                    break
 
     def _free(self, file: Path) -> bool:
         about = _about(file)
