@@ -9,6 +9,7 @@ from jaxtyping import Bool, Int
 
 from store import Store
 from store.sites import Stream
+from store.strata import Group, kinds_of
 
 
 def text_lengths(store: Store) -> Int[np.ndarray, " image"]:
@@ -29,6 +30,13 @@ def counted_rows(
         return kept
     real = positions < lengths[:, None]
     return kept & (real | (positions >= text_total) if stream == "joint" else real)
+
+
+def counted_kinds(stream: Stream, padding: bool) -> tuple[Group, ...]:
+    """The kinds of tokens that figures are given of apart: those of a joint site that count, in its order; else `all`."""
+    if stream != "joint":
+        return ("all",)
+    return tuple(kind for kind in kinds_of(stream) if padding or kind != "padding")
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ def counted_chunks(
     for start in (np.unique(images // store.chunk_images) * store.chunk_images).tolist():
         stop = min(start + store.chunk_images, store.n_images)
         positions = store.tokens(stream, step, start, stop)
-        counted = counted_rows(positions, stream, lengths[start:stop], store.meta.max_sequence_length, padding)
+        counted = counted_rows(positions, stream, lengths[start:stop], store.meta.text_tokens, padding)
         counted[~np.isin(np.arange(start, stop), images)] = False
         yield CountedChunk(start, stop, positions, counted)
 

@@ -43,7 +43,7 @@ def _front_matter(meta: StoreMeta) -> list[str]:
 
 def _about(meta: StoreMeta) -> list[str]:
     model, sampler = meta.model, meta.scheduler
-    tokens = ", ".join(f"{stream} {t.kept} of {t.total} ({t.policy})" for stream, t in meta.tokens.items())
+    tokens = ", ".join(f"{stream} {kept.text}" for stream, kept in meta.tokens.items())
     pictures = "none" if meta.pictures == "none" else meta.pictures
     facts = [
         ("model", f"{_code(model.get('id'))}, revision {_code(model.get('revision'))}"),

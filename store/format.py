@@ -29,12 +29,14 @@ from numpy.typing import DTypeLike
 from store.errors import ForeignError, UsageError
 from store.files import json_bytes, sha256_bytes
 from store.sites import POINTS, Point, Site, Stream
+from store.strata import EMPTY_TOKEN as EMPTY_TOKEN
+from store.strata import STRATA
+from store.strata import StreamTokens as StreamTokens
 from store.traces import Traced, check_traced, trace_files
 
 FORMAT_VERSION = 1
 CHUNK_BYTES = 24 * 2**20
 CHUNK_IMAGES_MIN, CHUNK_IMAGES_MAX = 4, 64
-EMPTY_TOKEN = -1
 
 StoreDtype = Literal["bfloat16", "float16", "float32", "fp8-e4m3"]
 Codec = Literal["none", "zstd"]
@@ -81,19 +83,6 @@ def chunk_images(largest_image_bytes: int) -> int:
     exact = CHUNK_BYTES / largest_image_bytes
     nearest = 2 ** round(math.log2(exact))
     return int(min(max(nearest, CHUNK_IMAGES_MIN), CHUNK_IMAGES_MAX))
-
-
-@dataclass(frozen=True)
-class StreamTokens:
-    """Which tokens of a stream are kept: `policy` in words, `kept` slots of `total` positions an image and step."""
-
-    policy: str
-    kept: int
-    total: int
-
-    @property
-    def all_kept(self) -> bool:
-        return self.policy == "all"
 
 
 @dataclass(frozen=True)
@@ -168,6 +157,13 @@ class StoreMeta:
         return self.height // self.pixels_per_token, self.width // self.pixels_per_token
 
     @property
+    def text_tokens(self) -> int:
+        """Positions of the text, padding included: where the image tokens of a joint sequence begin."""
+        if "joint" in self.tokens:
+            return self.tokens["joint"].total - math.prod(self.grid)
+        return self.tokens["txt"].total if "txt" in self.tokens else self.max_sequence_length
+
+    @property
     def carrier(self) -> Carrier:
         return carrier_of(self.store_dtype)
 
@@ -203,7 +199,8 @@ class StoreMeta:
 
     def attributes(self) -> dict[str, Any]:
         """As JSON carries it."""
-        return {name: value for name, value in asdict(self).items() if name != "traces" or value is not None}
+        found = {name: value for name, value in asdict(self).items() if name != "traces" or value is not None}
+        return found | {"tokens": {stream: tokens.attributes() for stream, tokens in self.tokens.items()}}
 
     @classmethod
     def from_attributes(cls, found: Any, where: str) -> "StoreMeta":
@@ -225,7 +222,7 @@ class StoreMeta:
             )
         try:
             values = dict(found)
-            values["tokens"] = {stream: StreamTokens(**tokens) for stream, tokens in found["tokens"].items()}
+            values["tokens"] = {stream: StreamTokens.of(tokens) for stream, tokens in found["tokens"].items()}
             for name in ("sites", "points", "steps"):
                 values[name] = tuple(found[name])
             meta = cls(**values)
@@ -260,15 +257,25 @@ def _check_values(meta: StoreMeta) -> None:
             raise UsageError(f"{name} is {getattr(meta, name)!r}, which is not one of {', '.join(get_args(choices))}")
     if any(point not in POINTS for point in meta.points) or set(meta.tokens) != set(meta.streams):
         raise UsageError(f"points are {meta.points!r}, token policies {sorted(meta.tokens)!r}")
-    for tokens in meta.tokens.values():
+    policies = [(1, whole) for whole in meta.tokens.values()]
+    for least, tokens in [*policies, *((0, part) for _, whole in policies for part in whole.strata or ())]:
         if (
             type(tokens.kept) is not int
             or type(tokens.total) is not int
-            or not 1 <= tokens.kept <= tokens.total < MOST_TOKENS
+            or not least <= tokens.kept <= tokens.total < MOST_TOKENS
         ):
             raise UsageError(f"{tokens.kept!r} of {tokens.total!r} tokens are kept")
         if type(tokens.policy) is not str or (tokens.all_kept and tokens.kept != tokens.total):
             raise UsageError(f"{tokens.kept!r} of {tokens.total!r} tokens are kept by policy {tokens.policy!r}")
+        if (tokens.policy == STRATA) != (tokens.strata is not None):
+            raise UsageError(f"the policy of tokens is {tokens.policy!r}, their strata {tokens.strata!r}")
+    joint = meta.tokens.get("joint")
+    if joint is not None:
+        texts = {meta.text_tokens} | {
+            t.total for t in (meta.tokens.get("txt"), *(joint.strata or ())[:1]) if t is not None
+        }
+        if len(texts) > 1 or meta.text_tokens < 0:
+            raise UsageError(f"the text has {' and '.join(map(str, sorted(texts)))} tokens in one joint sequence")
     for name in ("model", "scheduler", "prompts", "weights", "versions"):
         if not isinstance(getattr(meta, name), dict):
             raise UsageError(f"{name} is {getattr(meta, name)!r}")
@@ -389,5 +396,5 @@ def from_carrier(values: np.ndarray, meta: StoreMeta) -> np.ndarray:
 def to_float32(values: np.ndarray) -> np.ndarray:
     """The same numbers in float32; bfloat16 is widened by its bits, ten times as fast as by `astype`."""
     if values.dtype == ml_dtypes.bfloat16:
-        return (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        return np.left_shift(bits := values.view(np.uint16).astype(np.uint32), 16, out=bits).view(np.float32)
     return values.astype(np.float32, copy=False)

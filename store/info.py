@@ -7,16 +7,20 @@ from typing import Any
 import tyro
 
 from store import open_store
+from store.format import StoreMeta
 from store.packing.describe import describe as describe_pack
 from store.packing.describe import model_line
 from store.places import place_of
 from store.reader import Store
 from store.shards import is_pack, open_pack
-from store.sites import Point, Site
+from store.sites import Point, Stream
 from store.sizes import human_size
 from store.statistics import Statistics
+from store.strata import STRATA_STREAMS
 
 COLUMNS = 5
+STRATA_NAMES: dict[Stream, str] = {"txt": "text", "img": "image"}
+"""of the lines of a joint site"""
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,10 @@ def describe(store: Store) -> str:
         ),
         (
             "sampler",
-            f"{meta.num_inference_steps} steps of {meta.scheduler.get('class')}, "
+            f"{meta.num_inference_steps} steps of {meta.scheduler.get('class')}{_guided(meta)}, "
             f"steps kept: {', '.join(map(str, meta.steps))}{_sigmas(store)}",
         ),
-        ("tokens", ", ".join(f"{stream}: {t.kept} of {t.total} ({t.policy})" for stream, t in meta.tokens.items())),
+        ("tokens", ", ".join(f"{stream}: {kept.text}" for stream, kept in meta.tokens.items())),
         ("numbers", f"d_model {meta.d_model}, computed in {meta.dtype} on {meta.device}, stored as {_stored(store)}"),
         ("targets", _targets(store)),
         *([("traces", _traces(store))] if store.traced is not None else []),
@@ -129,6 +133,13 @@ def _traces(store: Store) -> str:
     return f"{store.traced.text()}{', ' + human_size(store.trace_bytes) if errors else ''}{replay}"
 
 
+def _guided(meta: StoreMeta) -> str:
+    """Guidance, and whether the schedule was shifted, which differs from resolution to resolution; empty for FLUX.1[schnell]."""
+    guidance = f", guidance {meta.guidance:g}" if meta.guidance else ""
+    shifted = dict(meta.scheduler.get("config") or {}).get("use_dynamic_shifting")
+    return guidance + (f", schedule shifted for {meta.grid[0] * meta.grid[1]} image tokens" if shifted else "")
+
+
 def _splits(store: Store) -> str:
     counts = Counter(map(str, _column(store, "split")))
     return (
@@ -150,7 +161,10 @@ def _column(store: Store, name: str) -> list[Any]:
 
 
 def _site_table(store: Store) -> list[str]:
-    """A line a site: rows a step, RMS over the steps, which shows a dead or exploding site at once, norms, and what rounding cost."""
+    """A line a site: rows a step, RMS over the steps, which shows a dead or exploding site at once, norms, and what rounding cost.
+
+    A joint site has two more lines, its text tokens and its image tokens.
+    """
     if not store.committed_parts:
         return ["no part is committed yet"]
     steps, every = _spread(store.steps), store.all_statistics()
@@ -166,7 +180,13 @@ def _site_table(store: Store) -> list[str]:
     ]
     for site in store.sites:
         found = {point: [every[site, step, point] for step in store.steps] for point in store.points}
-        lines.append(_site_line(site, found, [store.steps.index(step) for step in steps], lossy))
+        shown = [store.steps.index(step) for step in steps]
+        lines.append(_site_line(str(site), found, shown, lossy))
+        for stream in STRATA_STREAMS:
+            parts = {point: [each.strata.get(stream) for each in of_steps] for point, of_steps in found.items()}
+            known = {point: [each for each in part if each is not None] for point, part in parts.items()}
+            if all(known.values()):
+                lines.append(_site_line(STRATA_NAMES[stream], known, shown, lossy=False))
     if lossy:
         which = ", mlp_in alone, as mlp_out is computed" if store.recomputed else " and point"
         lines.append(
@@ -175,14 +195,14 @@ def _site_table(store: Store) -> list[str]:
     return lines
 
 
-def _site_line(site: Site, found: dict[Point, list[Statistics]], shown: list[int], lossy: bool) -> str:
+def _site_line(name: str, found: dict[Point, list[Statistics]], shown: list[int], lossy: bool) -> str:
     every = [each for point in found.values() for each in point]
     rms = "".join("   " + " ".join(f"{point[index].rms:>8.4f}" for index in shown) for point in found.values())
     greatest = max(each.max for each in every)
     last = [each.norm_quantiles(0.01, 0.5, 0.99) for each in list(found.values())[-1]]
     low, middle, high = min(q[0] for q in last), sorted(q[1] for q in last)[len(last) // 2], max(q[2] for q in last)
     cost = max(each.relative_error for each in every), max(each.fvu_floor for each in every)
-    return f"{site!s:>8} {every[0].rows:>12,}{rms}   {greatest:>8.2f}   {low:>7.3g} {middle:>7.3g} {high:>7.3g}" + (
+    return f"{name:>8} {every[0].rows:>12,}{rms}   {greatest:>8.2f}   {low:>7.3g} {middle:>7.3g} {high:>7.3g}" + (
         f"   {100 * cost[0]:>6.2f} %  {cost[1]:>9.1e}" if lossy else ""
     )
 

@@ -1,8 +1,9 @@
 """Who is writing what: leases that any number of processes, on any number of machines with one file system, agree on.
 
 1. A lease is a file `STORE.runs/leases/NAME.GENERATION.json`, made by exclusive creation: one process alone succeeds.
-2. Whoever holds it keeps touching it.  One that was not touched for a minute, by the clock of the file system, or whose
-   process is dead on this machine, or that was given back, may be followed by the next generation, made the same way.
+2. Whoever holds it keeps touching it.  One that was not touched for a minute, or as long as it says itself, by the clock
+   of the file system, or whose process is dead on this machine, or that was given back, may be followed by the next
+   generation, made the same way.
 3. The holder of the highest generation holds the part.  Every rename of a file of the part checks again that there is no
    higher one, so a process that was stopped for an hour finds that it has lost the part, and commits nothing.
 
@@ -19,14 +20,16 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from store.errors import LostLeaseError
 
 LEASE_SECONDS = 60.0
+"""after which a silent process loses its part, unless its lease names another time"""
 BEATS = 10
 """how many times a lease is touched before it would expire"""
 POLL_SECONDS = 0.2
@@ -36,8 +39,8 @@ ATTEMPTS = 20
 class Lease:
     """A part, or the creation of a store, held by this process."""
 
-    def __init__(self, file: Path, name: str, generation: int, token: str) -> None:
-        self.file, self.name, self.generation, self._token = file, name, generation, token
+    def __init__(self, file: Path, name: str, generation: int, token: str, seconds: float) -> None:
+        self.file, self.name, self.generation, self._token, self.seconds = file, name, generation, token, seconds
 
     def check(self) -> None:
         """`LostLeaseError` unless this process still holds it."""
@@ -48,7 +51,7 @@ class Lease:
         if not mine or _file(self.file.parent, self.name, self.generation + 1).exists():
             raise LostLeaseError(
                 f"{self.name} was taken over by another process, because this one had not been heard of for "
-                f"{LEASE_SECONDS:.0f} s: nothing of it was committed here"
+                f"{self.seconds:g} s: nothing of it was committed here"
             )
 
     def touch(self) -> None:
@@ -71,8 +74,8 @@ class Lease:
 class Leases:
     """The leases of a store, and a thread that touches those which this process holds."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, seconds: float | None = None) -> None:
+        self.folder, self.seconds = folder, seconds or LEASE_SECONDS
         self._held: dict[str, Lease] = {}
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -93,7 +96,7 @@ class Leases:
         file, token = _file(self.folder, name, generation + 1), secrets.token_hex(8)
         try:
             with file.open("x") as opened:
-                opened.write(json.dumps({"token": token, **_myself()}))
+                opened.write(json.dumps({"token": token, "seconds": self.seconds, **myself()}))
         except FileExistsError:
             return None
         except OSError:  # a full disk: an empty file would keep everybody waiting
@@ -102,7 +105,7 @@ class Leases:
         if _highest(self.folder, name) != generation + 1:  # the folder was cleared meanwhile, and others began anew
             file.unlink(missing_ok=True)
             return None
-        lease = Lease(file, name, generation + 1, token)
+        lease = Lease(file, name, generation + 1, token, self.seconds)
         self._held[name] = lease
         self._beat()
         return lease
@@ -150,10 +153,10 @@ class Leases:
 
     def _free(self, file: Path) -> bool:
         about = _about(file)
-        if about.get("released") or _is_dead(about):
+        if about.get("released") or is_dead(about):
             return True
         try:
-            return self._now() - file.stat().st_mtime > LEASE_SECONDS
+            return self._now() - file.stat().st_mtime > _seconds(about)
         except FileNotFoundError:
             return False  # cleared meanwhile: look again
 
@@ -173,7 +176,7 @@ class Leases:
             self._thread.start()
 
     def _touch_all(self, stop: threading.Event) -> None:
-        while not stop.wait(LEASE_SECONDS / BEATS):
+        while not stop.wait(self.seconds / BEATS):
             for lease in list(self._held.values()):
                 lease.touch()
 
@@ -187,6 +190,43 @@ def _about(file: Path) -> dict[str, Any]:
     return about if isinstance(about, dict) else {}
 
 
+def _seconds(about: Mapping[str, Any]) -> float:
+    """After how long a silence a lease ends."""
+    said = about.get("seconds")
+    return float(said) if isinstance(said, int | float) else LEASE_SECONDS
+
+
+@dataclass(frozen=True)
+class Holding:
+    """A lease as somebody sees it who only looks on."""
+
+    name: str
+    about: Mapping[str, Any]
+    """`host`, `pid` and what else the holder wrote; empty where that cannot be read"""
+    touched: float
+    """when its holder was last heard of: the file's time"""
+    seconds: float
+    """after how long a silence it ends"""
+
+
+def holdings(folder: Path, but: Collection[str] = ()) -> list[Holding]:
+    """The leases that were taken and not given back, in the order of their names, without those named `but`; writes nothing."""
+    highest: dict[str, int] = {}
+    with contextlib.suppress(FileNotFoundError):
+        for file in folder.iterdir():
+            name, _, generation = file.stem.rpartition(".")
+            if file.suffix == ".json" and generation.isdecimal() and name not in but:
+                highest[name] = max(int(generation), highest.get(name, 0))
+    found = []
+    for name, number in sorted(highest.items()):
+        file = _file(folder, name, number)
+        about = _about(file)
+        with contextlib.suppress(FileNotFoundError):  # cleared meanwhile
+            if not about.get("released"):
+                found.append(Holding(name, about, file.stat().st_mtime, _seconds(about)))
+    return found
+
+
 def _file(folder: Path, name: str, generation: int) -> Path:
     return folder / f"{name}.{generation}.json"
 
@@ -198,16 +238,29 @@ def _highest(folder: Path, name: str) -> int:
     return generation
 
 
-def _myself() -> dict[str, Any]:
+def myself() -> dict[str, Any]:
+    """How this process is told from every other: `host`, `pid`, when it `started`, and in which table of `processes`."""
     return {"host": platform.node(), "pid": os.getpid(), "started": _started(os.getpid()), "processes": _processes()}
 
 
-def _is_dead(about: dict[str, Any]) -> bool:
-    """Whether the holder is a process of this machine that is no more; False when that cannot be known."""
+def is_dead(about: Mapping[str, Any]) -> bool:
+    """Whether who wrote `myself` is a process of this machine that is no more; False when that cannot be known."""
+    return is_here(about) and bool(_started(int(about["pid"])) != about["started"])
+
+
+def is_here(about: Mapping[str, Any]) -> bool:
+    """Whether who wrote `myself` is, or was, a process of this machine: then `is_dead` knows."""
     here = _processes()
-    if here is None or about.get("processes") != here:
+    return here is not None and about.get("processes") == here
+
+
+def is_stopped(about: Mapping[str, Any]) -> bool:
+    """Whether who wrote `myself` is a process of this machine that was stopped, as Ctrl-Z and SIGSTOP do."""
+    if not is_here(about) or is_dead(about):
         return False
-    return bool(_started(int(about["pid"])) != about["started"])
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{int(about['pid'])}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+    return False
 
 
 def _processes() -> str | None:

@@ -2,9 +2,9 @@
 
     PACK/manifest.json                    what the pack is; written last, carries its own SHA-256
     PACK/img_0/shard-00000.safetensors    columns: mlp_in, mlp_out (row, d_model); sigma (row,) float32; image, token
-                                          (row,) int32; step (row,) int16; for txt also real (row,) uint8
+                                          (row,) int32; step (row,) int16; for txt also real (row,) uint8, for joint stratum
     PACK/img_0/means.safetensors          float64 means of the split: `mlp_in/step.0/all`; for txt also
-                                          `…/real` and `…/padding`
+                                          `…/real` and `…/padding`, for joint these and `…/image`
     PACK/weights/sha256-….safetensors     only with recomputed targets: the MLP that gives mlp_out from mlp_in
 
 Row r of a shard is the same (image, step, token) at every site of a stream.  Before a shard is mapped
@@ -17,7 +17,7 @@ import struct
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import crc32c
 import ml_dtypes
@@ -28,6 +28,7 @@ from store.files import READ_BLOCK, read_self_checked
 from store.format import Targets
 from store.layout import ROOT
 from store.sites import Point, Site, Stream
+from store.strata import CODE_COLUMNS, GROUPS, Group
 
 FORMAT = "granary-pack"
 FORMAT_VERSION = 2
@@ -45,10 +46,6 @@ JOURNAL = "journal.json"
 METADATA_KEY = "granary"  # one key alone: the safetensors library writes several in random order
 REPACK = "Take it from a copy, or remove the pack and make it again with: python -m store pack"
 
-Group = Literal["all", "real", "padding"]
-GROUPS: dict[Stream, tuple[Group, ...]] = {"img": ("all",), "joint": ("all",), "txt": get_args(Group)}
-"""which rows of a stream: `real` and `padding` tell text tokens apart, and exist for txt only"""
-
 _DTYPES: dict[str, Any] = {
     "BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64,
     "I16": np.int16, "I32": np.int32, "U8": np.uint8,
@@ -57,9 +54,9 @@ SAFETENSORS_NAMES: dict[Any, str] = {dtype: name for name, dtype in _DTYPES.item
 PROVENANCE: dict[str, Any] = {"sigma": np.float32, "image": np.int32, "step": np.int16, "token": np.int32}
 
 
-def columns_of(stream: Stream, points: tuple[Point, ...], dtype: Any) -> dict[str, Any]:
-    """Name and dtype of the columns of a shard."""
-    extra = {"real": np.uint8} if stream == "txt" else {}
+def columns_of(stream: Stream, points: tuple[Point, ...], dtype: Any, coded: bool = True) -> dict[str, Any]:
+    """Name and dtype of the columns of a shard; `coded`: with the kind of each token, where a stream has several."""
+    extra = {CODE_COLUMNS[stream]: np.uint8} if coded and stream in CODE_COLUMNS else {}
     return {**dict.fromkeys(points, dtype), **PROVENANCE, **extra}
 
 
@@ -126,7 +123,8 @@ class Shard:
             raise MismatchError(
                 f"{self.path} is a shard of another pack or place: it says {about}, expected {expected}. {REPACK}"
             )
-        dtypes = columns_of(self.site.stream, self.pack.points, self.pack.dtype)
+        coded = len(self.pack.groups(self.site)) > 1
+        dtypes = columns_of(self.site.stream, self.pack.points, self.pack.dtype, coded)
         wanted = names or tuple(dtypes)
         self.pack.require_stored(*(name for name in wanted if name not in dtypes))
         return {name: self._map(name, dtypes[name], header, start) for name in wanted}
@@ -203,6 +201,24 @@ class Pack:
         """Rows of a site."""
         return sum(self.shard_rows(site.stream))
 
+    def groups(self, site: Site) -> tuple[Group, ...]:
+        """The groups of rows that figures are given for: `all` first, then each kind of token.
+
+        A joint pack that was made before its kinds were told apart has `all` alone.
+        """
+        told_apart = site.stream != "joint" or "strata" in self.manifest["plan"]
+        return GROUPS[site.stream] if told_apart else GROUPS[site.stream][:1]
+
+    def group_rows(self, site: Site) -> dict[Group, int]:
+        """How many rows of a site are real tokens, padding and image tokens, where they are told apart."""
+        content = self.manifest["streams"][site.stream]
+        found: dict[Group, int] = {
+            group: int(content[f"{group}_rows"]) for group in self.groups(site)[1:] if f"{group}_rows" in content
+        }
+        if site.stream == "txt" and found:
+            found["padding"] = self.rows(site) - found["real"]
+        return found
+
     def shards(self, site: Site) -> tuple[Shard, ...]:
         """The shards of a site, in order."""
         self.require(site)
@@ -211,7 +227,7 @@ class Pack:
     def mean(self, site: Site, step: int, point: Point, group: Group = "all") -> np.ndarray | None:
         """The float64 mean (d_model,) over this split's rows of a step; None when the group has no row there.
 
-        `real` and `padding` (txt only) are the means over those tokens alone.
+        Those of `groups(site)` beside `all` are over such tokens alone.
         """
         self.require(site)
         self.require_stored(point)

@@ -7,19 +7,21 @@ A part keeps sums, which add up: `statistics/part-00000.safetensors` holds, for 
     img_6/step.2/mlp_in/norm_counts   (bin,) int64         rows by the logarithm of their norm
     img_6/step.2/mlp_in/norm_first    (1,) int64           the bin that the counts begin with
 
+and of a joint sequence the same of its text tokens and of its image tokens alone, `joint_6/step.2/mlp_in.txt/sum` and so on;
 and its commit the scalars that a first look needs.  Parts are merged in their order, so the figures of a store do
 not depend on who wrote it when.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import safetensors.numpy
 
 from store.format import to_float32
-from store.sites import Point, Site
+from store.sites import Point, Site, Stream
+from store.strata import STRATA, STRATA_STREAMS
 
 BINS_PER_OCTAVE = 32
 LOWEST, HIGHEST = -40 * BINS_PER_OCTAVE, 72 * BINS_PER_OCTAVE
@@ -43,7 +45,9 @@ class Statistics:
     max: float
     """greatest magnitude"""
     error: float
-    """sum of squared differences to the values that were to be stored"""
+    """sum of squared differences to the values that were to be stored; 0 in a stratum, of which nobody knows it"""
+    strata: "Mapping[Stream, Statistics]" = field(default_factory=dict)
+    """of a joint sequence: its text tokens (`txt`) and its image tokens (`img`); empty where they were not told apart"""
 
     @property
     def mean(self) -> np.ndarray:
@@ -84,10 +88,15 @@ class Statistics:
         """What a commit keeps."""
         count = max(self.rows * len(self.sum), 1)
         mean = float(self.sum.sum()) / count
-        return {"rows": self.rows, "mean": mean, "rms": self.rms, "max": self.max, "error": self.error}
+        found: dict[str, Any] = {"rows": self.rows, "mean": mean, "rms": self.rms, "max": self.max, "error": self.error}
+        if self.strata:
+            parts = {stream: part.scalars() for stream, part in self.strata.items()}
+            found[STRATA] = {stream: {n: v for n, v in part.items() if n != "error"} for stream, part in parts.items()}
+        return found
 
     def tensors(self, name: str) -> dict[str, np.ndarray]:
         """What the statistics file of a part keeps."""
+        strata = {n: t for stream, part in self.strata.items() for n, t in part.tensors(f"{name}.{stream}").items()}
         used = np.flatnonzero(self.norm_counts)
         first, last = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 0)
         return {
@@ -95,7 +104,7 @@ class Statistics:
             f"{name}/square_sum": self.square_sum,
             f"{name}/norm_counts": self.norm_counts[first:last].copy(),
             f"{name}/norm_first": np.array([first + LOWEST]),
-        }
+        } | strata
 
     @classmethod
     def of_part(cls, name: str, tensors: Mapping[str, np.ndarray], scalars: Mapping[str, Any]) -> "Statistics":
@@ -115,7 +124,24 @@ class Statistics:
             raise ValueError(f"the sums of {name} are none")
         if (found < 0).any() or (found > rows).any() or found.sum() != rows:
             raise ValueError(f"{name} has {rows} rows and norms of others")
-        return cls(rows, total, squares, counts, peak, error)
+        strata = {
+            stream: cls.of_part(f"{name}.{stream}", tensors, {"error": 0.0, **scalars[STRATA][stream]})
+            for stream in (STRATA_STREAMS if STRATA in scalars else ())
+        }
+        return cls(rows, total, squares, counts, peak, error, strata)
+
+
+def joint_statistics(
+    values: np.ndarray, kept: np.ndarray | None, is_text: np.ndarray, error: float = 0.0
+) -> Statistics | int:
+    """As `array_statistics`, of a joint sequence: the whole, with its strata; `is_text` (image, token) says which are of the text."""
+    there = np.ones(values.shape[:2], bool) if kept is None else kept
+    found = [array_statistics(values, there & mask) for mask in (is_text, ~is_text)]
+    bad = [each for each in found if isinstance(each, int)]
+    if bad:
+        return min(bad)
+    strata = {stream: each for stream, each in zip(STRATA_STREAMS, found, strict=True) if isinstance(each, Statistics)}
+    return replace(merged(strata.values()), error=error, strata=strata)
 
 
 def array_statistics(values: np.ndarray, kept: np.ndarray | None, error: float = 0.0) -> Statistics | int:
@@ -174,6 +200,7 @@ def merged(parts: Iterable[Statistics]) -> Statistics:
     """The statistics of several parts as of one, added in the order given; at least one part."""
     first, *rest = parts
     result = first
+    strata = {s: merged(p.strata[s] for p in (first, *rest)) for s in first.strata if all(s in p.strata for p in rest)}
     for part in rest:
         result = Statistics(
             result.rows + part.rows,
@@ -183,4 +210,4 @@ def merged(parts: Iterable[Statistics]) -> Statistics:
             max(result.max, part.max),
             result.error + part.error,
         )
-    return result
+    return replace(result, strata=strata)

@@ -9,6 +9,9 @@ row of one layer has its counterpart in every other:
 3. The lowest `n` are kept, in ascending order of position.
 
 Without replacement, unbiased, and independent of how many other images or steps there are.
+
+A joint sequence is text tokens, then image tokens.  It keeps what the streams `txt` and `img` of the same policies keep, so
+that a row of a single-stream block is the same token as a row of the double-stream blocks: no draw is keyed `joint`.
 """
 
 import hashlib
@@ -17,8 +20,8 @@ import re
 import numpy as np
 
 from store.errors import UsageError
-from store.format import EMPTY_TOKEN, StreamTokens
 from store.sites import Stream
+from store.strata import EMPTY_TOKEN, STRATA, StreamTokens
 
 
 def image_policy(text: str, total: int) -> StreamTokens:
@@ -43,16 +46,29 @@ def text_policy(text: str, total: int, longest: int) -> StreamTokens:
     return StreamTokens(f"real+{extra}", min(longest + extra, total), total)
 
 
+def joint_policy(text: StreamTokens, image: StreamTokens) -> StreamTokens:
+    """What the joint sequence keeps: the text tokens that `text` keeps, then the image tokens that `image` keeps."""
+    kept, total = text.kept + image.kept, text.total + image.total
+    if text.all_kept and image.all_kept:
+        return StreamTokens("all", total, total)
+    return StreamTokens(STRATA, kept, total, (text, image))
+
+
 def kept_positions(
     policy: StreamTokens, seed: int, image: int, step: int, stream: Stream, text_length: int
 ) -> np.ndarray:
-    """The kept positions, int32, ascending, `policy.kept` slots; unused slots at the end are -1.
+    """The kept positions, int32, ascending, `policy.kept` slots; unused slots are -1, and last of their stratum.
 
-    Slots stay empty only for text, where prompts differ in length.
+    Slots stay empty only for text, where prompts differ in length: at the end, or in the middle of a joint sequence.
     """
     slots = np.full(policy.kept, EMPTY_TOKEN, dtype=np.int32)
     if policy.policy == "all":
         return np.arange(policy.total, dtype=np.int32)
+    if policy.strata is not None:
+        text, image_tokens = policy.strata
+        slots[: text.kept] = kept_positions(text, seed, image, step, "txt", text_length)
+        slots[text.kept :] = text.total + kept_positions(image_tokens, seed, image, step, "img", text_length)
+        return slots
     if policy.policy == "sample":
         slots[:] = _draw(policy.total, policy.kept, seed, image, step, stream)
         return slots

@@ -51,7 +51,8 @@ from store.leases import Lease, Leases
 from store.metadata import documents
 from store.opening import is_short, peek, refuse_extension, refuse_other, uncommitted
 from store.sites import Point, Site, Stream
-from store.statistics import Statistics, array_statistics, statistics_bytes
+from store.spent import Spent
+from store.statistics import Statistics, array_statistics, joint_statistics, statistics_bytes
 from store.tables import table_bytes
 
 WRITING_THREADS = 4
@@ -68,7 +69,8 @@ class Part:
     tokens: Mapping[tuple[Stream, int], np.ndarray]
     """(stream, step) -> (n, kept token) int32, for streams of which not all tokens are kept"""
     prompts: pa.Table
-    pictures: pa.Table | None
+    pictures: pa.Table | Callable[[], pa.Table] | None
+    """the table, or what makes it when a thread of the writer comes to it"""
     errors: Mapping[Key, float] = field(default_factory=dict)
     """(site, step, point) -> sum of squared differences between what was computed and `activations`; absent: none"""
     traces: Mapping[str, dict[str, Any]] = field(default_factory=dict)
@@ -81,6 +83,7 @@ class StoreWriter:
     def __init__(self, path: Path, meta: StoreMeta, mixed: dict[str, Any] | None = None) -> None:
         self.path, self.meta, self.mixed = path, meta, mixed
         self.leases = Leases(layout.runs_folder(path) / "leases")
+        self.spent = Spent()  # on `encode` (statistics, checksums, compression, pictures) and on `disk`
         self._specs = {spec.name: spec for spec in array_specs(meta)}
 
     @classmethod
@@ -208,7 +211,8 @@ class StoreWriter:
         statistics: dict[Key, Statistics] = {}
 
         def put_array(key: Key) -> None:
-            statistics[key], pieces = self._array(part, content, key, images)
+            with self.spent.on("encode"):
+                statistics[key], pieces = self._array(part, content, key, images)
             for name, values in pieces.items():
                 entries[name] = self._put_chunk(name, values, lease)
 
@@ -216,9 +220,11 @@ class StoreWriter:
             name = chunk_file(tokens_path(stream, step), part)
             entries[name] = self._put_chunk(name, content.tokens[stream, step], lease)
 
-        def put_table(folder: str, table: pa.Table) -> None:
+        def put_table(folder: str, table: pa.Table | Callable[[], pa.Table]) -> None:
             name = f"{folder}/{part_name(part)}.parquet"
-            entries[name] = self._put(name, (table_bytes(table),), lease)
+            with self.spent.on("encode"):
+                data = table_bytes(table() if callable(table) else table)
+            entries[name] = self._put(name, (data,), lease)
 
         _all_of(
             [partial(put_array, key) for key in content.activations]
@@ -230,10 +236,12 @@ class StoreWriter:
         entries[name] = self._put(name, (statistics_bytes(statistics),), lease)
         names = part_files(self.meta, part)
         assert set(entries) == set(names), sorted(set(entries) ^ set(names))
-        folders = {(self.path / name).parent for name in names} | {
-            f for name in content.traces for f in self._above(name)
-        }
-        _all_of([partial(fsync_folder, folder) for folder in sorted(folders)])
+        made = {
+            self.path / folder for name in content.traces for folder in Path(name).parents
+        }  # when traces were written
+        folders = {(self.path / name).parent for name in names} | made
+        with self.spent.on("disk"):
+            _all_of([partial(fsync_folder, folder) for folder in sorted(folders)])
         scalars: dict[str, Any] = {}
         for (site, step, point), found in statistics.items():
             scalars.setdefault(str(site), {}).setdefault(str(step), {})[point] = found.scalars()
@@ -295,7 +303,12 @@ class StoreWriter:
         else:
             stored = values
             pieces = {name: values.view(np.uint16) if self.meta.store_dtype == "bfloat16" else values}
-        found = array_statistics(stored, kept, error)
+        if site.stream == "joint":
+            places = np.arange(values.shape[1])[None] if positions is None else positions
+            is_text = np.broadcast_to(places < self.meta.text_tokens, values.shape[:2])
+            found = joint_statistics(stored, kept, is_text, error)
+        else:
+            found = array_statistics(stored, kept, error)
         if isinstance(found, int):
             prompt = content.prompts.column("prompt")[found].as_py()
             raise NonFiniteError(
@@ -307,17 +320,14 @@ class StoreWriter:
 
     def _put_chunk(self, name: str, values: np.ndarray, lease: Lease) -> dict[str, Any]:
         """Publish a chunk; its commit names its CRC-32C as well, by which a reader tells it from every other chunk."""
-        payload, trailer = self._encoded(name, values)
+        with self.spent.on("encode"):
+            payload, trailer = self._encoded(name, values)
         return {**self._put(name, (payload, trailer), lease), "crc32c": trailer[::-1].hex()}
 
     def _encoded(self, name: str, values: np.ndarray) -> tuple[memoryview, bytes]:
         """The content of a chunk's file."""
         spec = self._specs[name.rpartition("/")[0]]
         return encode(padded(values, self.meta.chunk_images, spec.fill), spec.codec)
-
-    def _above(self, name: str) -> list[Path]:
-        """The folders that lead to a file: those of traces are made when it is written."""
-        return [self.path / folder for folder in Path(name).parents]
 
     def _put(self, name: str, pieces: Pieces, lease: Lease) -> dict[str, Any]:
         """Publish a file under a lease, and its length and SHA-256; the caller syncs the folder."""
@@ -326,18 +336,21 @@ class StoreWriter:
             temporary_of(path, str(generation)).unlink(missing_ok=True)
         temporary = temporary_of(path, str(lease.generation))
         path.parent.mkdir(parents=True, exist_ok=True)  # a copy may have left out empty folders
-        digest, length = hashlib.sha256(), 0
+        with self.spent.on("encode"):
+            digest, length = hashlib.sha256(), 0
+            for piece in pieces:
+                digest.update(piece)
+                length += len(piece)
         try:
-            with temporary.open("xb", buffering=0) as file:  # a file of our own, whoever else is awake
-                for piece in pieces:
-                    view = memoryview(piece)
-                    digest.update(view)
-                    length += len(view)
-                    while view:
-                        view = view[file.write(view) :]
-                os.fsync(file.fileno())
-            lease.check()
-            temporary.replace(path)
+            with self.spent.on("disk"):
+                with temporary.open("xb", buffering=0) as file:  # a file of our own, whoever else is awake
+                    for piece in pieces:
+                        view = memoryview(piece)
+                        while view:
+                            view = view[file.write(view) :]
+                    os.fsync(file.fileno())
+                lease.check()
+                temporary.replace(path)
         except BaseException as error:
             temporary.unlink(missing_ok=True)
             if isinstance(error, FileNotFoundError):

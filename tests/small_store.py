@@ -14,7 +14,7 @@ from store import Site, Store, open_store
 from store.format import Codec, StoreDtype, StoreMeta, StreamTokens, carrier_of
 from store.sites import POINTS, Point
 from store.split import split_of
-from store.tokens import kept_positions
+from store.tokens import joint_policy, kept_positions
 from store.writer import Part, StoreWriter
 
 
@@ -44,6 +44,7 @@ def small_meta(
     """A StoreMeta for a 24 x 32 pixel model with 12 image tokens of 8 pixels and 8 text tokens."""
     streams = dict.fromkeys(Site.parse(name).stream for name in sites)
     tokens = {"img": image_tokens or StreamTokens("all", 12, 12), "txt": text_tokens or StreamTokens("all", 8, 8)}
+    tokens["joint"] = joint_policy(tokens["txt"], tokens["img"])
     return StoreMeta(
         n_images=n_images,
         chunk_images=chunk_images,

@@ -80,7 +80,7 @@ class TrainSettings:
     k: Annotated[Whole, _words("INT[,INT...]")] = None
     """with topk, batchtopk: active features a row"""
     l1: Annotated[Numbers, _words("FLOAT[,FLOAT...]")] = None
-    """weight of the sparsity term, with jumprelu that of the mean L0; default 3e-4 (img) and 5e-5 (txt), with topk and
+    """weight of the sparsity term, with jumprelu that of the mean L0; default 3e-4 (img, joint) and 5e-5 (txt), with topk and
     batchtopk none"""
     expansion: Annotated[Whole, _words("INT[,INT...]")] = None
     """features for each channel: n_features = expansion * d_model; default 16 (difract), 4 (flux-sae)"""

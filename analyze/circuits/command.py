@@ -30,6 +30,7 @@ from analyze.circuits.viewer.pages import write_pages
 from store.errors import GranaryError
 from store.files import write_json
 from store.layout import runs_folder
+from store.sites import spans
 from store.sizes import many
 from store.tables import write_table
 from train.claim import claimed
@@ -164,6 +165,11 @@ def notes(inquiry: Inquiry) -> list[str]:
         found.append(
             f"note: {', '.join(map(str, without))} {'has' if len(without) == 1 else 'have'} no transcoder: what "
             f"{'its MLP adds' if len(without) == 1 else 'their MLPs add'} counts as error (--allow-missing)"
+        )
+    if inquiry.single:
+        found.append(
+            f"note: joint_{spans([site.layer for site in inquiry.single])} left out: graphs stop at the last double block, before "
+            "the single-stream ones"
         )
     if inquiry.untraced:
         found.append(f"note: {many(len(inquiry.untraced), 'target')} left out, of images or steps that are not traced")

@@ -45,6 +45,8 @@ class Inquiry:
     """Graphs of images or steps without a trace, which --skip-untraced lets pass."""
     scanned: bool = True
     """Whether the dictionaries that a CSV names are known to be these; true where it names none."""
+    single: tuple[Site, ...] = ()
+    """Sites of single-stream blocks that the store or the dictionaries have: graphs stop before them."""
 
     @property
     def alone(self) -> bool:
@@ -75,6 +77,11 @@ def open_inquiry(settings: GraphSettings) -> Inquiry:
         raise UsageError(f"--out {settings.out} is a file: name a folder, which may be new")
     store = open_store(settings.store)
     traced = store.traced
+    if traced is None and store.meta.model.get("architecture") is not None:
+        raise UsageError(
+            f"{store.path} is of {store.meta.model.get('id')}, which is no FLUX.1 model: graphs are made of the double blocks of "
+            "FLUX.1 alone. Its dictionaries can be trained, scored and looked at all the same"
+        )
     if traced is None:
         raise UsageError(
             f"{store.path} holds no traces, from which graphs are made: harvest with --trace --trace-images "
@@ -96,7 +103,9 @@ def open_inquiry(settings: GraphSettings) -> Inquiry:
     for experiment in wanted:
         _check_features(experiment, subjects)
     scanned = settings.targets is None or _check_scanned(settings.targets, store, found, wanted, subjects)
-    return Inquiry(settings, store, traced, tuple(wanted), subjects, unchecked, tuple(untraced), scanned)
+    there = {*store.sites, *(dictionary.site for dictionary in found)}
+    single = tuple(sorted(site for site in there if site.kind == "single"))
+    return Inquiry(settings, store, traced, tuple(wanted), subjects, unchecked, tuple(untraced), scanned, single)
 
 
 def _refuse_inside(settings: GraphSettings) -> None:

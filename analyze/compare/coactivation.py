@@ -15,7 +15,7 @@ The best of thousands of matches is high by chance alone, most of all among feat
 `best_by_chance` says how high: it matches once more, after the images of one side were put in another order.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, get_args
 
@@ -31,6 +31,7 @@ from analyze.inputs import Subject
 from analyze.scoring.matrices import ScoreMatrix
 from store.errors import UsageError
 from store.sizes import human_size
+from store.strata import Group
 
 Measure = Literal["cosine", "correlation", "jaccard"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
@@ -56,6 +57,24 @@ class Side:
     step: int
     matrix: ScoreMatrix
     features: Int[np.ndarray, " alive"]
+    kinds: tuple[Group, ...] = ("all",)
+    """the tokens that count: of a joint site that is held against img those of the image, against txt those of the text"""
+
+    def scores(self, features: slice | int) -> Float[np.ndarray, "..."]:
+        """The largest activations of features over the tokens that count: (image, feature), or (image,) for one feature."""
+        found = [self.matrix.scores(features, kind) for kind in self.kinds]
+        return np.asarray(np.maximum.reduce(found))
+
+    def beside(self, other: "Side") -> "Side":
+        """This side as it is held against another: over the same tokens, as far as both sites have them."""
+        streams = (self.subject.site.stream, other.subject.site.stream)
+        wanted: tuple[Group, ...] = {"img": ("image",), "txt": ("real", "padding")}.get(streams[1], ())  # type: ignore[assignment]
+        kinds = tuple(kind for kind in wanted if kind in self.matrix.kinds)
+        if streams[0] != "joint" or not kinds:
+            return self
+        table = self.matrix.features()
+        active = np.sum([table[f"images_active_{kind}"].to_numpy() for kind in kinds], axis=0)[self.features]
+        return replace(self, features=self.features[active > 0], kinds=kinds)
 
     @property
     def name(self) -> str:
@@ -217,7 +236,7 @@ def _best_of_shuffled(
     best = torch.full((2, len(some)), -torch.inf, device=device)
     for start in range(0, len(some), size):
         rows = slice(start, min(start + size, len(some)))
-        mine = _prepared(_columns(of.matrix, some[rows])[order], active_above, device)
+        mine = _prepared(_columns(of, some[rows])[order], active_above, device)
         for first in range(0, len(other.features), width):
             theirs = _block(other, slice(first, first + width), active_above, device)
             for place, tile in enumerate((mine.correlation(theirs), mine.jaccard(theirs))):
@@ -227,16 +246,16 @@ def _best_of_shuffled(
 
 def _block(side: Side, span: slice, active_above: float, device: torch.device) -> _Block:
     chosen = side.features[span]
-    return _prepared(_columns(side.matrix, chosen), active_above, device)
+    return _prepared(_columns(side, chosen), active_above, device)
 
 
-def _columns(matrix: ScoreMatrix, chosen: Int[np.ndarray, " chosen"]) -> Float[np.ndarray, "image chosen"]:
+def _columns(side: Side, chosen: Int[np.ndarray, " chosen"]) -> Float[np.ndarray, "image chosen"]:
     """The scores of ascending features over all images, read span by span: few live features may be far apart."""
-    found = np.empty((matrix.n_images, len(chosen)), np.float32)
+    found = np.empty((side.matrix.n_images, len(chosen)), np.float32)
     for span in np.unique(chosen // READ):
         here = np.flatnonzero(chosen // READ == span)
         low, high = int(chosen[here[0]]), int(chosen[here[-1]]) + 1
-        found[:, here] = matrix.scores(slice(low, high))[:, chosen[here] - low]
+        found[:, here] = side.scores(slice(low, high))[:, chosen[here] - low]
     return found
 
 

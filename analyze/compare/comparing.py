@@ -33,6 +33,7 @@ from store.errors import UsageError
 from store.files import write_bytes, write_json
 from store.sites import parse_numbers
 from store.sizes import parse_size
+from store.strata import Group
 from store.tables import write_table
 
 DRAWN = 3
@@ -41,6 +42,7 @@ SAME_START = 5
 """times as many mutual matches of one number as chance would give say that two dictionaries started from the same random numbers"""
 FEWEST_SAME = 3
 """and so many at least: one or two are no sign"""
+KIND_NAMES: dict[Group, str] = {"image": "image tokens", "real": "text tokens", "padding": "text tokens"}
 Chance = tuple[dict[Measure, float], dict[Measure, float]]
 """the median best match of unrelated features, there and back"""
 
@@ -64,7 +66,7 @@ def run(settings: CompareSettings) -> list[Comparison]:
     analysis = open_analysis(_of_named_sites(settings))
     record = check_output(analysis)
     active_above = float(record.get("active_above", ACTIVE_ABOVE))
-    pairs = chosen_pairs(analysis, settings)
+    pairs = [_alike(*pair) for pair in chosen_pairs(analysis, settings)]
     best = settings.best if settings.best is not None else DRAWN if len(pairs) == 1 else 0
     if settings.by == "cosine" and len(pairs) == 1 and same_decoder(*pairs[0]):
         raise UsageError(
@@ -143,6 +145,17 @@ def _opened(analysis: Analysis, name: str, step: int) -> Side:
     if not len(alive):
         raise UsageError(f"no feature of {name} is alive at step {step}: there is nothing to compare; choose others")
     return Side(subject, step, matrix, alive)
+
+
+def _alike(of: Side, other: Side) -> tuple[Side, Side]:
+    """Both sides over the same tokens, where one is joint and the other image or text; `UsageError` where nothing is active there."""
+    pair = of.beside(other), other.beside(of)
+    for side in pair:
+        if not len(side.features):
+            raise UsageError(
+                f"no feature of {side.name} is active on {KIND_NAMES[side.kinds[0]]}, which are what it and the other side share"
+            )
+    return pair
 
 
 def _written(
@@ -288,6 +301,11 @@ def _notes(of: Side, other: Side, same: int, mutual: int) -> list[str]:
     notes = []
     if {of.subject.site.stream, other.subject.site.stream} == {"img", "txt"}:
         notes.append("image and text stream are spaces of their own, so their cosines say little")
+    notes += [
+        f"{side.name} is compared by its {KIND_NAMES[side.kinds[0]]}, which both sites have"
+        for side in (of, other)
+        if side.kinds != ("all",)
+    ]
     if same_decoder(of, other):
         notes.append("the same decoder: cosine says nothing")
     width = min(of.subject.n_features, other.subject.n_features)

@@ -109,7 +109,7 @@ def shared_images(analysis: Analysis, sides: Sequence[Side], features: Sequence[
 
 def _column(analysis: Analysis, side: Side, feature: int, images: Sequence[int], settings: CompareSettings) -> _Column:
     found = heats(analysis, side.subject, side.step, {feature: images})[feature]
-    scores = np.asarray(side.matrix.scores(feature))
+    scores = np.asarray(side.scores(feature))
     scale = scale_of(found, settings.look)
     examples = {
         heat.image: example_of(analysis.store, side.subject, heat, float(scores[heat.image]), scale) for heat in found

@@ -29,7 +29,7 @@ from analyze.features.clip import TINY_FLUX, Clip, clip_for, load_clip
 from analyze.inputs import check_results, dictionary_identity, loaded
 from analyze.steering.canvas import Canvas, canvas_of_store
 from analyze.steering.drawing import Painter, Shot, open_painter, shots_of
-from harvest.model import choose_device, library_versions
+from harvest.models.model import choose_device, library_versions
 from store import Store, open_store
 from store.errors import UsageError
 from store.files import write_json

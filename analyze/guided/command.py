@@ -107,7 +107,7 @@ def record(plan: GuidedPlan) -> dict[str, Any]:
     names = (
         "attribute", "by", "top", "with_target", "mode", "strength", "steps", "tokens", "images", "shown", "tuning", "seed",
     )  # fmt: skip
-    from harvest.model import choose_device, library_versions
+    from harvest.models.model import choose_device, library_versions
 
     return {
         "format": FORMAT, "version": VERSION, "store": analysis.store.id, "model": dict(plan.canvas.known_as),

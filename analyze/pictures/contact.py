@@ -22,11 +22,13 @@ from analyze.pictures.drawing import (
 from analyze.pictures.examples import Example, pictures_with_heat, scale_of
 from analyze.pictures.overlay import PLAIN, Look
 from analyze.pictures.words import percent
+from store.strata import Group
 
 CELL = 168
 COLUMNS = 4
 TEXT_WIDTH = 840
 SCORE_WIDTH = 72
+KINDS: dict[Group, str] = {"image": "image tokens", "real": "text tokens", "padding": "padding"}
 
 
 def sheet(
@@ -42,7 +44,7 @@ def sheet(
     """The contact sheet of the feature with this row of the feature table: title, figures, then its examples."""
     stream = subject.site.stream
     title = f"{name_of(subject, int(row['feature']), book)}, step {step}"
-    notes: list[str | Image.Image] = [figures(row), *cautions(analysis, subject, step)]
+    notes: list[str | Image.Image] = [figures(row), *by_kind(row), *cautions(analysis, subject, step)]
     if examples:
         scale = scale_of((example.heat for example in examples), look)
         notes.append(key_to_colours(scale, look.clip_percentile, "words" if stream == "txt" else "picture"))
@@ -64,6 +66,17 @@ def figures(row: dict[str, Any]) -> str:
         f"active on {percent(row['image_share'])} of the images and {percent(row['density'])} of the tokens, "
         f"mean when active {row['mean_active']:.3g}, max {row['max']:.3g}"
     )
+
+
+def by_kind(row: dict[str, Any]) -> list[str]:
+    """The same of each kind of token of a joint site, in a line; nothing where kinds are not told apart."""
+    there = [(kind, name) for kind, name in KINDS.items() if f"density_{kind}" in row]
+    words = [
+        f"{percent(row[f'density_{kind}'])} of the {name}"
+        + (f" (max {row[f'max_{kind}']:.3g})" if row[f"max_{kind}"] else "")
+        for kind, name in there
+    ]
+    return ["active on " + ", ".join(words)] if words else []
 
 
 def cautions(analysis: Analysis, subject: Subject, step: int) -> list[str]:

@@ -139,7 +139,7 @@ def heated(
     store: Store, stream: Stream, picture: Image.Image, heat: Heat, scale: float, look: Look = PLAIN
 ) -> Image.Image:
     """The picture, of any size, with the heat of its image tokens over it."""
-    first = store.meta.max_sequence_length if stream == "joint" else 0  # the joint stream starts with the text
+    first = store.meta.text_tokens if stream == "joint" else 0  # the joint stream starts with the text
     shown = heat.positions >= first
     grid = token_grid(heat.values[shown], heat.positions[shown] - first, store.meta.grid)
     return overlay(picture, grid, scale, smooth=not look.patches)

@@ -118,7 +118,7 @@ def _write_dictionaries(
             for this in rounds(analysis, subject, settings, limit, spots[subject.name]):
                 progress.set_postfix_str(f"{subject.name} step {this.step}", refresh=False)
                 images |= set(np.unique(this.columns.images[this.columns.images >= 0]).tolist())
-                _write_round(analysis, this, truth, scenes if subject.site.stream == "img" else None, folder)
+                _write_round(analysis, this, truth, scenes if subject.site.stream != "txt" else None, folder)
                 progress.update(1)
     return images
 
@@ -137,7 +137,8 @@ def _write_round(
 ) -> None:
     judged = judged_features(truth, this.subject, this.step)
     attributes = {f: [Attribute(entry["group"], entry["value"]) for entry in found] for f, found in judged.items()}
-    inside = HeatInside(scenes, attributes)
+    first = analysis.store.meta.text_tokens if this.subject.site.stream == "joint" else 0
+    inside = HeatInside(scenes, attributes, first)
     with Spool(len(this.heated), this.columns.images.shape[1]) as spool:
         rows = spool_heat(analysis, this, spool, inside)
         for feature, found in judged.items():
@@ -184,7 +185,7 @@ def _contents(analysis: Analysis, settings: ReportSettings, overview: Sequence[M
         "grid": list(meta.grid),
         "width": meta.width,
         "height": meta.height,
-        "text_tokens": meta.max_sequence_length,
+        "text_tokens": meta.text_tokens,
         "chunk": CHUNK,
         "dictionaries": dictionaries,
     }

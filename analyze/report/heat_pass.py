@@ -15,7 +15,7 @@ from analyze.truth.attributes import ATTRIBUTES, Attribute, Scene
 def stream_tokens(analysis: Analysis, stream: str) -> int:
     """Tokens of a stream: what a packed heat covers."""
     meta = analysis.store.meta
-    image, text = meta.grid[0] * meta.grid[1], meta.max_sequence_length
+    image, text = meta.grid[0] * meta.grid[1], meta.text_tokens
     return {"img": image, "txt": text, "joint": text + image}[stream]
 
 
@@ -23,11 +23,14 @@ class HeatInside:
     """Share of a feature's heat that lies where its attribute is, over its top images, weighted by how much of a token is covered.
 
     For a background that is whatever no object covers; on other images than those with the attribute all heat is outside.
-    Where a user's own attributes lie in a picture nobody knows.
+    Where a user's own attributes lie in a picture nobody knows.  Of a joint site only the heat of its image tokens counts.
     """
 
-    def __init__(self, scenes: Sequence[Scene] | None, attributes: Mapping[int, Sequence[Attribute]]) -> None:
-        self._scenes = scenes
+    def __init__(
+        self, scenes: Sequence[Scene] | None, attributes: Mapping[int, Sequence[Attribute]], first: int = 0
+    ) -> None:
+        """`first` is the position of the first image token: how many text tokens come before it."""
+        self._scenes, self._first = scenes, first
         self._attributes = {f: [a for a in group if a in ATTRIBUTES] for f, group in attributes.items()}
         self._sums: dict[tuple[int, Attribute], list[float]] = {}
 
@@ -35,6 +38,8 @@ class HeatInside:
         """Count the heat of a feature on one image."""
         if self._scenes is None:
             return
+        shown = positions >= self._first
+        positions, values = positions[shown] - self._first, values[shown]
         for attribute in self._attributes.get(feature, ()):
             sums = self._sums.setdefault((feature, attribute), [0.0, 0.0])
             sums[0] += float((values * covered(self._scenes[image], attribute)[positions]).sum())

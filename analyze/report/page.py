@@ -57,7 +57,8 @@ def facts(analysis: Analysis, padding: bool) -> list[tuple[str, str]]:
         ),
         (
             "Tokens kept",
-            tokens + ("; padding counted" if padding else "; text padding not counted" if "txt" in meta.tokens else ""),
+            tokens
+            + ("; padding counted" if padding else "; text padding not counted" if set(meta.tokens) - {"img"} else ""),
         ),
     ]
 
@@ -198,7 +199,8 @@ def _truth_row(entry: dict[str, Any], streams: Sequence[str], threshold: float) 
         row["streams"][stream] = _bar(
             found["images"], threshold, found.get("images_floor"), found.get("images_ceiling")
         )
-    tokens = entry["streams"].get("img", {}).get("tokens")
+    told = [entry["streams"].get(stream, {}).get("tokens") for stream in ("img", "joint")]
+    tokens = next((each for each in told if each), None)
     if tokens:
         row["tokens"] = {
             **_bar(tokens["chosen_by_tokens"], threshold, tokens["floor"], tokens["ceiling"]),

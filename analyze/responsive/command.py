@@ -204,7 +204,7 @@ def _cut(value: Any) -> str:
 
 def record(question: Question, clip: Clip | None) -> dict[str, Any]:
     """What makes the results: parents' identities and settings, without a path, a time or a host."""
-    from harvest.model import choose_device
+    from harvest.models.model import choose_device
 
     versions, lpips = measured_by()
     settings, subjects = question.settings, {search.subject.name: search.subject for search in question.searches}

@@ -24,7 +24,7 @@ def token_choices(analysis: Analysis, settings: ScanSettings) -> dict[Stream, To
 
 
 def _of_region(analysis: Analysis, settings: ScanSettings, streams: list[Stream]) -> dict[Stream, TokenChoice]:
-    grid, total = analysis.store.meta.grid, analysis.store.meta.max_sequence_length
+    grid, total = analysis.store.meta.grid, analysis.store.meta.text_tokens
     cover = rectangle(settings.region, grid) if settings.region is not None else mask_cover(settings.mask, grid)  # type: ignore[arg-type]
     what = f"--region {settings.region!r}" if settings.region is not None else f"--mask {settings.mask}"
     inside = inside_of(cover, settings.covered, what)
@@ -62,7 +62,7 @@ def _of_words(analysis: Analysis, pattern: str, streams: list[Stream]) -> dict[S
     if "text_pieces" not in table.column_names:
         raise UsageError("--words needs the pieces of the prompts, which this store does not have: choose --tokens")
     pieces = table["text_pieces"].to_pylist()
-    length = int(analysis.store.meta.max_sequence_length)
+    length = int(analysis.store.meta.text_tokens)
     inside = np.zeros((len(pieces), length), bool)
     for image, row in enumerate(pieces):
         for place, piece in enumerate(row[:length]):
@@ -85,7 +85,7 @@ def _of_words(analysis: Analysis, pattern: str, streams: list[Stream]) -> dict[S
 
 def place_of(analysis: Analysis, stream: Stream, image: int, token: int) -> str:
     """Where a token is, for people: `row 3, column 5` of the picture, or the piece of the prompt."""
-    length = int(analysis.store.meta.max_sequence_length)
+    length = int(analysis.store.meta.text_tokens)
     if stream == "img" or (stream == "joint" and token >= length):
         row, column = divmod(token - (length if stream == "joint" else 0), analysis.store.meta.grid[1])
         return f"row {row}, column {column}"

@@ -9,16 +9,26 @@ from jaxtyping import Float
 
 from analyze.scoring.contenders import count_above
 from analyze.scoring.images import ImageFacts
+from analyze.scoring.kinds import KindStatistics
 from analyze.scoring.reduction import Pane
 from analyze.scoring.statistics import HISTOGRAM_BINS, RowStatistics
 from analyze.scoring.top import TopImages, TopWords
 from store.files import write_bytes
+from store.strata import Group
 
 
 class Findings:
     """Statistics over rows and images, top images, top words; merging is exact but for the last bits of sums."""
 
-    def __init__(self, n_features: int, top: int, above: float, facts: ImageFacts, words: bool) -> None:
+    def __init__(
+        self,
+        n_features: int,
+        top: int,
+        above: float,
+        facts: ImageFacts,
+        words: bool,
+        kinds: tuple[Group, ...] = ("all",),
+    ) -> None:
         self.above = above
         self.rows = RowStatistics(n_features)
         self.images_active = np.zeros(n_features, np.int64)
@@ -26,6 +36,7 @@ class Findings:
         self.top = TopImages(n_features, top, None, above)
         self.unique = TopImages(n_features, top, facts.groups, above)
         self.words = TopWords(n_features, top) if words else None
+        self.kinds = KindStatistics(kinds, n_features) if len(kinds) > 1 else None
 
     def take(self, pane: Pane, first_image: int) -> None:
         """Take in a finished pane of a block of images."""
@@ -35,6 +46,8 @@ class Findings:
             top.add(first_image, pane.scores, pane.tokens)
         if self.words is not None and pane.words is not None:
             self.words.merge(pane.words)
+        if self.kinds is not None and pane.kinds is not None:
+            self.kinds.merge(pane.kinds)
 
     def _take_images(self, scores: Float[np.ndarray, "image feature"]) -> None:
         self.images_active += count_above(scores, self.above)
@@ -49,6 +62,8 @@ class Findings:
         self.unique.merge(other.unique)
         if self.words is not None and other.words is not None:
             self.words.merge(other.words)
+        if self.kinds is not None and other.kinds is not None:
+            self.kinds.merge(other.kinds)
 
     def save(self, path: Path) -> None:
         """Publish as a file."""
@@ -77,9 +92,12 @@ class Findings:
             "images_active": self.images_active, "max": self.max, "top": self.top.keys, "top_token": self.top.where,
             "unique": self.unique.keys, "unique_token": self.unique.where,
         }  # fmt: skip
-        return found if self.words is None else {**found, "words": self.words.keys}
+        if self.words is not None:
+            found["words"] = self.words.keys
+        return found if self.kinds is None else {**found, **self.kinds.arrays()}
 
 
-def bytes_of_feature(top: int, words: bool) -> int:
-    """What `Findings` hold of one feature."""
-    return HISTOGRAM_BINS * 8 + 8 + 8 + 8 + 4 + 2 * top * 12 + (top * 8 if words else 0)
+def bytes_of_feature(top: int, words: bool, kinds: int = 1) -> int:
+    """What `Findings` hold of one feature; `kinds` of tokens told apart."""
+    of_kinds = 28 * kinds if kinds > 1 else 0
+    return HISTOGRAM_BINS * 8 + 8 + 8 + 8 + 4 + 2 * top * 12 + (top * 8 if words else 0) + of_kinds

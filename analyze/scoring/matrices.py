@@ -2,15 +2,18 @@
 
     scores        float32 or float16 (image, feature)    S: the largest activation over the counted tokens of the image
     argmax_token  int32 (image, feature)                 where it was found, a position in the stream; -1: no token counted
+    scores_image  as `scores`                            of a joint site: over its image tokens alone; 0 where none counted
+    scores_real   as `scores`                            over its real text tokens; `scores_padding`, where padding counted
 
-Both are chunked by blocks of images and features, so that one feature over all images is a cheap read, and
+All are chunked by blocks of images and features, so that one feature over all images is a cheap read, and
 carry a crc32c per chunk.  A folder is written elsewhere and renamed when whole: it is all there or not.
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +25,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from store.errors import DamagedError, ForeignError, NonFiniteError, UsageError
 from store.files import fsync_file, temporary_of
+from store.strata import Group
 from store.tables import write_table
 
 IMAGE_BLOCK = 512
@@ -35,6 +39,11 @@ CONFIG: Any = {"write_empty_chunks": True}
 UNFINISHED = "unfinished"
 """Folder of OUT where matrices lie until they are whole."""
 DType = Literal["float32", "float16"]
+
+
+def scores_of(kind: Group) -> str:
+    """The name of the array of scores over one kind of tokens: `scores_image`; of all, `scores`."""
+    return SCORES if kind == "all" else f"{SCORES}_{kind}"
 
 
 def step_folder(out: Path, name: str, step: int) -> Path:
@@ -51,6 +60,13 @@ class ScoreWriter:
     n_features: int
     dtype: DType
     attributes: dict[str, Any]
+    kinds: tuple[Group, ...] = ()
+    """of tokens, each of which has a matrix of its own beside that of all"""
+
+    @property
+    def arrays(self) -> dict[str, str]:
+        """Every array and its dtype."""
+        return {SCORES: self.dtype, TOKENS: "int32", **{scores_of(kind): self.dtype for kind in self.kinds}}
 
     def begin(self) -> None:
         """Make the folder, or go on with it; one of other attributes is thrown away with all that lies beside it."""
@@ -61,8 +77,8 @@ class ScoreWriter:
         shutil.rmtree(temporary, ignore_errors=True)
         group = zarr.create_group(temporary, zarr_format=3, attributes=self._every_attribute())
         shape = (self.n_images, self.n_features)
-        _create(group, SCORES, shape, self.dtype, float("nan"))
-        _create(group, TOKENS, shape, "int32", -1)
+        for name, dtype in self.arrays.items():
+            _create(group, name, shape, dtype, -1 if name == TOKENS else float("nan"))
         temporary.replace(self.folder)
 
     def _every_attribute(self) -> dict[str, Any]:
@@ -75,7 +91,7 @@ class ScoreWriter:
             return (
                 dict(group.attrs) == self._every_attribute()
                 and (str(scores.dtype), scores.shape) == (self.dtype, (self.n_images, self.n_features))  # type: ignore[union-attr]
-                and TOKENS in group
+                and all(name in group for name in self.arrays)
             )
         except (FileNotFoundError, KeyError, ValueError):
             return False
@@ -86,9 +102,12 @@ class ScoreWriter:
         features: slice,
         scores: Float[np.ndarray, "image feature"],
         tokens: Int[np.ndarray, "image feature"],
+        by_kind: Mapping[Group, Float[np.ndarray, "image feature"]] = MappingProxyType({}),
     ) -> None:
         """Put a block of whole chunks onto the disk, names and all: what is written after it may say that it is there."""
-        for name, values in ((SCORES, self.rounded(scores).astype(self.dtype)), (TOKENS, tokens)):
+        found = {SCORES: scores, **{scores_of(kind): by_kind[kind] for kind in self.kinds}}
+        ready = {name: self.rounded(values).astype(self.dtype) for name, values in found.items()}
+        for name, values in {**ready, TOKENS: tokens}.items():
             opened: Any = zarr.open_array(self.folder / name, mode="r+")
             array = opened.with_config(CONFIG)  # which an array that is opened has forgotten
             array[images, features] = values
@@ -115,7 +134,7 @@ class ScoreWriter:
 
     def finish(self, folder: Path, features: pa.Table) -> None:
         """Write the feature table, and make all appear as `folder`.  `DamagedError` where a chunk is not there."""
-        for name in (SCORES, TOKENS):
+        for name in self.arrays:
             chunk = _missing_chunk(self.folder / name, (slice(0, self.n_images), slice(0, self.n_features)))
             if chunk is not None:
                 raise DamagedError(
@@ -199,9 +218,18 @@ class ScoreMatrix:
             raise ForeignError(f"{folder} holds {found}, expected {FORMAT} version {VERSION}: compute it again")
         return cls(folder, attributes, int(shape[0]), int(shape[1]), str(scores.dtype))
 
-    def scores(self, features: slice | int = slice(None)) -> Float[np.ndarray, "..."]:
-        """S of the given features over all images, float32: (image, feature), or (image,) for one feature."""
-        return self._read(SCORES, (slice(None), features))
+    @property
+    def kinds(self) -> tuple[Group, ...]:
+        """The kinds of tokens of which there are matrices: none but of joint sites."""
+        return tuple(self.attributes.get("kinds", ()))
+
+    def scores(self, features: slice | int = slice(None), kind: Group = "all") -> Float[np.ndarray, "..."]:
+        """S of the given features over all images, float32: (image, feature), or (image,) for one feature.
+
+        With a `kind`, one of `kinds`, the maxima over its tokens alone.
+        """
+        assert kind == "all" or kind in self.kinds, (kind, self.kinds)
+        return self._read(scores_of(kind), (slice(None), features))
 
     def tokens(self, features: slice | int = slice(None)) -> Int[np.ndarray, "..."]:
         """The tokens of the maxima, in the shape of `scores`."""
@@ -236,10 +264,10 @@ class ScoreMatrix:
             values = np.asarray(array[chosen])
             if (chunk := _missing_chunk(self.folder / name, chosen)) is not None:
                 raise FileNotFoundError(f"its chunk {chunk.relative_to(self.folder / name)} is missing")
-            if name == SCORES and np.isnan(values).any():
+            if name != TOKENS and np.isnan(values).any():
                 raise ValueError("it holds NaN")
         except (ValueError, RuntimeError, FileNotFoundError) as error:
             raise DamagedError(
                 f"{self.folder / name} is damaged ({error}): delete {self.folder} and compute it again"
             ) from None
-        return values.astype(np.float32, copy=False) if name == SCORES else values
+        return values.astype(np.float32, copy=False) if name != TOKENS else values

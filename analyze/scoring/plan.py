@@ -13,6 +13,7 @@ from itertools import pairwise
 
 import torch
 
+from analyze.counted import counted_kinds
 from analyze.inputs import Analysis, Subject
 from analyze.scoring.encoding import PANE, panes_of, passing_bytes, rows_at_once, weight_bytes
 from analyze.scoring.findings import bytes_of_feature
@@ -133,6 +134,17 @@ class ScorePlan:
         tail = PANE * (IMAGE_BLOCK * (4 + 8) + 4 * bytes_of_feature(top, True)) + (IMAGE_BLOCK + 4 * top) * 1024 * 40
         return int(read + block + tail)
 
+    def _kinds(self, site: Site) -> int:
+        return len(counted_kinds(site.stream, self.settings.padding))
+
+    def _more(self, site: Site) -> int:
+        """Matrices beside those of all tokens: one for each kind that is told apart."""
+        kinds = self._kinds(site)
+        return kinds if kinds > 1 else 0
+
+    def _of_feature(self, site: Site) -> int:
+        return bytes_of_feature(self.settings.top, site.stream != "img", self._kinds(site))
+
     def _mlp_bytes(self, site: Site) -> int:
         recomputed = any(s.point not in self.store.points for s in self._subjects if s.site == site)
         return 2 * 8 * self.store.meta.d_model**2 * 4 if recomputed else 0
@@ -146,8 +158,8 @@ class ScorePlan:
     def _cost(self, subject: Subject, lanes: int, panes: Sequence[int]) -> int:
         """Bytes of a subject's weights, and of some of its panes in every thread; and of its table."""
         widths = [part.stop - part.start for part in (panes_of(subject.n_features)[number] for number in panes)]
-        of_feature = bytes_of_feature(self.settings.top, subject.site.stream != "img")
-        images = min(IMAGE_BLOCK, self.store.n_images)
+        of_feature, kinds = self._of_feature(subject.site), self._kinds(subject.site)
+        images = min(IMAGE_BLOCK, self.store.n_images) * (1 if kinds == 1 else kinds + 1)
         pool = 3 * 16 * 2 * self.settings.top if subject.site.stream != "img" else 0
         table = 3 * subject.n_features * of_feature
         return int(weight_bytes(subject.outline) + lanes * sum(widths) * (images * 8 + of_feature + pool) + table)
@@ -192,7 +204,8 @@ class ScorePlan:
         total = 0
         for subject, _ in self.missing:
             images, features = chunk_shape(self.store.n_images, subject.n_features)
-            total += 2 * -(-self.store.n_images // images) * -(-subject.n_features // features) + 4
+            arrays = 2 + self._more(subject.site)
+            total += arrays * -(-self.store.n_images // images) * -(-subject.n_features // features) + 2 + arrays
         return total
 
     @cached_property
@@ -202,27 +215,19 @@ class ScorePlan:
         for subject, _ in self.missing:
             images, features = chunk_shape(self.store.n_images, subject.n_features)
             whole = -(-self.store.n_images // images) * images * -(-subject.n_features // features) * features
-            total += whole * each
+            total += whole * (each + self._more(subject.site) * (each - 4))
         return total
 
     @cached_property
     def table_bytes(self) -> int:
         """Bytes of the feature tables before compression, at most."""
-        return sum(
-            subject.n_features * (bytes_of_feature(self.settings.top, subject.site.stream != "img") + 150) + 20_000
-            for subject, _ in self.missing
-        )
+        return sum(subject.n_features * (self._of_feature(subject.site) + 150) + 20_000 for subject, _ in self.missing)
 
     @property
     def scratch_bytes(self) -> int:
         """Bytes of what is kept of each block until all are done, of the dictionaries and steps of one group at a time, at most."""
         of_group = [
-            sum(
-                bytes_of_feature(self.settings.top, site.stream != "img")
-                * subject.n_features
-                * len(self.analysis.steps)
-                for subject, _ in group
-            )
+            sum(self._of_feature(site) * subject.n_features * len(self.analysis.steps) for subject, _ in group)
             for site, groups in self.groups.items()
             for group in groups
         ]

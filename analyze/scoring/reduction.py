@@ -13,8 +13,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from analyze.scoring.kinds import KindStatistics, overall
 from analyze.scoring.statistics import HISTOGRAM_BINS, RowStatistics, histogram_bins
 from analyze.scoring.top import TopWords
+from store.strata import Group
 
 LOOKED_AT = 1 << 17
 """entries of z whose active ones are listed at once: the lists stay in the cache, which makes them three times as quick"""
@@ -73,12 +75,24 @@ class Pane:
     """The activations of some features on one block of images."""
 
     def __init__(
-        self, n_images: int, n_features: int, above: float, words: int | None, refuse: Callable[[Tensor], None]
+        self,
+        n_images: int,
+        n_features: int,
+        above: float,
+        words: int | None,
+        refuse: Callable[[Tensor], None],
+        kinds: tuple[Group, ...] = ("all",),
     ) -> None:
-        """`words`: how many text pieces to keep of each feature, None for no text; `refuse` what is NaN or infinite."""
+        """`words`: how many text pieces to keep of each feature, None for no text; `refuse` what is NaN or infinite.
+
+        With several `kinds` the segments' `images` are numbers of (image, kind), and `kinds` keeps figures of each.
+        """
         self.above, self._refuse = above, refuse
-        self.scores = np.full((n_images, n_features), -np.inf, np.float32)
-        self.tokens = np.full((n_images, n_features), -1, np.int32)
+        self.scores = np.full((n_images * len(kinds), n_features), -np.inf, np.float32)
+        self.tokens = np.full((n_images * len(kinds), n_features), -1, np.int32)
+        self.kinds = KindStatistics(kinds, n_features) if len(kinds) > 1 else None
+        self.by_kind: dict[Group, np.ndarray] = {}
+        """kind -> its maxima (image, feature), when all is done; empty where no kinds are told apart"""
         self.rows = RowStatistics(n_features)
         self.words = None if words is None else TopWords(n_features, words)
 
@@ -86,7 +100,7 @@ class Pane:
         """Look at a block of activations; one that is NaN or infinite is found among the maxima."""
         best = maxima(z, block)
         self._refuse(best)
-        self.rows.rows += block.count
+        self._count(block)
         if z.device.type != "cpu":
             self._dense(z, block, best)
             return
@@ -115,9 +129,18 @@ class Pane:
         place = torch.from_numpy(block.segment_of_row()[row] * n_features + feature)
         flat = torch.zeros(len(block.starts) * n_features).scatter_reduce_(0, place, torch.from_numpy(value), "amax")
         best, tokens = flat.numpy().reshape(-1, n_features), _first_tokens(block, n_features)
-        self.rows.rows += block.count
+        self._count(block)
         self._entries(row, feature, value, block, best, tokens)
         self._better(block, best, tokens)
+
+    def _count(self, block: RowBlock) -> None:
+        self.rows.rows += block.count
+        if self.kinds is not None:
+            self.kinds.add_rows(self._kind_of_row(block))
+
+    def _kind_of_row(self, block: RowBlock) -> Int[np.ndarray, " row"]:
+        assert self.kinds is not None
+        return np.asarray((block.images % len(self.kinds.kinds))[block.segment_of_row()])
 
     def _entries(
         self,
@@ -137,6 +160,8 @@ class Pane:
             active = value > self.above
             row, feature, value = row[active], feature[active], value[active]
         self.rows.add_active(feature, value)
+        if self.kinds is not None:
+            self.kinds.add_active(self._kind_of_row(block)[row], feature, value)
         if self.words is not None and block.piece is not None:
             piece = block.piece[row]
             real = piece >= 0
@@ -155,6 +180,11 @@ class Pane:
         exact = kept.double()
         total, squares = (each.sum(dim=0).cpu().numpy() for each in (exact, exact * exact))
         self.rows.add_sums(histogram, total, squares)
+        if self.kinds is not None:
+            of_row = torch.from_numpy(self._kind_of_row(block)).to(z.device)
+            for kind in range(len(self.kinds.kinds)):
+                mine = of_row == kind
+                self.kinds.add_sums(kind, active[mine].sum(dim=0).cpu().numpy(), exact[mine].sum(dim=0).cpu().numpy())
         if self.words is not None and block.piece is not None:
             real = block.piece >= 0
             row, feature = np.nonzero(active.cpu().numpy() & real[:, None])
@@ -166,8 +196,18 @@ class Pane:
         self.scores[block.images] = np.where(better, best, self.scores[block.images])
         self.tokens[block.images] = np.where(better, tokens, self.tokens[block.images])
 
-    def finish(self) -> None:
-        """Give images without a counted row the score 0; and no zero a sign, which JumpReLU leaves."""
+    def finish(self, rounded: Callable[[np.ndarray], np.ndarray] = lambda scores: scores) -> None:
+        """Give images without a counted row the score 0; and no zero a sign, which JumpReLU leaves.
+
+        Of several kinds the greatest is the image's; the figures of each kind are taken before that, of scores as they will be
+        `rounded`.
+        """
+        if self.kinds is not None:
+            found = rounded(np.where(np.isneginf(self.scores), 0, self.scores)) + 0
+            self.kinds.take_images(found, self.above)
+            count = len(self.kinds.kinds)
+            self.by_kind = {kind: found[place::count] for place, kind in enumerate(self.kinds.kinds)}
+            self.scores, self.tokens = overall(self.scores, self.tokens, len(self.kinds.kinds))
         self.scores[np.isneginf(self.scores)] = 0
         self.scores += 0
 

@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from analyze.scoring.findings import Findings
 from analyze.scoring.images import Pieces
+from analyze.scoring.kinds import kind_columns, rows_by_kind
 from analyze.scoring.statistics import HISTOGRAM_BINS, HISTOGRAM_EDGES, categories, interest
 
 LISTS = {"image": pa.int64(), "token": pa.int32(), "score": pa.float32()}
@@ -18,6 +19,7 @@ def feature_table(panes: Sequence[Findings], n_images: int, above: float, pieces
 
     `top_*` are the images of the highest scores, `unique_*` those with one image a prompt (equal but for case, spaces and
     flags); only images where the feature is active stand there.  `word` are the text pieces with the highest activations.
+    A joint site has `density_real`, `density_image` and so on as well: the figures of each kind of token alone.
     """
     rows = max(findings.rows.rows for findings in panes)
     active = np.concatenate([findings.rows.active for findings in panes])
@@ -45,7 +47,17 @@ def feature_table(panes: Sequence[Findings], n_images: int, above: float, pieces
             columns[f"{name}_{what}"] = pa.chunked_array([_lists(each[0], each[place], kind) for each in results])
     if panes[0].words is not None:
         columns |= _words(panes, pieces)
-    about = {"rows": rows, "images": n_images, "active_above": above, "histogram_edges": list(HISTOGRAM_EDGES)}
+    kinds = [findings.kinds for findings in panes if findings.kinds is not None]
+    if kinds:
+        columns |= kind_columns(kinds)
+    about: dict[str, object] = {
+        "rows": rows,
+        "images": n_images,
+        "active_above": above,
+        "histogram_edges": list(HISTOGRAM_EDGES),
+    }
+    if kinds:
+        about["rows_by_kind"] = rows_by_kind(kinds)
     return pa.table(columns).replace_schema_metadata({name: json.dumps(value) for name, value in about.items()})
 
 

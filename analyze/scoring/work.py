@@ -20,17 +20,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analyze.counted import are_lower_bounds, counted_rows
+from analyze.counted import are_lower_bounds, counted_kinds, counted_rows
 from analyze.inputs import Analysis, Subject
 from analyze.scoring.encoding import Encoder, panes_of, rows_at_once
 from analyze.scoring.findings import Findings
 from analyze.scoring.images import ImageFacts
+from analyze.scoring.kinds import kind_numbers
 from analyze.scoring.matrices import UNFINISHED, ScoreWriter, step_folder
 from analyze.scoring.plan import ScorePlan, Task
 from analyze.scoring.reduction import Pane, RowBlock, row_blocks
 from analyze.scoring.settings import ScoresSettings
 from analyze.scoring.table import feature_table
 from store.errors import StoreError
+from store.sites import Site
+from store.strata import Group, codes_of
 from train.rows.tensors import to_torch
 
 Advance = Callable[[int], object]
@@ -77,24 +80,34 @@ class Hands:
             stop = min(start + size, images.stop)
             positions = store.tokens(site.stream, task.step, start, stop)
             counted = counted_rows(
-                positions, site.stream, facts.lengths[start:stop], store.meta.max_sequence_length, self.settings.padding
+                positions, site.stream, facts.lengths[start:stop], store.meta.text_tokens, self.settings.padding
             )
             rows = self.analysis.rows.read(site, task.step, points, start, stop, counted)
             image, position = np.nonzero(counted)[0] + start, positions[counted].astype(np.int32)
             piece = None
             if site.stream != "img" and facts.pieces is not None:
                 piece = facts.pieces.at(image, position, facts.lengths)
-            blocks = row_blocks(image - images.start, position, piece, rows_at_once(self.plan.device))
+            owner, kinds = image - images.start, self._kinds(site)
+            if len(kinds) > 1:
+                codes = codes_of(site.stream, position, facts.lengths[image], store.meta.text_tokens)
+                owner = owner * len(kinds) + kind_numbers(codes, kinds)
+            blocks = row_blocks(owner, position, piece, rows_at_once(self.plan.device))
             yield Span(
                 {p: to_torch(x) for p, x in rows.items()}, torch.from_numpy(facts.sigmas[task.step][image]), blocks
             )
             self.advance(stop - start)
 
+    def _kinds(self, site: Site) -> tuple[Group, ...]:
+        return counted_kinds(site.stream, self.settings.padding)
+
     def _pane(self, name: str, number: int, n_images: int) -> Pane:
         part = panes_of(self._subjects[name].n_features)[number]
         words = None if self._subjects[name].site.stream == "img" else self.settings.top
         encoder = self._encoder(name)
-        return Pane(n_images, part.stop - part.start, self.settings.active_above, words, encoder.refuse_non_finite)
+        kinds = self._kinds(self._subjects[name].site)
+        return Pane(
+            n_images, part.stop - part.start, self.settings.active_above, words, encoder.refuse_non_finite, kinds
+        )
 
     def _encoder(self, name: str) -> Encoder:
         with self._lock:
@@ -110,15 +123,16 @@ class Hands:
     def _findings(self, subject: Subject, number: int = 0) -> Findings:
         part = panes_of(subject.n_features)[number]
         words = subject.site.stream != "img"
-        return Findings(part.stop - part.start, self.settings.top, self.settings.active_above, self.facts, words)
+        kinds = self._kinds(subject.site)
+        return Findings(part.stop - part.start, self.settings.top, self.settings.active_above, self.facts, words, kinds)
 
     def _publish(self, task: Task, name: str, number: int, pane: Pane) -> None:
-        pane.finish()
         subject, images = self._subjects[name], self.plan.images(task.block)
         features = panes_of(subject.n_features)[number]
         writer = writer_of(self.analysis, self.settings, subject, task.step, self.plan.device)
+        pane.finish(writer.rounded)
         pane.scores = writer.rounded(pane.scores)  # before any of it goes into the table
-        writer.write(slice(images.start, images.stop), features, pane.scores, pane.tokens)
+        writer.write(slice(images.start, images.stop), features, pane.scores, pane.tokens, pane.by_kind)
         findings = self._findings(subject, number)
         findings.take(pane, images.start)
         findings.save(self._file(task, name, number))
@@ -196,8 +210,12 @@ def writer_of(
         "device": device.type,
         "lower_bounds": are_lower_bounds(analysis.store, subject.site.stream, settings.padding),
     }
+    kinds = counted_kinds(subject.site.stream, settings.padding)
+    kinds = kinds if len(kinds) > 1 else ()
+    if kinds:
+        attributes["kinds"] = list(kinds)
     folder = _folder(analysis, subject.name, step) / "matrix"
-    return ScoreWriter(folder, analysis.store.n_images, subject.n_features, settings.dtype, attributes)
+    return ScoreWriter(folder, analysis.store.n_images, subject.n_features, settings.dtype, attributes, kinds)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 
 import safetensors.torch
 
-from harvest.model import DTYPES, locate_model, tensors_hash
+from harvest.models.model import DTYPES, locate_model, tensors_hash
 from store import Store
 from store.errors import DamagedError, MismatchError, UsageError
 from store.sites import Stream
@@ -139,9 +139,11 @@ def canvas_of_store(store: Store, model: str | None = None, dtype: str | None = 
     Errors: `UsageError` for a store that does not say what drew it (of imported activations), `MismatchError` for a folder whose
     configuration is another model's; that the weights are the same is checked when they are loaded.
     """
-    from harvest.model import cpu_threads
+    from harvest.models.model import cpu_threads
+    from harvest.models.pipelines import refuse_steering
 
     meta = store.meta
+    refuse_steering(meta.model, str(store.path))
     name = model or meta.model.get("id")
     blocks = (meta.model.get("transformer") or {}).get("num_layers")
     if not isinstance(name, str) or not name or not isinstance(blocks, int):
@@ -179,13 +181,16 @@ def canvas_of_model(model: str, dtype: str | None = None, device: str | None = N
     Errors: `UsageError` for what is no FluxPipeline folder here, and for a model of the hub whose sizes are not known before it
     is loaded.
     """
-    from harvest.model import KNOWN_SHAPES, choose_device, cpu_threads, defaults_of
-    from harvest.settings import HarvestSettings
+    from harvest.models.defaults import defaults_of
+    from harvest.models.model import KNOWN_SHAPES, choose_device, cpu_threads
+    from harvest.models.pipelines import family_in, refuse_steering
 
     name, here = locate_model(model)
     known_as: dict[str, Any] = {}
     if not here and name not in KNOWN_SHAPES:
         raise UsageError(f"the sizes of {name} are not known here: give --store, a store that was harvested from it")
+    family = family_in(_json(Path(name) / "model_index.json"), name) if here else KNOWN_SHAPES[name].family
+    refuse_steering({"id": model, "architecture": family.name}, name)
     if here:
         config, vae = _config(Path(name), "transformer"), _config(Path(name), "vae")
         known_as = {"transformer": config}
@@ -194,7 +199,7 @@ def canvas_of_model(model: str, dtype: str | None = None, device: str | None = N
     else:
         shape = KNOWN_SHAPES[name]
         d_model, blocks, pixels = shape.d_model, shape.double_blocks, shape.pixels_per_token
-    defaults, settings = defaults_of(model), HarvestSettings(out=Path(), model=model)
+    defaults = defaults_of(model)
     dtype = dtype or ("bfloat16" if choose_device(device).type == "cuda" else "float32")
     return Canvas(
         model=model,
@@ -206,9 +211,9 @@ def canvas_of_model(model: str, dtype: str | None = None, device: str | None = N
         height=defaults.resolution,
         width=defaults.resolution,
         pixels_per_token=pixels,
-        num_inference_steps=settings.num_inference_steps,
+        num_inference_steps=defaults.num_inference_steps,
         max_sequence_length=defaults.max_sequence_length,
-        guidance=settings.guidance,
+        guidance=defaults.guidance,
         n_blocks=int(blocks),
         d_model=int(d_model),
         threads=cpu_threads(None),
@@ -279,7 +284,7 @@ def _check_hashes(where: str, wanted: Any, known: Mapping[str, str]) -> None:
 
 
 def transformer_of_files(canvas: Canvas) -> str | None:
-    """SHA-256 of the transformer's weights in their dtype, as `harvest.model.weights_hash` says of the loaded ones.
+    """SHA-256 of the transformer's weights in their dtype, as `harvest.models.model.weights_hash` says of the loaded ones.
 
     None where that takes loading the model: one of the hub, one in several or in large files.
     """
@@ -317,7 +322,10 @@ def _compare(folder: Path, model: Mapping[str, Any], where: str) -> None:
 
 
 def _config(folder: Path, part: str) -> dict[str, Any]:
-    path = folder / part / "config.json"
+    return _json(folder / part / "config.json")
+
+
+def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:

@@ -64,7 +64,7 @@ def run(settings: SteerSettings) -> Steered:
     Errors: `UsageError` and `MismatchError` for what cannot be drawn or does not belong together, before the model is loaded;
     `MismatchError` for weights other than the store's; `NonFiniteError` where a strength drives the model to NaN.
     """
-    from harvest.model import choose_device
+    from harvest.models.model import choose_device
 
     started = time.monotonic()
     device = choose_device(settings.device)
@@ -243,7 +243,7 @@ def _advance(progress: Any, count: int, _first: int, _step: int, _captured: Capt
 
 def _tell_cuts(painter: Painter, experiment: Experiment) -> None:
     """Say once how many prompts are longer than what the text encoders read."""
-    from harvest.text import tokenize
+    from harvest.models.text import tokenize
 
     prompts = list(dict.fromkeys(shot.prompt for shot in experiment.shots))
     length = experiment.canvas.max_sequence_length

@@ -33,7 +33,7 @@ from store.errors import MismatchError, NonFiniteError, UsageError
 from store.files import sha256_file
 
 LIBRARIES = ("scikit-image", "scipy", "flip-evaluator", "matplotlib")
-"""whose versions could change a byte of distances and collages, besides those of `harvest.model.library_versions`"""
+"""whose versions could change a byte of distances and collages, besides those of `harvest.models.model.library_versions`"""
 COLUMNS = ("psnr", "ssim", "flip", "lpips", "latent_cosine", "latent_mse", "clip")
 """in the order of every table"""
 NEARER_IS_GREATER = frozenset({"psnr", "ssim", "latent_cosine", "clip"})
@@ -164,7 +164,7 @@ def unit_embeddings(clip: Clip, pictures: Sequence[Image.Image], batch: int = 32
 
 def measured_by() -> tuple[dict[str, str], dict[str, str] | None]:
     """Versions of the libraries that pictures are drawn, compared and shown with; and LPIPS's version and weights, or None."""
-    from harvest.model import library_versions
+    from harvest.models.model import library_versions
 
     weights = _lpips_weights()
     lpips = None if weights is None else {"version": version("lpips"), "weights_sha256": _hash_of(weights)}

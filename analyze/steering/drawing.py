@@ -11,7 +11,7 @@ matrix product does.  So a caller who wants the same bytes draws the same shots 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from harvest.sample import Sampler
 
 BATCH_SIZE = 8
-PROMPTS_KEPT = 128
-"""prompts whose embeddings are kept on the CPU: 4 MB each with FLUX's 512 text tokens in bfloat16"""
 OnStep = Callable[[int, int, Captured], None]
 """is told the number of the batch's first shot, the denoising step that ended, and what was captured of `sites` in it"""
 
@@ -74,7 +72,6 @@ class Painter:
     """greatest activations of features, for edits whose unit is "peak"""
     forwards: int = 0
     """passes through the transformer so far, one a row of a batch and denoising step"""
-    _embeddings: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -151,7 +148,6 @@ class Painter:
                 step_ended,
                 replacement=replacement,
                 latents=True,
-                embeddings=self._encoded([shot.prompt for shot in shots]),
             )
         assert drawn.latents is not None
         self._refuse_non_finite(drawn.latents, shots, interventions)
@@ -165,22 +161,6 @@ class Painter:
         for spot, further in extra.items():
             found[spot] = [*found.get(spot, ()), *further]
         return found
-
-    def _encoded(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Embeddings of a batch; each prompt is encoded once, alone, so that they do not depend on the batch."""
-        from harvest.text import encode
-
-        for prompt in prompts:
-            found = self._embeddings.pop(prompt, None)
-            if found is None:
-                made = encode(self.sampler.pipe, [prompt], self.canvas.max_sequence_length)
-                found = made[0].cpu(), made[1].cpu()
-            self._embeddings[prompt] = found  # now the youngest
-        embeds, pooled = zip(*(self._embeddings[prompt] for prompt in prompts), strict=True)
-        for old in list(self._embeddings)[: -max(PROMPTS_KEPT, len(prompts))]:
-            del self._embeddings[old]
-        device = self.sampler.pipe._execution_device
-        return torch.cat(embeds).to(device), torch.cat(pooled).to(device)
 
     def _refuse_non_finite(
         self, latents: Tensor, shots: Sequence[Shot], interventions: Sequence[Intervention | None]
@@ -233,7 +213,10 @@ def open_painter(
     `dictionaries`: their folder, or a `Shelf` of them; checked against the store before the model is loaded.
     Errors: `UsageError` for a model, device or dictionaries that are not there, `MismatchError` for those of another model.
     """
-    from harvest.model import DTYPES, choose_device, load_pipeline
+    from harvest.models import text
+    from harvest.models.embeddings import Embeddings
+    from harvest.models.loading import load_pipeline
+    from harvest.models.model import DTYPES, choose_device
     from harvest.sample import Sampler
     from harvest.settings import HarvestSettings
 
@@ -251,16 +234,20 @@ def open_painter(
         _check_loaded(pipe, canvas)
         if canvas.dtype != canvas.weights_dtype:
             pipe = pipe.to(DTYPES[canvas.dtype])
+    length = canvas.max_sequence_length
+    embeddings = Embeddings(  # of each prompt alone, so that they do not depend on the batch
+        lambda unit: text.encode(pipe, unit, length), True, lambda: pipe._execution_device
+    )
     sampler = Sampler(
-        pipe, (), canvas.height, canvas.width, canvas.num_inference_steps, canvas.max_sequence_length, canvas.guidance, True
-    )  # fmt: skip
+        pipe, (), canvas.height, canvas.width, canvas.num_inference_steps, length, canvas.guidance, True, embeddings
+    )
     own = batch_size or (store.meta.batch_size if store is not None else BATCH_SIZE)
     return Painter(sampler, canvas, shelf.on(where), own, peaks)
 
 
 def _check_loaded(pipe: Any, canvas: Canvas) -> None:
     """`MismatchError` unless the pipeline has the sizes, and the weights, that were counted on."""
-    from harvest.model import shape_of, weights_hash
+    from harvest.models.model import shape_of, weights_hash
 
     shape = shape_of(pipe)
     found = {"n_blocks": shape.double_blocks, "d_model": shape.d_model, "pixels_per_token": shape.pixels_per_token}
@@ -278,7 +265,7 @@ def _check_loaded(pipe: Any, canvas: Canvas) -> None:
 
 def weights_of(painter: Painter) -> dict[str, str]:
     """Part -> SHA-256 of the weights that draw, in the dtype that they draw in."""
-    from harvest.model import weights_hash
+    from harvest.models.model import weights_hash
 
     return {part: weights_hash(getattr(painter.sampler.pipe, part)) for part in PARTS}
 

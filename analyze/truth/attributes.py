@@ -10,7 +10,7 @@ scenes of one object.  Over tokens there are three populations, so that each att
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -140,7 +140,7 @@ class TokenLabels:
     scene: Int[np.ndarray, " row"]
     """index into the scenes that were asked about"""
     token: Int[np.ndarray, " row"]
-    """position in the image stream"""
+    """position in the stream: that of the image, unless it was moved"""
     shown: Bool[np.ndarray, "row attribute"]
     population: dict[Population, Bool[np.ndarray, " row"]]
     """which rows belong to it; `placed` lies within `object`"""
@@ -149,6 +149,10 @@ class TokenLabels:
         """Only the given rows."""
         population = {name: member[rows] for name, member in self.population.items()}
         return TokenLabels(self.scene[rows], self.token[rows], self.shown[rows], population)
+
+    def moved(self, by: int) -> "TokenLabels":
+        """The same tokens in a joint sequence, where `by` text tokens come before them."""
+        return replace(self, token=self.token + by)
 
 
 def token_labels(scenes: Sequence[Scene], seed: int) -> TokenLabels:

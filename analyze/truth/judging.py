@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from analyze.inputs import Analysis, Subject, check_output, open_analysis
 from analyze.labels.book import LabelBook
-from analyze.truth.attributes import Attribute, token_labels
+from analyze.truth.attributes import Attribute, TokenLabels, token_labels
 from analyze.truth.choosing import Choice, best_of, choose_columns, empty_choice
 from analyze.truth.judges import Judges, choose_judges
 from analyze.truth.raw import image_bounds, read_raw
@@ -30,6 +30,7 @@ from analyze.truth.table import Findings, found_rows
 from analyze.truth.tokens import dictionary_truth, parts_of, token_bounds
 from analyze.truth.writing import printed, write_truth
 from store.errors import NonFiniteError
+from store.sites import Stream
 
 
 def run(settings: TruthSettings) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def judge(analysis: Analysis, judges: Judges, seed: int, padding: bool) -> Findi
     with tqdm(total=len(sites) * len(analysis.steps), desc="truth", unit="step", mininterval=0.5) as progress:
         for site in sites:
             for step in analysis.steps:
-                placed = labels if site.stream == "img" else None
+                placed = None if labels is None else _placed(labels, site.stream, analysis.store.meta.text_tokens)
                 images, tokens = read_raw(analysis, site, step, judges, placed, padding)
                 findings.image_bounds[site, step] = image_bounds(images, judges)
                 findings.channels[site, step] = images.channel
@@ -91,6 +92,11 @@ def judge(analysis: Analysis, judges: Judges, seed: int, padding: bool) -> Findi
                         findings.tokens[subject, step] = dictionary_truth(subject, tokens, parts, choice)
                 progress.update()
     return findings
+
+
+def _placed(labels: TokenLabels, stream: Stream, text_tokens: int) -> TokenLabels | None:
+    """The labelled image tokens where a stream has them; None for text alone."""
+    return None if stream == "txt" else labels.moved(text_tokens) if stream == "joint" else labels
 
 
 def over_images(analysis: Analysis, subject: Subject, step: int, judges: Judges) -> Choice:

@@ -130,7 +130,10 @@ def _dictionary_lines(result: Mapping[str, Any]) -> list[str]:
 def _without(result: Mapping[str, Any]) -> list[str]:
     lines = []
     verdicts = {stream: (f"{stream}: no feature", verdict) for stream, verdict in result["verdict"].items()}
-    if result["populations"] and "joint" in verdicts:
+    of_joint = [entry["streams"]["joint"] for entry in result["attributes"] if "joint" in entry["streams"]]
+    if (
+        result["populations"] and of_joint and not any("tokens" in entry for entry in of_joint)
+    ):  # made by an older Granary
         lines.append("joint: no figures over tokens, which are told apart in img streams alone")
     for stream, (nobody, verdict) in verdicts.items():
         if verdict["without"]:

@@ -181,7 +181,7 @@ def _calls(validated: Validated, painter: Painter, keys: list[tuple[int, int]]) 
 
 def _converted(painter: Painter, settings: ValidateSettings) -> "nn.Module":
     """The transformer in the dtype of the perturbed runs."""
-    from harvest.model import DTYPES
+    from harvest.models.model import DTYPES
     from harvest.quiet import quiet
 
     transformer: nn.Module = painter.sampler.pipe.transformer

@@ -42,7 +42,7 @@ class Together:
 
 def record_of(validated: Validated) -> dict[str, Any]:
     """What decides the numbers."""
-    from harvest.model import choose_device, library_versions
+    from harvest.models.model import choose_device, library_versions
 
     settings = validated.settings
     return {

@@ -134,7 +134,8 @@ def _read(
     for place, image in enumerate(images):
         rows = array.read(image, source.step)
         advance(rows.nbytes)
-        chosen = np.arange(len(rows)) if positions is None else positions[place][positions[place] >= 0]
+        slots = np.arange(kept) if positions is None else np.flatnonzero(positions[place] >= 0)
+        chosen = slots if positions is None else positions[place][slots]
         at_once = max(BLOCK // meta.d_model, 1)
         for first in range(0, len(chosen), at_once):
             tokens = chosen[first : first + at_once]
@@ -142,7 +143,7 @@ def _read(
             rounded, lost = _rounded(block, logical)
             if not np.isfinite(lost):
                 _refuse_non_finite(plan, key, image, array.where(image), block, tokens)
-            values[place, first : first + len(tokens)] = rounded
+            values[place, slots[first : first + at_once]] = rounded
             error += lost
     return values, error
 

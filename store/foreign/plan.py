@@ -5,6 +5,7 @@ every assumption is a sentence, printed before the import begins and kept in the
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +23,7 @@ from store.foreign.sources import STREAMS, Key, Source, dtypes_of, facts_of, ope
 from store.format import StoreDtype, StoreMeta, StreamTokens, carrier_of, chunk_images, part_files
 from store.sites import Stream
 from store.sizes import human_size
-from store.tokens import image_policy, text_policy
+from store.tokens import image_policy, joint_policy, text_policy
 
 LIBRARIES = ("numpy", "ml_dtypes", "numcodecs", "pyarrow", "safetensors")
 """whose versions could change a byte of an imported store"""
@@ -86,7 +87,7 @@ def make_plan(settings: ImportSettings) -> ImportPlan:
     if settings.model_id is None:
         assumed.append("nothing about the model: dictionaries of any model are taken to fit (--model-id names it)")
     store_dtype = _store_dtype(settings, sources)
-    policies = _policies(settings, tokens, prompts)
+    policies = _policies(settings, tokens, text_tokens, prompts)
     itemsize = np.dtype(carrier_of(store_dtype).stored).itemsize
     meta = StoreMeta(
         n_images=n_images,
@@ -232,15 +233,18 @@ def _prompts(
     return table, {"source": name, "sha256": digest, "count": table.num_rows, "split": "all"}
 
 
-def _policies(settings: ImportSettings, tokens: dict[Stream, int], prompts: pa.Table) -> dict[Stream, StreamTokens]:
+def _policies(
+    settings: ImportSettings, tokens: dict[Stream, int], text_tokens: int, prompts: pa.Table
+) -> dict[Stream, StreamTokens]:
+    """What is kept of each stream; of a joint sequence what is kept of its text and of its image."""
     lengths = prompts["text_length"].to_pylist() if "text_length" in prompts.column_names else []
-    return {
-        stream: text_policy(settings.text_tokens, tokens[stream], max(lengths, default=tokens[stream]))
-        if stream == "txt"
-        else image_policy(settings.tokens, tokens[stream])
-        for stream in STREAMS
-        if stream in tokens
+    image_tokens = tokens.get("img", tokens.get("joint", 0) - text_tokens)
+    made: dict[Stream, Callable[[], StreamTokens]] = {
+        "img": lambda: image_policy(settings.tokens, image_tokens),
+        "txt": lambda: text_policy(settings.text_tokens, text_tokens, max(lengths, default=text_tokens)),
+        "joint": lambda: joint_policy(made["txt"](), made["img"]()),
     }
+    return {stream: made[stream]() for stream in STREAMS if stream in tokens}
 
 
 def _store_dtype(settings: ImportSettings, sources: dict[Key, Source]) -> StoreDtype:

@@ -13,10 +13,10 @@ from store.format import EMPTY_TOKEN, array_specs
 from store.packing.plan import PackPlan
 from store.packing.scratch import Layout
 from store.reader import COMMITS_KEPT
-from store.shards import GROUPS
 from store.shuffle import BLOCK
 from store.sites import Site, Stream
 from store.sizes import human_size
+from store.strata import GROUPS
 
 assert EMPTY_TOKEN < 0
 SUM_VALUES = 1 << 16

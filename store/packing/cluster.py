@@ -103,7 +103,7 @@ def courier_code() -> dict[str, Any]:
     return namespace
 
 
-def _within(seconds: float, call: Callable[[], Any]) -> Any:
+def within(seconds: float, call: Callable[[], Any]) -> Any:
     """What the call returns or raises; `TimeoutError` where it takes longer (it goes on in a thread that holds nobody up)."""
     answer: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
 
@@ -129,6 +129,8 @@ class ClusterCrew(Crew):
     work: Callable[..., Any] = staticmethod(work)
     """what a worker is to run, with the job and a task: (what the task made, the worker's id, its greatest memory)"""
     end: Callable[..., None] = staticmethod(end)
+    spare = "Give less --memory"
+    """what to do when workers have too little"""
 
     def __init__(self, job: Any, progress: Progress, cost: Any) -> None:
         self.job, self._progress, self._cost = job, progress, cost
@@ -151,7 +153,7 @@ class ClusterCrew(Crew):
         if self.job.settings.scheduler is not None and self._closing:
             with suppress(Exception):  # a worker that is gone, or was never ours, holds nothing
                 deliver, packed = courier_code()["deliver"], pickle.dumps((self.end, (self.job,)))
-                _within(LOOK_SECONDS, lambda: self.client.run(deliver, packed, on_error="ignore"))
+                within(LOOK_SECONDS, lambda: self.client.run(deliver, packed, on_error="ignore"))
         while self._closing:
             self._closing.pop().close()
         logging.getLogger("distributed").setLevel(self._level)
@@ -212,17 +214,21 @@ class ClusterCrew(Crew):
             marks += [of_scratch] if of_scratch.exists() else []
         return marks
 
+    def seals(self) -> list[Path]:
+        """The seal of the store that the workers read, where it is a folder."""
+        local = open_store(self.job.settings.store).place.local
+        return [] if local is None else [local / "seal.json"]
+
     def named(self, task: Any) -> str:
         """A task in words."""
         return f"{task.kind} {task.number} of {task.site}"
 
     def _refuse_strangers(self) -> None:
         """`MismatchError` naming a worker of another version, or one that does not see what we see."""
-        local = open_store(self.job.settings.store).place.local
-        marks = [*self.marks(), *([] if local is None else [local / "seal.json"])]
+        marks = [*self.marks(), *self.seals()]
         expected = {str(mark): sha256_file(mark) for mark in marks}
         with self._answering():
-            answers = _within(PROBE_SECONDS, lambda: self.client.run(courier_code()["probe"], list(expected)))
+            answers = within(PROBE_SECONDS, lambda: self.client.run(courier_code()["probe"], list(expected)))
         for address, found in answers.items():
             if found["sources"] is None:
                 raise MismatchError(
@@ -283,7 +289,7 @@ class ClusterCrew(Crew):
         if isinstance(error, distributed.KilledWorker):
             raise GranaryError(
                 f"the worker doing {self.named(task)} died, and so did those that took its place "
-                f"({error.last_worker.address}): out of memory? Give less --memory, or look into the worker's log; then run "
+                f"({error.last_worker.address}): out of memory? {self.spare}, or look into the worker's log; then run "
                 "the same command again, it goes on where it was"
             )
         if isinstance(error, distributed.CancelledError | distributed.comm.CommClosedError):

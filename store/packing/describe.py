@@ -28,23 +28,28 @@ def describe(pack: Pack) -> str:
         ("size", f"{human_size(size)} in {many(len(files) + 1, 'file')}; shards of at most {plan['shard_mb']} MB"),
     ]  # fmt: skip
     lines = [f"{name:>8}  {value}" for name, value in facts]
-    head = f"{'site':>8} {'rows':>14} {'of real tokens':>15} {'shards':>7} {'rows a shard':>19} {'bytes':>9}"
-    return "\n".join([*lines, "", head, *(_site_line(pack, site) for site in sites)])
+    joint = any("image" in pack.groups(site) for site in sites)
+    image = f" {'of the image':>14}" if joint else ""
+    head = f"{'site':>8} {'rows':>14} {'of real tokens':>15}{image} {'shards':>7} {'rows a shard':>19} {'bytes':>9}"
+    return "\n".join([*lines, "", head, *(_site_line(pack, site, joint) for site in sites)])
 
 
 def model_line(model: dict[str, Any]) -> str:
-    """`tiny-flux, transformer sha256 1a2b3c4d5e6f…`"""
+    """`tiny-flux, transformer sha256 1a2b3c4d5e6f…`, and whether it was quantised or compiled"""
     hashes = model.get("weights_sha256")
     digest = hashes.get("transformer") if isinstance(hashes, dict) else None
-    return f"{model.get('id')}" + (f", transformer sha256 {str(digest)[:12]}…" if digest else ", weights unknown")
+    known = f", transformer sha256 {str(digest)[:12]}…" if digest else ", weights unknown"
+    quantized = f", quantised ({model['quantized'].get('as')})" if "quantized" in model else ""
+    return f"{model.get('id')}{known}{quantized}" + (f", compiled ({model['compiled']})" if "compiled" in model else "")
 
 
-def _site_line(pack: Pack, site: Site) -> str:
-    shards = pack.shard_rows(site.stream)
-    real = pack.manifest["streams"][site.stream].get("real_rows")
+def _site_line(pack: Pack, site: Site, joint: bool) -> str:
+    shards, groups = pack.shard_rows(site.stream), pack.group_rows(site)
+    kinds = f"{_number(groups.get('real')):>15}" + (f" {_number(groups.get('image')):>14}" if joint else "")
     spread = f"{min(shards):,}" + (f" to {max(shards):,}" if max(shards) > min(shards) else "")
     size = sum(pack.files[shard_file(site, index)]["bytes"] for index in range(len(shards)))
-    return (
-        f"{site!s:>8} {sum(shards):>14,} {'' if real is None else f'{real:,}':>15} {len(shards):>7,} {spread:>19} "
-        f"{human_size(size):>9}"
-    )
+    return f"{site!s:>8} {sum(shards):>14,} {kinds} {len(shards):>7,} {spread:>19} {human_size(size):>9}"
+
+
+def _number(count: int | None) -> str:
+    return "" if count is None else f"{count:,}"

@@ -10,10 +10,10 @@ Hands = TypeVar("Hands")
 
 
 class Held(Generic[Job, Hands]):
-    """The hands of one job at most, and with them its memory; `make` makes them."""
+    """The hands of one job at most, and with them its memory; `make` makes them, `close` is told when they are given back."""
 
-    def __init__(self, make: Callable[[Job], Hands]) -> None:
-        self.make = make
+    def __init__(self, make: Callable[[Job], Hands], close: Callable[[Hands], object] = lambda _hands: None) -> None:
+        self.make, self.close = make, close
         self._one_at_a_time = threading.Lock()
         self._held: dict[Job, Hands] = {}
         self._ended: set[Job] = set()
@@ -22,13 +22,18 @@ class Held(Generic[Job, Hands]):
         """How many jobs hands are held for: 0 or 1."""
         return len(self._held)
 
+    def of(self, job: Job) -> Hands | None:
+        """The hands of a job where they are held."""
+        return self._held.get(job)
+
     @contextmanager
     def hands(self, job: Job) -> Iterator[Hands]:
         """The hands of a job, for one task; another task waits for its end."""
         with self._one_at_a_time:
             try:
                 if job not in self._held:
-                    self._held.clear()
+                    for other in list(self._held):
+                        self.close(self._held.pop(other))
                     self._held[job] = self.make(job)
                 yield self._held[job]
             finally:
@@ -45,4 +50,6 @@ class Held(Generic[Job, Hands]):
 
     def _forget_ended(self) -> None:
         while self._ended:
-            self._held.pop(self._ended.pop(), None)
+            job = self._ended.pop()
+            if job in self._held:
+                self.close(self._held.pop(job))

@@ -15,8 +15,11 @@ from store.reader import Store
 from store.shards import weights_name
 from store.shuffle import SCHEME
 from store.sites import POINTS, Point, Site, Stream, choose_sites
+from store.strata import Group, kinds_of
 
 WEIGHTS_FILE = r"sha256-[0-9a-f-]+\.safetensors"
+MANIFEST_GROUPS: dict[Stream, tuple[Group, ...]] = {"img": (), "txt": ("real",), "joint": kinds_of("joint")}
+"""whose rows the manifest counts, beside all of them"""
 
 
 class PackPlan:
@@ -41,6 +44,10 @@ class PackPlan:
             "steps": list(store.steps), "d_model": store.meta.d_model, "dtype": np.dtype(self.dtype).name,
             "targets": store.meta.targets, "weights": self.weights,
         }  # fmt: skip
+        if (
+            "joint" in self.streams
+        ):  # before kinds were told apart there, a joint pack had neither column nor means of them
+            self.content["strata"] = {"joint": list(kinds_of("joint"))}
         self.key = sha256_bytes(json_bytes(self.content))
 
     def _points(self) -> tuple[Point, ...]:
@@ -122,6 +129,6 @@ class PackPlan:
         """What the manifest says of each stream."""
         return {
             stream: {"rows": rows.rows, "shards": np.diff(self.cuts[stream]).tolist(), "images": len(rows.image)}
-            | ({"real_rows": int(rows.real.sum())} if stream == "txt" else {})
+            | {f"{group}_rows": rows.rows_of(group) for group in MANIFEST_GROUPS[stream]}
             for stream, rows in self.rows.items()
         }

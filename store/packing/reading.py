@@ -18,8 +18,9 @@ from store.packing.budget import SUM_VALUES
 from store.packing.plan import PackPlan
 from store.packing.rows import Rows, Unit
 from store.packing.sink import Advance
-from store.shards import GROUPS, mean_name
+from store.shards import mean_name
 from store.sites import Point, Site
+from store.strata import CODES, GROUPS, Group
 
 
 class Reading:
@@ -61,7 +62,7 @@ class Reading:
         for column, point in enumerate(self.plan.points):
             values = self.activations[point][span]
             self._read(chunk, step, point, unit, values)
-            self.sums[index, column] = found = sums_of(values, unit.real)
+            self.sums[index, column] = found = sums_of(values, unit.codes, self.rows.kinds)
             if not np.isfinite(found).all():
                 self._refuse(step, point, unit, values)
 
@@ -94,20 +95,22 @@ class Reading:
         )
 
 
-def sums_of(rows: np.ndarray, real: np.ndarray | None) -> np.ndarray:
-    """Float64 sums (group, d_model) of `rows` (row, d_model), added row after row; of txt real and padding ones apart."""
-    parts = np.zeros((1 if real is None else 2, rows.shape[1]))
+def sums_of(rows: np.ndarray, codes: np.ndarray | None, kinds: Sequence[Group]) -> np.ndarray:
+    """Float64 sums (group, d_model) of `rows` (row, d_model), added row after row; those of several `kinds` apart, by `codes`."""
+    parts = np.zeros((len(kinds), rows.shape[1]))
     at_once = max(SUM_VALUES // rows.shape[1], 1)
     wide = np.empty((min(at_once, len(rows)), rows.shape[1]), np.uint32)
     for first in range(0, len(rows), at_once):
         exact = _widened(rows[first : first + at_once], wide)
-        if real is None:
-            parts[0] += np.add.reduce(exact, axis=0, dtype=np.float64)
-        else:
-            mask = real[first : first + at_once]
-            parts[0] += np.add.reduce(exact[mask], axis=0, dtype=np.float64)
-            parts[1] += np.add.reduce(exact[~mask], axis=0, dtype=np.float64)
-    return parts if real is None else np.stack([parts[0] + parts[1], *parts])
+        for place, kind in enumerate(kinds):
+            chosen = exact if codes is None else exact[codes[first : first + at_once] == CODES[kind]]
+            parts[place] += np.add.reduce(chosen, axis=0, dtype=np.float64)
+    if codes is None:
+        return parts
+    total = parts[0].copy()
+    for part in parts[1:]:
+        total += part
+    return np.stack([total, *parts])
 
 
 def _widened(rows: np.ndarray, wide: np.ndarray) -> np.ndarray:

@@ -11,10 +11,10 @@ import numpy as np
 
 from store.errors import DamagedError, UsageError
 from store.reader import Store
-from store.shards import Group
 from store.shuffle import Permutation, round_keys
 from store.sites import Stream
 from store.split import Split
+from store.strata import CODE_COLUMNS, CODES, Group, codes_of, kinds_of
 
 
 class Rows:
@@ -29,15 +29,19 @@ class Rows:
         sigma = np.array(table.column("sigma").combine_chunks().flatten(), np.float32)
         self.sigma = sigma.reshape(len(chosen), -1)[chosen][:, list(self.steps)]
         self.text_length = np.array(table.column("text_length"), np.int32)[chosen]
-        self.kept = store.meta.tokens[stream].kept
+        self.kept, self.text_total = store.meta.tokens[stream].kept, store.meta.text_tokens
         self.starts: np.ndarray | None = None
         """(place * steps + step) -> the rank of its first row, and at the end how many rows there are; None where all slots are kept"""
-        self.real = np.zeros((len(self.image), len(self.steps)), np.int32)
-        """(place, step) -> rows that are real tokens; of txt alone"""
-        if store.meta.tokens[stream].policy != "all" and stream == "txt":
+        self.kinds = kinds_of(stream)
+        self.of_kind = np.zeros((len(self.image), len(self.steps), len(self.kinds)), np.int32)
+        """(place, step, kind) -> its rows; nothing of img, where no kinds are told apart"""
+        if store.meta.tokens[stream].policy != "all" and stream != "img":
             self._count()
-        elif stream == "txt":
-            self.real[:] = np.minimum(self.text_length, self.kept)[:, None]
+        elif stream != "img":
+            text = min(self.text_total, self.kept)
+            real = np.minimum(self.text_length, text)
+            every = {"real": real, "padding": text - real, "image": np.full_like(real, self.kept - text)}
+            self.of_kind[:] = np.stack([every[kind] for kind in self.kinds], axis=1)[:, None]
         slots = len(self.image) * len(self.steps)
         self.rows = slots * self.kept if self.starts is None else int(self.starts[-1])
         if not self.rows:
@@ -48,16 +52,24 @@ class Rows:
         self.permutation = Permutation(self.rows, round_keys(seed, split, stream))
 
     def _count(self) -> None:
-        """Count the kept and the real tokens of each (image, step), a chunk of the store at a time."""
-        counts = np.zeros(self.real.shape, np.int64)
+        """Count the tokens of each kind of each (image, step), a chunk of the store at a time."""
         for chunk in range(self.store.meta.n_parts):
             first, last = self.places(chunk)
             for index in range(len(self.steps) if first < last else 0):
-                tokens = self._slots(chunk, index)
-                counts[first:last, index] = (tokens >= 0).sum(axis=1)
-                lengths = self.text_length[first:last, None]
-                self.real[first:last, index] = ((tokens >= 0) & (tokens < lengths)).sum(axis=1)
+                tokens, lengths = self._slots(chunk, index), self.text_length[first:last, None]
+                self.of_kind[first:last, index] = self._by_kind(tokens, lengths)
+        counts = self.of_kind.sum(axis=2, dtype=np.int64)
         self.starts = np.concatenate([[0], np.cumsum(counts.reshape(-1))])
+
+    def _by_kind(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Tokens (image, slot) counted by kind, (image, kind); `lengths` (image, 1) are the real ones of the text."""
+        codes = np.where(tokens >= 0, self._codes(tokens, lengths), len(CODES))
+        return np.stack([(codes == CODES[kind]).sum(axis=1) for kind in self.kinds], axis=1)
+
+    def _codes(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        return codes_of(
+            self.stream, np.broadcast_to(tokens, np.broadcast(tokens, lengths).shape), lengths, self.text_total
+        )
 
     def places(self, chunk: int) -> tuple[int, int]:
         """First and last + 1 of the places that a chunk of images holds."""
@@ -99,8 +111,8 @@ class Rows:
             )
         within = np.arange(kept.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         ranks = np.repeat(starts, counts) + within
-        real = (tokens < self.text_length[first:last, None])[kept] if self.stream == "txt" else None
-        return Unit(first, kept, tokens[kept], self.permutation(ranks), real)
+        codes = self._codes(tokens, self.text_length[first:last, None])[kept] if self.stream != "img" else None
+        return Unit(first, kept, tokens[kept], self.permutation(ranks), codes)
 
     def provenance(self, first: int, tokens: np.ndarray) -> dict[str, np.ndarray]:
         """The columns that say where the rows at `first` and following come from; `tokens` (row,) are known of them."""
@@ -113,23 +125,28 @@ class Rows:
             "step": np.array(self.steps, np.int16)[step],
             "token": tokens.astype(np.int32, copy=False),
         }
-        if self.stream == "txt":
-            columns["real"] = (tokens < self.text_length[place]).astype(np.uint8)
+        if self.stream in CODE_COLUMNS:
+            columns[CODE_COLUMNS[self.stream]] = self._codes(tokens, self.text_length[place])
         return columns
 
     def count(self, step_index: int, group: Group) -> int:
         """How many rows of a step are in a group."""
+        if group != "all":
+            return int(self.of_kind[:, step_index, self.kinds.index(group)].sum())
         if self.starts is None:
             every = len(self.image) * self.kept
         else:
             every = int(np.diff(self.starts).reshape(-1, len(self.steps))[:, step_index].sum())
-        real = int(self.real[:, step_index].sum())
-        return every if group == "all" else real if group == "real" else every - real
+        return every
+
+    def rows_of(self, group: Group) -> int:
+        """How many rows of all steps are in a group."""
+        return sum(self.count(index, group) for index in range(len(self.steps)))
 
     @cached_property
     def nbytes(self) -> int:
         """Bytes that are held for the length of the packing."""
-        arrays = (self.image, self.sigma, self.text_length, self.real, self.starts, self.unit_rows)
+        arrays = (self.image, self.sigma, self.text_length, self.of_kind, self.starts, self.unit_rows)
         return sum(array.nbytes for array in arrays if array is not None)
 
 
@@ -137,10 +154,10 @@ class Unit:
     """The rows of one chunk of images at one step, in the order of their ranks."""
 
     def __init__(
-        self, first: int, kept: np.ndarray, tokens: np.ndarray, destinations: np.ndarray, real: np.ndarray | None
+        self, first: int, kept: np.ndarray, tokens: np.ndarray, destinations: np.ndarray, codes: np.ndarray | None
     ) -> None:
-        self.first, self.kept, self.tokens, self.destinations, self.real = first, kept, tokens, destinations, real
-        """place of the first image; (place, slot) mask; (row,) int32; (row,) int64; (row,) mask of txt"""
+        self.first, self.kept, self.tokens, self.destinations, self.codes = first, kept, tokens, destinations, codes
+        """place of the first image; (place, slot) mask; (row,) int32; (row,) int64; (row,) kinds as `CODES`, None of img"""
 
     def row_at(self, row: int) -> tuple[int, int]:
         """Place and token of a row."""

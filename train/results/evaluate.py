@@ -20,8 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from store.errors import MismatchError, UsageError
-from store.shards import GROUPS, Group, Pack
+from store.shards import Pack
 from store.sites import POINTS, Point, Site
+from store.strata import CODE_COLUMNS, CODES, Group
 from train.dictionaries.config import DictionaryConfig
 from train.dictionaries.dictionary import Dictionary
 from train.dictionaries.provenance import check_same_model
@@ -37,22 +38,24 @@ DENSITY_LOG10_EDGES: tuple[float, ...] = tuple(place / 4 for place in range(-32,
 
 
 class Cells:
-    """Which rows are added up together: those of one step, and for txt of one kind of token."""
+    """Which rows are added up together: those of one step, and for txt and joint of one kind of token."""
 
     def __init__(self, pack: Pack, site: Site) -> None:
-        self.steps, self.groups = pack.steps, GROUPS[site.stream]
+        self.steps, self.groups, self.stream = pack.steps, pack.groups(site), site.stream
         self.kinds: tuple[Group, ...] = self.groups[1:] or self.groups
-        """what a step's cells are of, in their order: `all`, or `real` and `padding`"""
+        """what a step's cells are of, in their order: `all`; or `real`, `padding` and, of a joint sequence, `image`"""
 
     def __len__(self) -> int:
         return len(self.steps) * len(self.kinds)
 
     def of(self, columns: Mapping[str, Tensor]) -> Int[Tensor, " row"]:
-        """The cell of every row of a shard, from its columns `step` and, for txt, `real`."""
+        """The cell of every row of a shard, from its column `step` and the one that says what kind of token it is."""
         place = torch.searchsorted(torch.tensor(self.steps), columns["step"].long())
         if len(self.kinds) == 1:
             return place
-        return 2 * place + (columns["real"] == 0).long()
+        kind = torch.empty(len(CODES), dtype=torch.int64)
+        kind[[CODES[each] for each in self.kinds]] = torch.arange(len(self.kinds))
+        return len(self.kinds) * place + kind[columns[CODE_COLUMNS[self.stream]].long()]
 
     def members(self, group: Group, step: int | None = None) -> list[int]:
         """The cells of a group, of one step or of all."""
@@ -71,7 +74,7 @@ class Block(NamedTuple):
 
 
 class Deviations:
-    """Of one target point: sum |y - mean|^2 by cell, against the mean of the step and, for txt, that of the cell's own tokens."""
+    """Of one target point: sum |y - mean|^2 by cell, against the mean of the step and, for txt and joint, that of the cell's own kind."""
 
     def __init__(self, means: TrainingMeans, cells: Cells, device: torch.device) -> None:
         every: Group = "all"
@@ -150,10 +153,10 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """What `metrics.json` holds, for each dictionary: figures over all rows of `val_pack`, and over its `steps` apart.
 
-    All dictionaries are of one site; for txt there are figures over `real` and `padding` tokens as well.  `means` are those of
-    the target points in the pack that was trained on.  The dictionaries are moved to `device`.  A dead feature is active
-    on none of the `rows` rows.  Memory: a shard, the weights, a count a cell and feature, and for one block of rows at a
-    time three matrices of `ENTRIES_AT_ONCE` entries, however many dictionaries there are.
+    All dictionaries are of one site; for txt there are figures over `real` and `padding` tokens as well, for joint over
+    these and `image` tokens.  `means` are those of the target points in the pack that was trained on.  The dictionaries are
+    moved to `device`.  A dead feature is active on none of the `rows` rows.  Memory: a shard, the weights, a count a cell and
+    feature, and for one block of rows at a time three matrices of `ENTRIES_AT_ONCE` entries, however many dictionaries there are.
 
     Where training has no row of one kind of token at a step, the held-out ones are judged against the mean of all tokens of
     that step, and `means_missing` lists such cells, as `["padding 2"]`; otherwise there is no such key.

@@ -12,9 +12,10 @@ import time
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from store.files import write_bytes
+from store.strata import Group
 from train.dictionaries.checkpoint import LOG, LogLine
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Logs:
         """Add the figures on held-out rows, at the number of steps taken, and how dense the features are."""
         if self._writer is None:
             self._writer = self._open(steps)
-        for group in ("all", "real", "padding"):
+        for group in get_args(Group):
             found = metrics if group == "all" else metrics.get(group)
             if not found:
                 continue

@@ -4,7 +4,8 @@ A dictionary is on the front when no other of the same site and kind has both no
 unexplained variance on the held-out rows, and less of one of them.  There is a front where there are two to compare at least,
 and nobody is on it who explains less than the mean does (FVU 1 and above).  A transcoder and an SAE are never compared: the SAE
 reads what it is to explain.  Nor are dictionaries that were measured on different rows: another validation pack, or targets
-recomputed here and stored there.  For text, real tokens and padding each have a front of their own.
+recomputed here and stored there.  For text, real tokens and padding each have a front of their own, and so have the
+image tokens of joint sites.
 """
 
 import math
@@ -17,8 +18,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from store.shards import GROUPS, Group
 from store.sites import Site
+from store.strata import Group, kinds_of
 from train.dictionaries.dictionary import Dictionary
 from train.results.differences import SEEDS, setting, shown, sparsity_of, varying
 from train.results.plots import (
@@ -148,7 +149,10 @@ def _better(one: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
 
 
 def pareto(dictionaries: Sequence[Dictionary]) -> bytes | None:
-    """L0 against FVU on held-out rows as PNG, a panel a site (text: real tokens and padding); None when nothing was measured."""
+    """L0 against FVU on held-out rows as PNG; None when nothing was measured.
+
+    A panel a site, and where a stream has several kinds of tokens a panel for each.
+    """
     panels = _panels(dictionaries)
     if not panels:
         return None
@@ -180,9 +184,10 @@ def _panels(dictionaries: Sequence[Dictionary]) -> list[Panel]:
     """Those that have any point: image sites first, by layer."""
     panels = []
     for site in sorted({each.site for each in dictionaries}, key=lambda site: (site.stream, site.layer)):
-        groups, mine = GROUPS[site.stream], [each for each in dictionaries if each.site == site]
+        mine = [each for each in dictionaries if each.site == site]
         telling = [name for name in varying(mine) if name not in (*SEEDS, *_IN_SERIES)]
-        for group in groups[1:] or groups:
+        kinds = [kind for kind in kinds_of(site.stream) if any(figures_of(each, kind) for each in mine)]
+        for group in kinds or ["all"]:
             points = []
             for dictionary in mine:
                 found = figures_of(dictionary, group)

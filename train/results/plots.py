@@ -43,7 +43,7 @@ PANELS = {
 LINEAR = ("lr", "dead", "resampled")
 HEADROOM = 1.18
 """height of a density plot in its highest bars: a word stands above them"""
-GROUP_TITLES = {"all": "all tokens", "real": "real tokens", "padding": "padding"}
+GROUP_TITLES = {"all": "all tokens", "real": "real tokens", "padding": "padding", "image": "image tokens"}
 
 
 @contextmanager
@@ -137,8 +137,10 @@ def short_number(value: float | int, _: object = None) -> str:
 
 
 def density(metrics: Mapping[str, Any], title: str) -> bytes:
-    """How many features are active on which share of the held-out rows, never-active ones apart; txt: each kind of token too."""
-    groups = [("all", metrics)] + [(name, metrics[name]) for name in ("real", "padding") if metrics.get(name)]
+    """How many features are active on which share of the held-out rows, never-active ones apart; txt and joint: each kind of token too."""
+    groups = [("all", metrics)] + [
+        (name, metrics[name]) for name in GROUP_TITLES if name != "all" and metrics.get(name)
+    ]
     edges = [float(edge) for edge in metrics["density_log10_edges"]]
     with drawing(8.0, 1.3 + 2.2 * len(groups)) as figure:
         figure.suptitle(title, **TITLE)

@@ -13,13 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, get_args
 
 from tqdm import tqdm
 
 from store.errors import ForeignError
 from store.files import is_temporary, json_bytes, read_self_checked, self_checked, sha256_bytes, write_bytes
-from store.shards import GROUPS, Group
+from store.strata import GROUPS, Group
 from train.dictionaries.checkpoint import CONFIG, LogLine, outline, read_log
 from train.dictionaries.dictionary import Dictionary
 from train.results.differences import SEEDS, seeds_apart, setting, shown, sparsity_of, varying
@@ -62,9 +62,9 @@ def table(dictionaries: Sequence[Dictionary]) -> str:
 def text(trained: Sequence[Trained]) -> str:
     """One line a dictionary: what it was trained with, rows, FVU, L0, its share of the features, dead share; held-out rows only.
 
-    A text dictionary has two more lines, real tokens and padding.  `*` marks those on the Pareto front of their site, kind
-    and held-out rows; where the rows differ between dictionaries, a column `measured on` says which they are.  Below several
-    that only their seeds tell apart stand mean and standard deviation.
+    A text dictionary has two more lines, real tokens and padding, a joint one a third, image tokens.  `*` marks those on the
+    Pareto front of their site, kind and held-out rows; where the rows differ between dictionaries, a column `measured on` says
+    which they are.  Below several that only their seeds tell apart stand mean and standard deviation.
     """
     lines = cells(trained)
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
@@ -81,7 +81,7 @@ def cells(trained: Sequence[Trained]) -> list[list[str]]:
     dictionaries = [each.dictionary for each in trained]
     columns = [*varying(dictionaries), *(["measured_on"] if unlike(dictionaries) else [])]
     seeds = {places[-1]: places for places in seeds_apart(dictionaries)}
-    fronts = {group: on_front(dictionaries, group) for group in ("all", "real", "padding")}
+    fronts = {group: on_front(dictionaries, group) for group in get_args(Group)}
     head = ["dictionary", "sparsity", *(name.replace("_", " ") for name in columns), "rows", "features"]
     figures = ["FVU", "L0", "L0 %", "dead %", "cosine", "held-out rows", "front"]
     lines = [[*head, *figures]]
@@ -204,7 +204,7 @@ def finished(out: Path) -> Iterator[Trained]:
 def content_of(trained: Sequence[Trained], files: Mapping[str, bytes]) -> dict[str, Any]:
     """What `sweep.json` says."""
     dictionaries = [each.dictionary for each in trained]
-    fronts = {group: on_front(dictionaries, group) for group in ("all", "real", "padding")}
+    fronts = {group: on_front(dictionaries, group) for group in get_args(Group)}
     entries = []
     for place, each in enumerate(trained):
         config, metrics = each.dictionary.config, each.dictionary.metrics or {}

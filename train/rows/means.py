@@ -7,8 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from store.shards import GROUPS, Group, Pack
+from store.shards import Pack
 from store.sites import Point, Site
+from store.strata import CODE_COLUMNS, CODES, Group
 from train.rows.read_ahead import in_order
 from train.rows.reading import ROWS_AT_ONCE
 from train.rows.recompute import Recompute
@@ -28,7 +29,7 @@ class TrainingMeans:
         self.pack, self.site, self.point, self.device = pack, site, point, torch.device(device)
 
     def of(self, step: int, group: Group = "all") -> Float[Tensor, " d_model"] | None:
-        """The mean over the rows of a step, or over its real or padding tokens; None where there are none."""
+        """The mean over the rows of a step, or over its tokens of one kind; None where there are none."""
         if self.point not in self.pack.points:
             return self._computed.get((step, group))
         mean = self.pack.mean(self.site, step, self.point, group)
@@ -37,7 +38,7 @@ class TrainingMeans:
     @cached_property
     def _computed(self) -> dict[tuple[int, Group], Float[Tensor, " d_model"]]:
         recompute = Recompute(self.pack, self.site, self.device)
-        keys = [(step, group) for step in self.pack.steps for group in GROUPS[self.site.stream]]
+        keys = [(step, group) for step in self.pack.steps for group in self.pack.groups(self.site)]
         totals = torch.zeros(len(keys), self.pack.d_model, dtype=torch.float64, device=self.device)
         counts = torch.zeros(len(keys), dtype=torch.float64)
         columns = recompute.columns([self.point])
@@ -47,13 +48,13 @@ class TrainingMeans:
                 for start in range(0, shard.rows, ROWS_AT_ONCE):
                     block = {name: column[start : start + ROWS_AT_ONCE] for name, column in there.items()}
                     y = recompute.points({point: block[point] for point in columns})[self.point]
-                    member = torch.stack([_members(block, *key) for key in keys]).double()
+                    member = torch.stack([_members(block, self.site, *key) for key in keys]).double()
                     totals += member.to(self.device) @ y.double()
                     counts += member.sum(dim=1)
                     bar.update(len(y))
         return {key: totals[i].cpu() / counts[i] for i, key in enumerate(keys) if counts[i]}
 
 
-def _members(rows: dict[str, Tensor], step: int, group: Group) -> Tensor:
+def _members(rows: dict[str, Tensor], site: Site, step: int, group: Group) -> Tensor:
     chosen = rows["step"] == step
-    return chosen if group == "all" else chosen & (rows["real"] == int(group == "real"))
+    return chosen if group == "all" else chosen & (rows[CODE_COLUMNS[site.stream]] == CODES[group])

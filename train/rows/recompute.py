@@ -1,6 +1,7 @@
 """mlp_out from mlp_in, where a store or pack does not hold it: the site's own MLP, in float32.
 
     mlp_out = W2 gelu_tanh(W1 mlp_in + b1) + b2        net.0.proj, net.2 of diffusers' FeedForward
+    mlp_out = W2 gelu_tanh(W1 mlp_in + b1)             proj_mlp and the MLP's columns of proj_out, of a single-stream block
 
 Half the bytes for 7 % of a training step (measured at d_model 768 and 16 features a channel).  The result is not rounded to
 the store's dtype: on tiny-flux, computed in float32 and stored in bfloat16, recomputed rows are 0.08 to 0.16 % (RMS) off what
@@ -40,16 +41,22 @@ class SiteMLP:
             "net.0.proj.weight": (4 * d_model, d_model), "net.0.proj.bias": (4 * d_model,),
             "net.2.weight": (d_model, 4 * d_model), "net.2.bias": (d_model,),
         }  # fmt: skip
+        fused = {
+            "proj_mlp.weight": (4 * d_model, d_model), "proj_mlp.bias": (4 * d_model,),
+            "proj_out.weight": (d_model, 4 * d_model),
+        }  # fmt: skip
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if found != shapes:
+        if found not in (shapes, fused):
             raise ForeignError(f"{where} is not the MLP of a block of width {d_model}: it holds {found}")
-        self.into, self.into_bias, self.out, self.out_bias = (tensors[name].float() for name in shapes)
+        self.into, self.into_bias, self.out, *bias = (
+            tensors[name].float() for name in (fused if found == fused else shapes)
+        )
+        self.out_bias: Tensor | None = bias[0] if bias else None
 
     def to(self, device: torch.device) -> "SiteMLP":
         """This MLP, its matrices on another device."""
-        self.into, self.into_bias, self.out, self.out_bias = (
-            tensor.to(device) for tensor in (self.into, self.into_bias, self.out, self.out_bias)
-        )
+        self.into, self.into_bias, self.out = (tensor.to(device) for tensor in (self.into, self.into_bias, self.out))
+        self.out_bias = None if self.out_bias is None else self.out_bias.to(device)
         return self
 
     @torch.no_grad()
