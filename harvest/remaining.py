@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from harvest.plan import Outline, Plan
+from harvest.planning.plan import Outline, Plan
 from harvest.settings import HarvestSettings
 from store import layout
 from store.errors import UsageError

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from harvest.capture import mlp_of
+from harvest.models.compiling import outside
 from store.errors import NonFiniteError, UsageError
 from store.sites import Site
 
@@ -95,7 +96,8 @@ def replace(transformer: nn.Module, changes: Mapping[tuple[Site, Part], Sequence
         for (site, part), found in wanted.items():
             hook = _mlp_hook if part == "mlp" else _attention_hook
             module = mlp_of(transformer, site) if part == "mlp" else _block(transformer, site).attn
-            hooks.callback(module.register_forward_hook(hook(site, found, replacement, received)).remove)
+            apart = outside(transformer, hook(site, found, replacement, received))
+            hooks.callback(module.register_forward_hook(apart).remove)
         yield replacement
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from harvest.models.text import Tokenized
 from harvest.prompt_files import Prompt
 from harvest.prompts import PromptSet
-from harvest.text import Tokenized
 from harvest.tiny_flux import judge, scenes
 from store.split import split_of
 

@@ -1,17 +1,19 @@
 """Run records beside a store: who ran what, when, how fast.  No byte of the store depends on them.
 
-`STORE.runs/settings.json` is what `--resume STORE` reads; `STORE.runs/TIME-PID.json` is one run.
+`STORE.runs/settings.json` is what `--resume STORE` reads; `STORE.runs/TIME-HOST-PID.json` is one run, and
+`STORE.runs/workers/` has under the same name how far it is (`progress.py`).
 """
 
 import dataclasses
 import json
 import os
 import platform
+import re
 import sys
 import time
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,29 @@ from store.format import StoreMeta
 from store.opening import WITHOUT_TRACES, peek
 from store.sites import spans
 
-OF_THIS_RUN = ("out", "resume", "extend", "plan", "budget", "parts", "worker", "allow_mixed")
+OF_THIS_RUN = (
+    "out",
+    "resume",
+    "extend",
+    "plan",
+    "budget",
+    "scale",
+    "images_per_second",
+    "disk_per_second",
+    "parts",
+    "worker",
+    "wait",
+    "lease_seconds",
+    "dask",
+    "allow_mixed",
+    "offload",
+    "text_encoders",
+)
 """settings that say how a store is filled now, and nothing about its content"""
+DECIDED = (
+    "threads", "dtype", "images", "device", "batch_size", "num_inference_steps", "guidance", "trace_images"
+)  # fmt: skip
+"""settings that the machine or the model decides where nothing is said: `keep_settings` keeps what it decided"""
 
 
 def restored(settings: HarvestSettings) -> HarvestSettings:
@@ -79,9 +102,23 @@ def keep_settings(settings: HarvestSettings, meta: StoreMeta, extending: bool) -
         device = "cpu" if meta.device == "cpu" else settings.device
         decided = {"threads": meta.threads, "dtype": meta.dtype, "images": meta.n_images, "device": device}
         decided["batch_size"] = meta.batch_size
+        decided |= {"num_inference_steps": meta.num_inference_steps, "guidance": meta.guidance}
         if meta.traced is not None:  # the first ten of fewer are not the first ten of more
             decided["trace_images"] = spans(meta.traced.images)
         write_json(file, {**_plain(settings), **decided})
+
+
+def as_begun(settings: HarvestSettings, meta: StoreMeta) -> bool:
+    """Whether the store of `meta` was begun with these settings, as far as the file beside it says."""
+    assert settings.out is not None
+    try:
+        saved = json.loads((layout.runs_folder(settings.out) / "settings.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    if not isinstance(saved, dict) or saved.get("images") != meta.n_images:
+        return False
+    plain = _plain(settings)
+    return all(value == saved.get(name) or (value is None and name in DECIDED) for name, value in plain.items())
 
 
 def _plain(settings: HarvestSettings) -> dict[str, Any]:
@@ -94,13 +131,19 @@ def _plain(settings: HarvestSettings) -> dict[str, Any]:
     return plain
 
 
+def name_of_run() -> str:
+    """`TIME-HOST-PID`: no two processes that begin at once have the same, not even those of containers."""
+    host = re.sub(r"[^A-Za-z0-9.-]", "_", platform.node()) or "host"
+    return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{host}-{os.getpid()}"
+
+
 @contextmanager
-def record(settings: HarvestSettings, images: int) -> Iterator[Callable[[int, float, bool], None]]:
+def record(settings: HarvestSettings, images: int) -> Iterator[Callable[[int, float, bool, Mapping[str, Any]], None]]:
     """Write this run's record when it begins, and again with its figures through the function handed out."""
     assert settings.out is not None
     folder = layout.runs_folder(settings.out)
-    begun = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    file = folder / f"{begun}-{os.getpid()}.json"
+    name = name_of_run()
+    begun, file = name.partition("-")[0], folder / f"{name}.json"
     facts: dict[str, Any] = {
         "command": sys.argv,
         "settings": _plain(settings),
@@ -111,11 +154,18 @@ def record(settings: HarvestSettings, images: int) -> Iterator[Callable[[int, fl
     }
     write_json(file, facts)
 
-    def note(done: int, seconds: float, finished: bool) -> None:
+    def note(done: int, seconds: float, finished: bool, waiting: Mapping[str, Any]) -> None:
         rate = done / seconds if seconds else None
         write_json(
             file,
-            {**facts, "images_done": done, "seconds": seconds, "images_per_second": rate, "store_finished": finished},
+            {
+                **facts,
+                "images_done": done,
+                "seconds": seconds,
+                "images_per_second": rate,
+                "store_finished": finished,
+                "waiting": waiting,
+            },
         )
 
     yield note

@@ -7,22 +7,23 @@ step it was.
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from harvest.capture import Captured, capture
+from harvest.capture import Captured, Keep, capture
+from harvest.models.architectures import Architecture
+from harvest.models.embeddings import Embedded, Embeddings
+from harvest.models.loading import without_gradients
+from harvest.models.text import UNCONDITIONAL, encode, family_of, is_guided
 from harvest.replacing import Replacement
-from harvest.text import encode
 from harvest.tracing import Tracer, tracing
+from store.errors import UsageError
 from store.sites import Site
-
-if TYPE_CHECKING:
-    from diffusers import FluxPipeline
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,15 @@ class Drawn:
     scheduler_sigma: np.ndarray
     pictures: list[Image.Image] | None
     latents: Tensor | None = None
-    """what the VAE decodes, after the last step: (image, token, channel) float32 on the CPU; None unless asked for"""
+    """what the VAE decodes, after the last step: float32 on the CPU, a row an image; None unless asked for"""
 
 
 @dataclass(frozen=True)
 class Sampler:
     """How a harvest draws: the pipeline, the sites that are read, and the sampler's settings."""
 
-    pipe: "FluxPipeline"
+    pipe: Any
+    """a pipeline of diffusers whose family `harvest.models.architectures` knows"""
     sites: tuple[Site, ...]
     height: int
     width: int
@@ -48,6 +50,19 @@ class Sampler:
     max_sequence_length: int
     guidance: float
     pictures: bool
+    embeddings: Embeddings | None = None
+    """where the prompts' embeddings come from; None: the pipeline's own encoders, batch by batch"""
+    _empty: list[Embedded] = field(default_factory=list, repr=False, compare=False)
+
+    @property
+    def architecture(self) -> Architecture:
+        """The family that the pipeline is of."""
+        return family_of(self.pipe)
+
+    @property
+    def guided(self) -> bool:
+        """Whether classifier-free guidance doubles the transformer's batch."""
+        return is_guided(self.architecture, self.guidance)
 
     def draw(
         self,
@@ -57,25 +72,28 @@ class Sampler:
         tracer: Tracer | None = None,
         replacement: Replacement | None = None,
         latents: bool = False,
-        embeddings: tuple[Tensor, Tensor] | None = None,
+        embeddings: Embedded | None = None,
+        keep: Keep | None = None,
     ) -> Drawn:
         """Draw one picture a prompt; `on_step(step, captured)` is called as each denoising step ends, `tracer` as blocks end.
 
         `replacement`: what `replace` handed out; its step is kept.  `latents`: hand the final ones over too.  `embeddings`:
-        the prompts as `harvest.text.encode` gives them, where they were encoded before.
+        the prompts as `harvest.models.text.encode` gives them, where they were encoded before.  `keep`: as `capture` takes it.
+        `UsageError` for a tracer or a replacement with a model whose double blocks circuits do not know.
         """
-        transformer = self.pipe.transformer
-        embeds, pooled = embeddings or encode(self.pipe, prompts, self.max_sequence_length)
-        sigmas: list[np.ndarray] = []
+        transformer, architecture = self.pipe.transformer, self.architecture
+        if (tracer is not None or replacement is not None) and not architecture.traceable:
+            raise UsageError(f"a {architecture.pipeline} can be harvested, and neither traced nor steered")
+        sigmas: list[Tensor] = []
         final: Tensor | None = None
         if replacement is not None:
             replacement.step = 0
 
-        def step_ended(_pipe: "FluxPipeline", step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        def step_ended(_pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             nonlocal final
             taken = captured.take()
             assert taken.sigma is not None, "the transformer ran without a timestep"
-            sigmas.append(taken.sigma.cpu().numpy())
+            sigmas.append(taken.sigma)  # fetched at the end: a copy now would wait for the device
             on_step(step, taken)
             if tracer is not None:
                 tracer.step = step + 1
@@ -85,11 +103,11 @@ class Sampler:
                 final = tensors["latents"]
             return {}
 
+        given = self._given(prompts, embeddings)
         traces = nullcontext() if tracer is None else tracing(transformer, tracer)
-        with capture(transformer, self.sites) as captured, traces, torch.inference_mode():
+        with capture(transformer, self.sites, keep, self.guided) as captured, traces, without_gradients(self.pipe):
             output = self.pipe(
-                prompt_embeds=embeds,
-                pooled_prompt_embeds=pooled,
+                **given,
                 height=self.height,
                 width=self.width,
                 num_inference_steps=self.num_inference_steps,
@@ -101,8 +119,31 @@ class Sampler:
             )
         scheduled = self.pipe.scheduler.sigmas[: self.num_inference_steps].float().cpu().numpy()
         return Drawn(
-            sigma=np.stack(sigmas, axis=1).astype(np.float32),
+            sigma=torch.stack(sigmas, dim=1).cpu().numpy().astype(np.float32),
             scheduler_sigma=np.tile(scheduled.astype(np.float32), (len(prompts), 1)),
             pictures=list(output.images) if self.pictures else None,
             latents=None if final is None else final.float().cpu().clone(),  # a plain tensor, not one of inference
         )
+
+    def _given(self, prompts: Sequence[str], embedded: Embedded | None) -> dict[str, Tensor]:
+        """What the pipeline is handed of the prompts, by its own keywords; and of the empty one where guidance needs it."""
+        if embedded is None:
+            source = self.embeddings
+            embedded = self._encoded(prompts) if source is None else source.of(prompts)
+        names = self.architecture.embeddings
+        given = dict(zip(names, embedded, strict=True))
+        if self.guided:
+            empty = (part.expand(len(prompts), *part.shape[1:]) for part in self._unconditional())
+            given |= {f"negative_{name}": part for name, part in zip(names, empty, strict=True)}
+        return given
+
+    def _encoded(self, prompts: Sequence[str]) -> Embedded:
+        return encode(self.pipe, prompts, self.max_sequence_length)
+
+    def _unconditional(self) -> Embedded:
+        """The empty prompt, encoded by itself and once, so that it does not depend on the batch."""
+        if not self._empty:
+            source = self.embeddings
+            made = self._encoded([UNCONDITIONAL]) if source is None else source.source((UNCONDITIONAL,))
+            self._empty.append(tuple(part.to(self.pipe._execution_device) for part in made))
+        return self._empty[0]

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from harvest.models.compiling import outside
+from harvest.models.weights import attention_of
 from harvest.trace_writing import BlockTrace
-from harvest.weights import attention_of
 from store.errors import NonFiniteError, UsageError
 from store.format import StoreMeta
 from store.sites import POINTS, Stream
@@ -87,7 +88,7 @@ class _BlockTracer:
     """The hooks of one block."""
 
     def __init__(self, transformer: nn.Module, block: int, tracer: Tracer) -> None:
-        self.block, self.tracer = block, tracer
+        self.transformer, self.block, self.tracer = transformer, block, tracer
         blocks: Any = transformer.transformer_blocks
         self.module: Any = blocks[block]
         """a FluxTransformerBlock"""
@@ -104,14 +105,17 @@ class _BlockTracer:
         attention = self.module.attn
         for stream in TRACE_STREAMS:
             norm1, norm2, mlp = (getattr(self.module, name) for name in NORMS[stream])
-            hooks.callback(norm1.register_forward_pre_hook(self._enters(stream), with_kwargs=True).remove)
-            hooks.callback(norm2.register_forward_pre_hook(self._normalised(stream)).remove)
-            hooks.callback(mlp.register_forward_hook(self._mlp(stream)).remove)
+            hooks.callback(norm1.register_forward_pre_hook(self._apart(self._enters(stream)), with_kwargs=True).remove)
+            hooks.callback(norm2.register_forward_pre_hook(self._apart(self._normalised(stream))).remove)
+            hooks.callback(mlp.register_forward_hook(self._apart(self._mlp(stream))).remove)
             for letter, name in zip("qk", QK[stream], strict=True):
-                module = getattr(attention, name)
-                hooks.callback(module.register_forward_hook(self._projected(f"{letter}.{stream}")).remove)
-        hooks.callback(attention.register_forward_hook(self._attended, with_kwargs=True).remove)
-        hooks.callback(self.module.register_forward_hook(self._ends).remove)
+                module, receive = getattr(attention, name), self._projected(f"{letter}.{stream}")
+                hooks.callback(module.register_forward_hook(self._apart(receive)).remove)
+        hooks.callback(attention.register_forward_hook(self._apart(self._attended), with_kwargs=True).remove)
+        hooks.callback(self.module.register_forward_hook(self._apart(self._ends)).remove)
+
+    def _apart(self, hook: Any) -> Any:
+        return outside(self.transformer, hook)
 
     def _enters(self, stream: Stream) -> Any:
         def receive(norm: Any, inputs: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
@@ -170,7 +174,8 @@ class _BlockTracer:
         for stream, value in zip(TRACE_STREAMS, output, strict=True):
             self.found[f"resid_out.{stream}"] = self.tracer.chosen(value)
         found, self.found = self.found, {}
-        matrices = {name: matrix.float() for name, matrix in attention_of(self.module).items()}
+        device = output[0].device  # where a block that is offloaded layer by layer does not have its matrices
+        matrices = {name: matrix.to(device).float() for name, matrix in attention_of(self.module).items()}
         rows = enumerate(self.tracer.images.items())
         self.tracer.keep([self._captured({n: v[i] for n, v in found.items()}, matrices, *each) for i, each in rows])
 

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from harvest.models.weights import attention_tensors
 from harvest.tracing import Tracer, tracing
-from harvest.weights import attention_tensors
 from store.traces import Traced, TraceDtype, parse_trace_file
 from tests.circuit_oracle import HandMade
 from tests.small_store import small_meta

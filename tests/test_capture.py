@@ -95,8 +95,8 @@ def test_hooks_are_gone_after_success_after_an_exception_and_after_nesting(trans
     assert hook_count(transformer) == before
 
 
-def test_a_single_stream_site_is_refused_for_now(transformer: Any) -> None:
-    with pytest.raises(UsageError, match="single-stream blocks are not harvested yet"):
+def test_a_single_stream_block_has_no_mlp_of_its_own(transformer: Any) -> None:
+    with pytest.raises(UsageError, match="joint_0: the MLP of a single-stream block is no module of its own"):
         mlp_of(transformer, Site.parse("joint_0"))
 
 

@@ -12,8 +12,9 @@ import train.results.evaluate
 from store.errors import MismatchError, UsageError
 from store.pack import PackSettings
 from store.pack import run as make_pack
-from store.shards import Group, Pack, open_pack
+from store.shards import Pack, open_pack
 from store.sites import Point, Site
+from store.strata import Group
 from tests.toy_stores import mlp_in_numpy, toy_store
 from train.dictionaries.config import DictionaryConfig
 from train.dictionaries.dictionary import Dictionary, build, sinusoidal

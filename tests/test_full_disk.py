@@ -18,8 +18,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from harvest import estimate
 from harvest.__main__ import COMMANDS
+from harvest.planning import estimate
 from store import open_store
 from store.command import guarded, program
 from store.format import StoreMeta

@@ -119,12 +119,12 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded(
     error: type[Exception],
     said: str,
 ) -> None:
-    import harvest.model
+    import harvest.models.loading
 
     def loaded(*_: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(harvest.model, "load_pipeline", loaded)
+    monkeypatch.setattr(harvest.models.loading, "load_pipeline", loaded)
     graphs = tuple(map(Path, changes.pop("graphs", (place / "graphs",))))
     with pytest.raises(error, match=said):
         steer(place, tmp_path / "o", graphs=graphs, arms="circuit", **changes)

@@ -16,7 +16,7 @@ import torch
 
 from harvest import HarvestSettings, run
 from harvest.__main__ import COMMANDS
-from harvest.model import TINY_FLUX_FOLDER
+from harvest.models.model import TINY_FLUX_FOLDER
 from store import Site, Store, open_store
 from store.command import program
 from tests.test_store import tree
@@ -222,7 +222,7 @@ def words(*more: str) -> Sequence[str]:
     ("more", "code", "message"),
     [
         (["--layers", "0-15"], 2, "tiny-flux has double blocks 0 to 4"),
-        (["--layers", "single:0"], 2, "single-stream blocks are not harvested yet"),
+        (["--layers", "single:0-2"], 2, "tiny-flux has single blocks 0 to 1: write --layers single:all"),
         (["--layers", "first"], 2, "write numbers and ranges"),
         (["--steps", "4"], 2, "there is no step 4"),
         (["--streams", "img,video"], 2, "is no stream"),

@@ -276,14 +276,14 @@ def test_three_harvests_without_flags_draw_each_part_once(tmp_path: Path, monkey
     from tqdm import tqdm
 
     from harvest import fill
-    from harvest.plan import Plan
+    from harvest.planning.plan import Plan
 
     meta = tiny_meta(48)
     parts, drawn = parts_of(meta), []
     plan = object.__new__(Plan)  # without a model: drawing is made up here
     object.__setattr__(plan, "meta", meta)
 
-    def draw(plan: Any, part: int, advance: Callable[[int], object]) -> Part:
+    def draw(plan: Any, part: int, advance: Callable[[int], object], *_: object) -> Part:
         drawn.append(part)
         time.sleep(0.01)
         advance(4)
@@ -312,7 +312,7 @@ def test_a_harvest_waits_for_a_part_that_it_lost_and_takes_it_over_from_a_succes
     from tqdm import tqdm
 
     from harvest import fill
-    from harvest.plan import Plan
+    from harvest.planning.plan import Plan
 
     meta = tiny_meta(12)
     whole = filled(tmp_path / "whole", meta)
@@ -320,7 +320,7 @@ def test_a_harvest_waits_for_a_part_that_it_lost_and_takes_it_over_from_a_succes
     plan = object.__new__(Plan)
     object.__setattr__(plan, "meta", meta)
 
-    def draw(plan: Any, part: int, advance: Callable[[int], object]) -> Part:
+    def draw(plan: Any, part: int, advance: Callable[[int], object], *_: object) -> Part:
         drawn.append(part)
         return parts[part]
 

@@ -17,7 +17,7 @@ import pytest
 from tqdm import tqdm
 
 from harvest import fill
-from harvest.plan import Plan
+from harvest.planning.plan import Plan
 from store.format import StoreMeta
 from store.writer import Part, StoreWriter
 from tests.small_store import small_meta, small_part
@@ -38,7 +38,7 @@ class Parts:
         self.meta, self.words = meta, ["a prompt"] * meta.n_images
         self.drawn, self.alive, self.most = 0, 0, 0
 
-    def draw(self, plan: Plan, part: int, advance: Callable[[int], object]) -> Part:
+    def draw(self, plan: Plan, part: int, advance: Callable[[int], object], *_: object) -> Part:
         shape = (4, 12, 4096)
         values = {(site, 0, point): np.ones(shape, self.meta.carrier.logical) for site in self.meta.site_objects
                   for point in self.meta.points}  # fmt: skip

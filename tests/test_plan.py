@@ -11,16 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load, load_file
 
-import harvest.budget
-import harvest.estimate
 import harvest.fill
-import harvest.plan
+import harvest.planning.budget
+import harvest.planning.estimate
+import harvest.planning.plan
 from harvest import HarvestSettings, run
 from harvest.__main__ import COMMANDS
-from harvest.budget import Choice, choices, varied
-from harvest.estimate import Disk, announce, refuse_what_does_not_fit, spans, volume_of
-from harvest.model import tensors_hash
-from harvest.plan import Outline, Plan, make_outline, make_plan
+from harvest.models.model import tensors_hash
+from harvest.planning.budget import Choice, choices, varied
+from harvest.planning.estimate import Disk, announce, refuse_what_does_not_fit, spans, volume_of
+from harvest.planning.plan import Outline, Plan, make_outline, make_plan
 from harvest.prompts import load_prompts
 from harvest.settings import DEV, SCHNELL
 from store import open_store
@@ -166,7 +166,7 @@ def test_a_measured_harvest_is_byte_equal_to_one_that_was_not_measured(
 ) -> None:
     run(HarvestSettings(out=tmp_path / "plain", **SMALL))
     assert "not measured" in capsys.readouterr().out
-    monkeypatch.setattr(harvest.estimate, "FEW_BATCHES", 0)
+    monkeypatch.setattr(harvest.planning.estimate, "FEW_BATCHES", 0)
     run(HarvestSettings(out=tmp_path / "measured", **SMALL))
     assert "was drawn in" in capsys.readouterr().out
     assert tree(tmp_path / "plain") == tree(tmp_path / "measured")
@@ -179,7 +179,7 @@ def test_a_batch_that_the_device_cannot_hold_is_one_message(plan: Plan, monkeypa
     def full(*_args: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
 
-    monkeypatch.setattr(harvest.fill, "fill_part", full)
+    monkeypatch.setattr("harvest.drawing.fill_part", full)
     with pytest.raises(GranaryError, match=r"a batch of 4 images does not fit on cpu: CUDA out .*smaller --batch-size"):
         announce(plan, None, [0])
 
@@ -203,7 +203,7 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_args: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(harvest.plan, "load_pipeline", fail)
+    monkeypatch.setattr(harvest.planning.plan, "load_frame", fail)
 
 
 @pytest.mark.usefixtures("nothing_is_loaded")
@@ -277,7 +277,7 @@ def test_the_budget_keeps_what_was_asked_for_among_its_lines(plan: Plan, capsys:
     tokens = {"img": StreamTokens("sample", 100, 1024), "txt": asked.meta.tokens["txt"]}
     same = [c for c in cells(asked, 10**11) if c.policy.tokens == tokens and c.dtype == "float16"]
     assert [choice.targets for choice in same] == ["stored", "recomputed"]
-    harvest.budget.show(replace(asked, settings=replace(asked.settings, budget="100GB")))
+    harvest.planning.budget.show(replace(asked, settings=replace(asked.settings, budget="100GB")))
     shown = capsys.readouterr().out
     assert f"as asked: --images {same[0].images} --tokens 100 --text-tokens real+3 --store-dtype float16" in shown
 
@@ -355,7 +355,7 @@ def test_sites_with_equal_matrices_share_a_file(plan: Plan) -> None:
     kept = {name: tensor.clone() for name, tensor in block.ff_context.state_dict().items()}
     try:
         block.ff_context.load_state_dict(block.ff.state_dict())
-        files = harvest.plan.weights_files(plan.sampler.pipe.transformer, plan.sampler.sites)
+        files = harvest.planning.plan.weights_files(plan.sampler.pipe.transformer, plan.sampler.sites)
         assert files["img_1"] == files["txt_1"] == plan.meta.weights["files"]["img_1"]
     finally:
         block.ff_context.load_state_dict(kept)

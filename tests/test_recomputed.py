@@ -29,7 +29,8 @@ from store import Site, open_store
 from store.errors import DamagedError, ForeignError, UsageError
 from store.pack import PackSettings
 from store.pack import run as make_pack
-from store.shards import GROUPS, Pack, open_pack
+from store.shards import Pack, open_pack
+from store.strata import GROUPS
 from tests.analyze_planted import reading_dictionary
 from tests.toy_stores import mlp_in_numpy, toy_store
 from train import Dictionary, TrainSettings, load_dictionary, run

@@ -207,7 +207,7 @@ def test_a_transformer_called_with_its_timestep_by_position_is_refused_in_words(
 
 @pytest.fixture(scope="module")
 def sampler() -> Sampler:
-    from harvest.model import load_pipeline
+    from harvest.models.loading import load_pipeline
 
     pipe = load_pipeline(HarvestSettings(out=Path("unused"), images=1), torch.device("cpu"), "float32")
     return Sampler(pipe, (), 64, 64, 4, 16, 0.0, pictures=True)
@@ -237,7 +237,7 @@ def test_with_nothing_to_change_latents_and_pictures_are_bit_equal_to_plain_ones
     assert (again.latents.dtype, again.latents.device.type) == (torch.float32, "cpu")
     for drawn in (again, asked):
         assert same(plain.pictures, drawn.pictures)
-    from harvest.text import encode
+    from harvest.models.text import encode
 
     known = encode(sampler.pipe, PROMPTS, sampler.max_sequence_length)
     assert torch.equal(draw(sampler, {}, embeddings=known).latents, again.latents)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from harvest import HarvestSettings, fill, run
+from harvest import HarvestSettings, run, staging
 from harvest.__main__ import COMMANDS
 from store import Site, Store, open_store
 from store.command import program
@@ -177,13 +177,12 @@ def test_the_cost_of_a_store_dtype_is_that_against_the_values_that_the_model_com
 def test_a_value_beyond_float16_stops_the_harvest_with_site_step_and_prompt(
     exact: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def great(values: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-        chosen = select(values, index).clone()
-        chosen[1] *= 1e7
-        return chosen
+    def great(target: torch.Tensor, *rows: Any) -> None:
+        select(target, *rows)
+        target[1] *= 1e7
 
-    select = fill.select_tokens
-    monkeypatch.setattr(fill, "select_tokens", great)
+    select = staging.select_into
+    monkeypatch.setattr(staging, "select_into", great)
     words = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
     out = tmp_path / "store"
     assert program("harvest", COMMANDS, [*words, "--store-dtype=float16", f"--out={out}"], default="harvest") == 1

@@ -20,6 +20,7 @@ from analyze.steering.edits import FeatureEdit, Intervention, StreamOff
 from analyze.steering.experiment import PLAIN
 from analyze.steering.results import Results
 from analyze.steering.settings import SteerSettings
+from harvest.models.embeddings import bytes_of
 from store import Site, open_store
 from store.errors import MismatchError, NonFiniteError, UsageError
 from tests.traced_tiny_flux import transcoder
@@ -132,7 +133,7 @@ def test_transformer_runs_are_counted_one_a_picture_and_step(painter: Painter) -
 def test_each_prompt_is_encoded_once_and_only_so_many_are_kept(
     painter: Painter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from harvest import text
+    from harvest.models import text
 
     encoded: list[str] = []
     encode = text.encode
@@ -142,13 +143,15 @@ def test_each_prompt_is_encoded_once_and_only_so_many_are_kept(
         return encode(pipe, prompts, length)
 
     monkeypatch.setattr(text, "encode", counted)
-    monkeypatch.setattr("analyze.steering.drawing.PROMPTS_KEPT", 2)
-    painter._embeddings.clear()
+    embeddings = painter.sampler.embeddings
+    assert embeddings is not None
+    embeddings.forget()
+    monkeypatch.setattr(embeddings, "bound", 2 * bytes_of(encode(painter.sampler.pipe, ["a red ring"], 16)))
     painter.batch_size = 2
     first = painter.draw([Shot("a red ring", 0), Shot("a red ring", 1), Shot("a blue ring", 2)], pictures=False)
     assert encoded == ["a red ring", "a blue ring"]
     painter.draw([Shot("a green ring", 0), Shot("a blue ring", 0)], pictures=False)
-    assert encoded[2:] == ["a green ring"] and list(painter._embeddings) == ["a green ring", "a blue ring"]
+    assert encoded[2:] == ["a green ring"] and embeddings.kept == ("a green ring", "a blue ring")
     again = painter.draw([Shot("a red ring", 0), Shot("a red ring", 1), Shot("a blue ring", 2)], pictures=False)
     assert encoded[3:] == ["a red ring"] and torch.equal(first.latents, again.latents)
 
@@ -355,7 +358,7 @@ def test_a_clip_model_compares_the_pictures_and_another_one_is_refused(
 def test_a_painter_refuses_weights_that_are_not_the_stores(
     traced_flux: Path, painter: Painter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("harvest.model.load_pipeline", lambda *_: painter.sampler.pipe)
+    monkeypatch.setattr("harvest.models.loading.load_pipeline", lambda *_: painter.sampler.pipe)
     weight = painter.sampler.pipe.transformer.proj_out.bias
     with torch.no_grad():
         weight += 1

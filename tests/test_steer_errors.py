@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from analyze.__main__ import main
-from harvest.model import TINY_FLUX_FOLDER
+from harvest.models.model import TINY_FLUX_FOLDER
 from store import open_store
 from store.errors import MismatchError
 from tests.traced_tiny_flux import transcoder
@@ -20,7 +20,7 @@ Ask = Callable[..., str]
 @pytest.fixture(autouse=True)
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """No model is loaded in these tests."""
-    monkeypatch.setattr("harvest.model.load_pipeline", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("harvest.models.loading.load_pipeline", lambda *_, **__: pytest.fail("the model was loaded"))
 
 
 @pytest.fixture

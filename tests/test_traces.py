@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from harvest import HarvestSettings, run
-from harvest.budget import images_within
-from harvest.estimate import Disk, announce, refuse_what_does_not_fit, volume_of
-from harvest.plan import make_plan
+from harvest.planning.budget import images_within
+from harvest.planning.estimate import Disk, announce, refuse_what_does_not_fit, volume_of
+from harvest.planning.plan import make_plan
 from harvest.trace_writing import BlockTrace, TraceWriter
 from harvest.tracing import non_finite, replay_errors
 from store import Site, Store, UsageError, layout, open_store

@@ -29,7 +29,10 @@ from tests.test_traces import TRACE, harvest
         ({"trace_blocks": "1-2"}, "--trace-blocks 1-2: .*from 0 without a gap: write --trace-blocks 0-2"),
         ({"trace_blocks": "0-40"}, "--trace-blocks 0-40: there is no block .*tiny-flux has double blocks 0 to"),
         ({"trace_blocks": "single:0-3"}, "only double blocks can be traced"),
-        ({"layers": "single:0"}, "single-stream blocks are not harvested yet"),
+        (
+            {"layers": "single:0"},
+            "only single ones are harvested; .*say which with --trace-blocks 0-4, or leave --trace out",
+        ),
     ],
 )
 def test_what_cannot_be_traced_is_said_before_anything_is_written(

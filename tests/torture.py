@@ -218,10 +218,10 @@ class Torture(Herd):
             victim = self.poll(lambda _: (phase == "harvest") == sign.exists())
             pause = 0.03
         elif moment == "draw":
-            victim = self.poll(lambda worker: bool(_held(store, worker.pid)))
+            victim = self.poll(lambda worker: bool(held_by(store, worker.pid)))
             pause = self.part_seconds
         elif moment == "write":
-            victim = self.poll(lambda worker: any(_is_begun(store, part) for part in _held(store, worker.pid)))
+            victim = self.poll(lambda worker: any(_is_begun(store, part) for part in held_by(store, worker.pid)))
             pause = 0.015
         else:
             victim = self.chance.choice(self.alive)
@@ -251,7 +251,7 @@ class Torture(Herd):
             if victim.code != 1 or "Traceback" in victim.said():
                 self.fail(victim, f"was sent {how.name} and ended with {victim.code} rather than one message and 1")
             return
-        parts = _held(store, victim.pid)
+        parts = held_by(store, victim.pid)
         if parts:
             self.tally.inside[phase, workers] += 1
             self.tally.writing += any(_is_begun(store, part) for part in parts)
@@ -269,7 +269,7 @@ class Torture(Herd):
         self.tally.compared += 1
 
 
-def _held(store: Path, pid: int) -> list[int]:
+def held_by(store: Path, pid: int) -> list[int]:
     """The parts that process holds by a lease and that have no commit."""
     parts, folder = [], runs_folder(store) / "leases"
     try:

@@ -7,7 +7,7 @@ import torch
 from diffusers.models.transformers import transformer_flux
 from torch import Tensor
 
-from harvest.model import TINY_FLUX_FOLDER
+from harvest.models.model import TINY_FLUX_FOLDER
 from store import Store
 
 

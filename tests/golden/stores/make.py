@@ -17,7 +17,7 @@ import numpy as np
 import safetensors.numpy
 import torch
 
-from harvest.model import tensors_hash
+from harvest.models.model import tensors_hash
 from store import Store, open_store
 from store.files import json_bytes
 from store.format import StoreMeta, StreamTokens

@@ -133,6 +133,12 @@ class Volume:
         return max(bisect_right(range(planned), size, key=lambda parts: self.on_disk(parts, new, block)) - 1, 0)
 
 
+def part_bytes(meta: StoreMeta) -> int:
+    """Bytes of the activations of a part in memory, in the dtype that a reader hands out."""
+    rows = meta.chunk_images * sum(meta.tokens[site.stream].kept for site in meta.site_objects) * len(meta.steps)
+    return rows * len(meta.points) * meta.d_model * np.dtype(meta.carrier.logical).itemsize
+
+
 def _one(size: float | int) -> Counter[int]:
     return Counter({int(size): 1})
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from harvest.model import too_large
-from harvest.plan import Plan
+from harvest.models.model import too_large
+from harvest.planning.plan import Plan
 
 WARM_SECONDS = 1.5
 """a first batch that took less than this says more about warming up than about the next one: it is drawn again"""
@@ -27,10 +27,12 @@ def seconds_a_batch(plan: Plan, first_image: int) -> tuple[float, int]:
 
     What was drawn is dropped.
     """
-    from harvest.fill import fill_part  # which imports this module
+    from harvest.drawing import fill_part
 
     size = min(plan.meta.batch_size, plan.meta.chunk_images)
     batches = replace(plan, meta=replace(plan.meta, chunk_images=size))  # every part of it is one batch
+    if plan.sampler.embeddings is not None:
+        batches = replace(batches, sampler=replace(plan.sampler, embeddings=plan.sampler.embeddings.loosely()))
     index = first_image // size
     try:
         seconds = _timed(lambda: fill_part(batches, index))

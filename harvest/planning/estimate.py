@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from harvest.measure import bytes_a_second, seconds_a_batch
-from harvest.plan import Outline, Plan
-from harvest.traced import FEWER
-from harvest.volume import Volume
+from harvest.planning.measure import bytes_a_second, seconds_a_batch
+from harvest.planning.plan import Outline, Plan
+from harvest.planning.traced import FEWER
+from harvest.planning.volume import Volume, part_bytes
+from harvest.staging import slot_bytes, slots_of
 from store.errors import GranaryError
 from store.format import StoreMeta
 from store.layout import STORE_COMMIT, part_commit
@@ -120,7 +121,8 @@ def _head(plan: Outline, out: Path | None, missing: Sequence[int]) -> list[str]:
         _line(
             "images",
             f"{meta.n_images:,} of {meta.height}x{meta.width} pixels in {meta.num_inference_steps} "
-            f"step{'s' * (meta.num_inference_steps > 1)} (kept: {spans(meta.steps)}); {prompts}",
+            f"step{'s' * (meta.num_inference_steps > 1)} (kept: {spans(meta.steps)})"
+            f"{f', guidance {meta.guidance:g}' if meta.guidance else ''}; {prompts}",
         ),
         *(_line("", remark) for remark in plan.remarks),
         _line("parts", f"{meta.n_parts:,} of {meta.chunk_images} images, " + _extension(meta)),
@@ -205,11 +207,15 @@ def _kept(meta: StoreMeta, stream: Stream) -> str:
 
 
 def _memory(meta: StoreMeta) -> str:
-    part = meta.chunk_images * sum(meta.tokens[site.stream].kept for site in meta.site_objects) * meta.d_model
-    part *= len(meta.steps) * len(meta.points) * np.dtype(meta.carrier.logical).itemsize
-    text = f"{human_size(2 * part)} for two parts of {human_size(part)}, one being drawn and one being written, beside the model"
+    part = part_bytes(meta)
+    slots = slots_of(meta)
+    staging = slots * slot_bytes(meta)
+    text = (
+        f"{human_size(2 * part)} for two parts of {human_size(part)}, one being drawn and one being written, and "
+        f"{human_size(staging)} for what {many(slots, 'step')} of a batch keep{'s' * (slots == 1)}, beside the model"
+    )
     available = _available_memory()
-    if available is None or 2 * part < available:
+    if available is None or 2 * part + staging < available:
         return text
     return f"{text}; only {human_size(available)} are available: keep fewer tokens or layers"
 
@@ -233,17 +239,17 @@ def _time(plan: Outline, volume: Volume, disk: Disk | None, missing: Sequence[in
         return f"not measured for {batches} batch{'es' * (batches > 1)}; --plan measures"
     seconds, size = seconds_a_batch(plan, meta.part_images(missing[0]).start)
     drawing = seconds * images / size
-    drawn = f"a batch of {size} was drawn in {_duration(seconds)}, {size / seconds:.3g} images/s"
+    drawn = f"a batch of {size} was drawn in {duration(seconds)}, {size / seconds:.3g} images/s"
     chunk = max(volume.part["activations"])
     rate = bytes_a_second(disk.folder, chunk) if disk is not None else None
     if rate is None:
-        return f"about {_duration(drawing)}: {drawn}; how fast the disk is was not measured"
+        return f"about {duration(drawing)}: {drawn}; how fast the disk is was not measured"
     writing = sum(volume.by_kind(len(missing), False).values()) / rate  # traces too: all is written beside drawing
     limit = "drawing" if drawing >= writing else "writing"
     beside = ", besides what capturing traces takes" if volume.traced_in(len(missing)) else ""
     return (
-        f"about {_duration(max(drawing, writing))}, limited by {limit}: {drawn}; files of {human_size(chunk)} were "
-        f"written at {human_size(rate)}/s, {_duration(writing)} for these{beside}"
+        f"about {duration(max(drawing, writing))}, limited by {limit}: {drawn}; files of {human_size(chunk)} were "
+        f"written at {human_size(rate)}/s, {duration(writing)} for these{beside}"
     )
 
 
@@ -251,7 +257,7 @@ def _line(name: str, text: str) -> str:
     return f"  {name:<8}  {text}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """`0.41 s`, `12 min`, `3.2 h`, `5.6 days`."""
     size, unit = next(((s, u) for s, u in ((86400, "days"), (3600, "h"), (60, "min")) if seconds >= 2 * s), (1, "s"))
     count = seconds / size

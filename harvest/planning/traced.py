@@ -1,6 +1,6 @@
 """What `--trace` asks for, settled against what is harvested."""
 
-from harvest.model import Geometry
+from harvest.models.model import Geometry
 from harvest.settings import HarvestSettings
 from store.errors import UsageError
 from store.format import CHUNK_IMAGES_MAX, StoreMeta
@@ -14,7 +14,8 @@ FEWER = "fewer --trace-images, fewer --trace-steps, or --trace-dtype bfloat16 ta
 def choose_traced(settings: HarvestSettings, meta: StoreMeta, geometry: Geometry) -> Traced | None:
     """What is traced, the names of its matrices left out; None without `--trace`.
 
-    `UsageError` for images and steps that are not harvested, and for blocks that the model has not or that leave a gap.
+    `UsageError` for images and steps that are not harvested, and for blocks that the model has not or that leave a gap.  Only
+    double blocks are traced, whatever is harvested.
     """
     if not settings.trace:
         return None
@@ -62,7 +63,13 @@ def _steps(settings: HarvestSettings, meta: StoreMeta) -> tuple[int, ...]:
 def _blocks(settings: HarvestSettings, meta: StoreMeta, geometry: Geometry) -> tuple[int, ...]:
     there = f"{settings.model} has double blocks 0 to {geometry.double_blocks - 1}"
     if settings.trace_blocks is None:
-        return tuple(range(1 + max(site.layer for site in meta.site_objects)))
+        double = [site.layer for site in meta.site_objects if site.kind == "double"]
+        if not double:
+            raise UsageError(
+                f"--trace keeps traces of double blocks, and only single ones are harvested; {there}: say which with "
+                f"--trace-blocks 0-{geometry.double_blocks - 1}, or leave --trace out"
+            )
+        return tuple(range(1 + max(double)))
     asked = settings.trace_blocks
     if "single" in asked:
         raise UsageError(f"--trace-blocks {asked}: only double blocks can be traced; {there}")

@@ -6,13 +6,13 @@ counts, not the activations alone, and only whole parts do: a store of such a si
 
 from dataclasses import dataclass, replace
 
-from harvest.estimate import spans, volume_of
-from harvest.plan import Outline, chunked
-from harvest.traced import FEWER
+from harvest.planning.choosing import token_policies
+from harvest.planning.estimate import spans, volume_of
+from harvest.planning.plan import Outline, chunked
+from harvest.planning.traced import FEWER
 from store.format import StoreDtype, StoreMeta, StreamTokens, Targets
 from store.sites import POINTS, Stream
 from store.sizes import human_size, parse_size
-from store.tokens import image_policy, text_policy
 
 PARTS_OF_TOKENS = (4, 8, 16, 32)
 """of the image tokens, so many times fewer: 256, 128, 64 and 32 of 1024"""
@@ -88,13 +88,12 @@ def varied(plan: Outline, policy: Policy, dtype: StoreDtype, targets: Targets) -
 
 def policies_of(plan: Outline) -> list[Policy]:
     """Token policies from most tokens to fewest, what was asked for among them."""
-    settings, meta = plan.settings, plan.meta
-    image, text = meta.tokens.get("img"), meta.tokens.get("txt")
+    settings, streams = plan.settings, plan.meta.streams
     sparse = "real" if settings.text_tokens == "all" else settings.text_tokens
-    if image is None:
-        asked = [("", words) for words in ("all", settings.text_tokens, "real+64", "real+16", "real")]
+    if streams == ("txt",):
+        asked = [("all", words) for words in ("all", settings.text_tokens, "real+64", "real+16", "real")]
     else:
-        counts = [str(max(image.total // part, 1)) for part in PARTS_OF_TOKENS]
+        counts = [str(max(plan.geometry.image_tokens // part, 1)) for part in PARTS_OF_TOKENS]
         asked = [
             ("all", "all"),
             (settings.tokens, settings.text_tokens),
@@ -102,14 +101,19 @@ def policies_of(plan: Outline) -> list[Policy]:
         ]
     found: dict[tuple[int, ...], Policy] = {}
     for tokens, words in asked:
-        flags: dict[str, str] = {}
-        kept: dict[Stream, StreamTokens] = {}
-        if image is not None:
-            flags["tokens"], kept["img"] = tokens, image_policy(tokens, image.total)
-        if text is not None:
-            flags["text-tokens"], kept["txt"] = words, text_policy(words, text.total, plan.longest)
-        found.setdefault(tuple(each.kept for each in kept.values()), Policy(flags, kept))
+        policy = policy_of(plan, tokens, words)
+        found.setdefault(tuple(each.kept for each in policy.tokens.values()), policy)
     return sorted(found.values(), key=lambda policy: -sum(each.kept for each in policy.tokens.values()))
+
+
+def policy_of(plan: Outline, tokens: str, words: str) -> Policy:
+    """What `--tokens` and `--text-tokens` would keep of the streams of a plan."""
+    streams, geometry = plan.meta.streams, plan.geometry
+    flags = {"tokens": tokens} if streams != ("txt",) else {}
+    flags |= {"text-tokens": words} if streams != ("img",) else {}
+    asked = replace(plan.settings, tokens=tokens, text_tokens=words)
+    length = geometry.family.text_before + plan.meta.max_sequence_length
+    return Policy(flags, token_policies(asked, plan.meta.site_objects, geometry.image_tokens, length, plan.longest))
 
 
 def _head(meta: StoreMeta, budget: int) -> list[str]:

@@ -7,26 +7,27 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import torch
 
-from harvest.model import (
+from harvest.models.ahead import encode_first, encoded_alone
+from harvest.models.compiling import check_compile, compile_blocks
+from harvest.models.defaults import defaults_of, guidance_of, remarks_of, steps_of
+from harvest.models.embeddings import Embeddings
+from harvest.models.loading import check_offload, load_frame, load_weights, place
+from harvest.models.model import (
     KNOWN_SHAPES,
     Geometry,
     choose_device,
     cpu_threads,
-    defaults_of,
     geometry_of,
     is_here,
     library_versions,
-    load_pipeline,
     locate_model,
     model_facts,
     shape_of,
 )
-from harvest.prompts import DATASET_MAX_CHARACTERS, IMAGES_DEFAULT, PromptSet, is_dataset, load_prompts, source_of
-from harvest.sample import Sampler
-from harvest.settings import HarvestSettings
-from harvest.text import Tokenized, tokenize
-from harvest.traced import choose_traced
-from harvest.weights import (
+from harvest.models.pipelines import refuse_unfit
+from harvest.models.quantizing import check_quantize
+from harvest.models.text import Tokenized, cuts_said, encode, longest_of, tokenize
+from harvest.models.weights import (
     attention_bytes,
     attention_file,
     attention_file_bytes,
@@ -34,10 +35,14 @@ from harvest.weights import (
     weights_bytes,
     weights_files,
 )
+from harvest.planning.choosing import choose_sites, reads_text, token_policies
+from harvest.planning.traced import choose_traced
+from harvest.prompts import DATASET_MAX_CHARACTERS, IMAGES_DEFAULT, PromptSet, is_dataset, load_prompts, source_of
+from harvest.sample import Sampler
+from harvest.settings import HarvestSettings
 from store.errors import UsageError
-from store.format import CARRIERS, StoreDtype, StoreMeta, StreamTokens, chunk_images
-from store.sites import POINTS, Point, Site, Stream, parse_numbers
-from store.tokens import image_policy, text_policy
+from store.format import CARRIERS, StoreDtype, StoreMeta, chunk_images
+from store.sites import POINTS, Point, Site, parse_numbers
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
@@ -104,9 +109,11 @@ def make_outline(settings: HarvestSettings) -> Outline:
     The latter where its weights are not here, and for `--budget`, which needs none.
     """
     known = not locate_model(settings.model)[1] and settings.model in KNOWN_SHAPES
-    if not known or (settings.budget is None and is_here(settings)):
+    needs_none = settings.budget is not None or (settings.scale is not None and settings.images_per_second is not None)
+    if not known or (not needs_none and is_here(settings)):
         return make_plan(settings)
     geometry = geometry_of(KNOWN_SHAPES[settings.model], settings)
+    refuse_unfit(settings, geometry.family)
     _check_guidance(settings, KNOWN_SHAPES[settings.model].takes_guidance)
     if is_dataset(settings):
         prompts = None
@@ -118,12 +125,15 @@ def make_outline(settings: HarvestSettings) -> Outline:
         source, images = prompts.source, len(prompts.prompts)
         characters = max(map(len, prompts.candidates_for_longest()))
     length = _text_length(settings)
-    longest = min(characters // CHARACTERS_A_TOKEN + 1, length)
+    longest = geometry.family.text_before + min(characters // CHARACTERS_A_TOKEN + 1, length)
     dtype = settings.dtype or "bfloat16"
-    sites = choose_sites(settings, geometry)
+    sites = choose_sites(settings, geometry, geometry.family)
     meta = _meta(settings, geometry, sites, longest, images, dtype)
     meta = replace(meta, prompts=source, weights={"policy": settings.weights_policy, "files": {}})
-    remarks = [f"the weights of {settings.model} were not loaded: computing in {dtype} is assumed"]
+    remarks = [
+        *remarks_of(settings),
+        f"the weights of {settings.model} were not loaded: computing in {dtype} is assumed",
+    ]
     if "txt" in meta.tokens and (settings.text_tokens != "all" or settings.budget is not None):
         remarks.append(f"the longest prompt is taken to have {longest} text tokens, where only real ones are kept")
     return Outline(settings, meta, geometry, prompts, longest, tuple(remarks))
@@ -131,49 +141,76 @@ def make_outline(settings: HarvestSettings) -> Outline:
 
 def make_plan(settings: HarvestSettings) -> Plan:
     """Load the prompts and the model and settle every value that decides a byte of the store."""
-    device = choose_device(settings.device)
+    device = _device(settings)
     threads = cpu_threads(settings.threads)
     torch.set_num_threads(threads)
     dtype = settings.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     locate_model(settings.model)
     ready = None if is_dataset(settings) else load_prompts(settings)  # what is here is checked before the model is
-    pipe = load_pipeline(settings, device, dtype)  # loaded, and what is far away is streamed after it
+    frame = load_frame(settings)
     prompts = ready or load_prompts(settings)
-    shape = shape_of(pipe)
+    shape = shape_of(frame.pipe)
     geometry = geometry_of(shape, settings)
     _check_guidance(settings, shape.takes_guidance)
-    sites = choose_sites(settings, geometry)
+    sites = choose_sites(settings, geometry, geometry.family)
     length = _text_length(settings)
-    tokenized = tokenize(pipe, [p.text for p in prompts.prompts], length)
-    longest = _longest(pipe, settings, prompts, tokenized, length)
+    texts = [p.text for p in prompts.prompts]
+    tokenized = tokenize(frame.pipe, texts, length)
+    longest = _longest(frame.pipe, settings, prompts, tokenized, length)
     meta = _meta(settings, geometry, sites, longest, len(prompts.prompts), dtype)
+    alone = encoded_alone(settings)
+    first = encode_first(settings, frame, meta, texts, alone, device) if settings.text_encoders == "first" else None
+    encoded = {} if first is None else dict(first.weights)
+    pipe = load_weights(settings, frame, dtype, [part for part in frame.parts if part not in encoded])
     meta = replace(
         meta,
         threads=threads,
         device="cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
-        model=model_facts(pipe, settings),
+        model=model_facts(pipe, settings, encoded, alone),
         scheduler=_scheduler_facts(pipe),
         prompts=prompts.source,
         weights=_weights_facts(settings, pipe, sites),
         versions=library_versions(),
         traces=_traces_facts(meta, pipe),
     )
-    sampler = Sampler(
-        pipe,
-        sites,
-        geometry.height,
-        geometry.width,
-        settings.num_inference_steps,
-        length,
-        settings.guidance,
-        settings.pictures != "none",
-    )
-    remarks = _cuts(prompts, tokenized, length)
+    if settings.pictures == "none" and not geometry.family.vae_always:
+        pipe.vae = None  # its weights are hashed, and nothing needs them
+    place(pipe, device, settings.offload)
+    if settings.compile:
+        compile_blocks(pipe.transformer)
+    embeddings = first.embeddings if first is not None else _embeddings(pipe, length) if alone else None
+    sampler = _sampler(pipe, meta, embeddings)
+    remarks = remarks_of(settings) + _cuts(geometry, prompts, tokenized, length)
     if any(t.policy.startswith("real") for t in meta.tokens.values()) and is_dataset(settings):
         remarks += (
             f"this store can be extended only with prompts of at most {longest} text tokens, the most that it has",
         )
+    if first is not None:
+        remarks += (first.remark,)
     return Plan(settings, meta, geometry, prompts, longest, remarks, sampler, tokenized)
+
+
+def _device(settings: HarvestSettings) -> torch.device:
+    """The device of a run; `UsageError` for one that is not there, and for what cannot be done on it."""
+    device = choose_device(settings.device)
+    check_offload(settings.offload, device)
+    check_quantize(settings.quantize, device)
+    if settings.compile:
+        check_compile(device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # where bitsandbytes quantises
+    return device
+
+
+def _sampler(pipe: Any, meta: StoreMeta, embeddings: Embeddings | None) -> Sampler:
+    """What draws the images of a store."""
+    sizes = meta.height, meta.width, meta.num_inference_steps, meta.max_sequence_length, meta.guidance
+    return Sampler(pipe, meta.site_objects, *sizes, meta.pictures != "none", embeddings)
+
+
+def _embeddings(pipe: Any, length: int) -> Embeddings:
+    """Each prompt's embedding by itself, made when it is first drawn."""
+    return Embeddings(lambda unit: encode(pipe, unit, length), True, lambda: pipe._execution_device)
 
 
 def _meta(
@@ -187,18 +224,18 @@ def _meta(
         chunk_images=1,
         sites=tuple(str(site) for site in sites),
         points=points,
-        steps=parse_numbers(settings.steps, settings.num_inference_steps, "step"),
+        steps=parse_numbers(settings.steps, steps_of(settings), "step"),
         d_model=geometry.d_model,
         store_dtype=_store_dtype(settings, dtype),
         codec=settings.codec,
         targets=settings.targets,
-        tokens=_policies(settings, sites, geometry.image_tokens, length, longest),
+        tokens=token_policies(settings, sites, geometry.image_tokens, geometry.family.text_before + length, longest),
         height=geometry.height,
         width=geometry.width,
         pixels_per_token=geometry.pixels_per_token,
-        num_inference_steps=settings.num_inference_steps,
+        num_inference_steps=steps_of(settings),
         max_sequence_length=length,
-        guidance=settings.guidance,
+        guidance=guidance_of(settings),
         seed=settings.seed,
         seeds_per_prompt=settings.seeds_per_prompt,
         cycle=settings.cycle,
@@ -225,7 +262,7 @@ def chunked(meta: StoreMeta) -> StoreMeta:
 def _text_length(settings: HarvestSettings) -> int:
     length = settings.max_sequence_length or defaults_of(settings.model).max_sequence_length
     if length > MAX_TEXT_TOKENS:
-        raise UsageError(f"--max-sequence-length {length}: FLUX takes at most {MAX_TEXT_TOKENS} text tokens")
+        raise UsageError(f"--max-sequence-length {length}: the pipelines take at most {MAX_TEXT_TOKENS} text tokens")
     return length
 
 
@@ -244,56 +281,15 @@ def _longest(
     So a store of more images of the same source has the same slots, and a store can be extended.
     """
     longest = max(len(t.ids) for t in tokenized)
-    if settings.text_tokens == "all" or "txt" not in settings.streams.split(","):
+    if settings.text_tokens == "all" or not reads_text(settings):
         return longest
     texts = prompts.candidates_for_longest()
-    ids = pipe.tokenizer_2(texts, truncation=True, max_length=length).input_ids
-    return max(longest, *map(len, ids))
+    return max(longest, longest_of(pipe, texts, length))
 
 
-def _cuts(prompts: PromptSet, tokenized: list[Tokenized], length: int) -> tuple[str, ...]:
+def _cuts(geometry: Geometry, prompts: PromptSet, tokenized: list[Tokenized], length: int) -> tuple[str, ...]:
     different = dict(zip((p.text for p in prompts.prompts), tokenized, strict=True)).values()
-    cut, clip_cut = sum(t.cut for t in different), sum(t.clip_cut for t in different)
-    if not cut and not clip_cut:
-        return ()
-    return (f"of {len(different)} different prompts {cut} are cut at {length} T5 tokens and {clip_cut} at CLIP's 77",)
-
-
-def choose_sites(settings: HarvestSettings, geometry: Geometry) -> tuple[Site, ...]:
-    """The sites that `--layers` and `--streams` name; `UsageError` for a layer that the model does not have."""
-    text = settings.layers.strip()
-    kinds = [word.partition(":")[0] for word in text.split(",") if ":" in word]
-    if any(kind not in ("double", "single") for kind in kinds):
-        raise UsageError(f"--layers {text!r}: write all, 0-15, or double:0-15")
-    if "single" in kinds:
-        raise UsageError(
-            f"--layers {text!r}: single-stream blocks are not harvested yet; {settings.model} has "
-            f"double blocks 0 to {geometry.double_blocks - 1} beside its {geometry.single_blocks} single ones"
-        )
-    text = text.replace("double:", "")
-    try:
-        layers = parse_numbers(text, geometry.double_blocks, "layer")
-    except UsageError as error:
-        there = f"{settings.model} has double blocks 0 to {geometry.double_blocks - 1}"
-        raise UsageError(
-            f"--layers {settings.layers!r}: {error}. {there}: write --layers all or --layers 0-{geometry.double_blocks - 1}"
-        ) from None
-    streams: tuple[Stream, ...] = tuple(s for s in ("img", "txt") if s in settings.streams.split(","))  # type: ignore[misc]
-    return tuple(Site("double", layer, stream) for stream in streams for layer in layers)
-
-
-def _policies(
-    settings: HarvestSettings, sites: tuple[Site, ...], image_tokens: int, length: int, longest: int
-) -> dict[Stream, StreamTokens]:
-    policies: dict[Stream, StreamTokens] = {}
-    for stream in dict.fromkeys(site.stream for site in sites):
-        chosen = (
-            image_policy(settings.tokens, image_tokens)
-            if stream == "img"
-            else text_policy(settings.text_tokens, length, longest)
-        )
-        policies[stream] = chosen
-    return policies
+    return cuts_said(geometry.family, tuple(different), length)
 
 
 def _store_dtype(settings: HarvestSettings, dtype: str) -> StoreDtype:

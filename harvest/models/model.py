@@ -1,44 +1,30 @@
-"""Loads a FluxPipeline, the same way for tiny-flux, a folder and a Hugging Face id, and says what it is."""
+"""Says what a model is: where it lies, its sizes, and the facts that a store keeps of it."""
 
 import hashlib
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from harvest.quiet import quiet
-from harvest.settings import DEV, SCHNELL, TINY_FLUX, HarvestSettings
+from harvest.models.architectures import ARCHITECTURES, FLUX, SD3, Architecture, architecture_of
+from harvest.models.compiling import BACKEND
+from harvest.models.defaults import TINY_FLUX_FOLDER as TINY_FLUX_FOLDER
+from harvest.models.defaults import defaults_of
+from harvest.models.pipelines import sizes_of
+from harvest.models.quantizing import quantized_facts
+from harvest.settings import DEV, SCHNELL, SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, SD35_TURBO, TINY_FLUX, HarvestSettings
 from store.errors import GranaryError, UsageError
 from store.format import StoreMeta
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
 
-TINY_FLUX_FOLDER = Path(__file__).parent / "tiny_flux" / "weights"
 REASON_CHARACTERS = 160
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """What a model is run with when nothing else is said."""
-
-    resolution: int
-    max_sequence_length: int
-
-
-FLUX_DEFAULTS = Defaults(512, 512)
-TINY_FLUX_DEFAULTS = Defaults(64, 16)
-
-
-def defaults_of(model: str) -> Defaults:
-    """Resolution and text length of record of a model; tiny-flux draws 64 pixels from 16 text tokens."""
-    tiny = model == TINY_FLUX or (Path(model).exists() and Path(model).resolve() == TINY_FLUX_FOLDER.resolve())
-    return TINY_FLUX_DEFAULTS if tiny else FLUX_DEFAULTS
 
 
 def choose_device(asked: str | None) -> torch.device:
@@ -59,7 +45,7 @@ def locate_model(model: str) -> tuple[str, bool]:
     name = str(TINY_FLUX_FOLDER) if model == TINY_FLUX else model
     local = Path(name).exists()
     if local and not (Path(name) / "model_index.json").is_file():
-        raise UsageError(f"{name} is no FluxPipeline folder: it has no model_index.json")
+        raise UsageError(f"{name} is no FluxPipeline folder, nor another pipeline's: it has no model_index.json")
     if not local and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         raise UsageError(
             f"unknown model {model!r}: it is no folder here, and a Hugging Face id looks like {SCHNELL}. Or say --model {TINY_FLUX}"
@@ -76,51 +62,6 @@ def is_here(settings: HarvestSettings) -> bool:
     return isinstance(try_to_load_from_cache(settings.model, "model_index.json", revision=settings.revision), str)
 
 
-def load_pipeline(settings: HarvestSettings, device: torch.device, dtype: str) -> "FluxPipeline":
-    """The pipeline in `dtype` on `device`, its own progress bar off.  `UsageError` when it cannot be had, with the remedy."""
-    name, local = locate_model(settings.model)
-    try:
-        with quiet():
-            from diffusers import FluxPipeline
-
-            pipe = FluxPipeline.from_pretrained(
-                name, revision=settings.revision, dtype=DTYPES[dtype], local_files_only=local
-            )
-    except (
-        OSError,
-        ValueError,
-        ImportError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-    ) as error:  # whatever a broken or absent model makes diffusers raise
-        raise UsageError(_cannot_load(name, local, error)) from None
-    if type(pipe) is not FluxPipeline:
-        raise UsageError(f"{name} is a {type(pipe).__name__}; Granary harvests a FluxPipeline")
-    pipe.set_progress_bar_config(disable=True)
-    try:
-        return pipe.to(device)
-    except RuntimeError as error:  # torch's out of memory is one
-        raise GranaryError(
-            f"{name} does not fit on {device}: {str(error).splitlines()[0][:REASON_CHARACTERS]}"
-        ) from None
-
-
-def _cannot_load(name: str, local: bool, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0][:REASON_CHARACTERS] if str(error).strip() else type(error).__name__
-    if local:
-        return f"{name} cannot be loaded as a FluxPipeline: {reason}"
-    if "gated" in str(error).lower() or name in KNOWN_SHAPES:
-        remedy = (
-            f"Its weights are gated: accept the licence at https://huggingface.co/{name}, then log in with `hf auth login` "
-            f"(or set HF_TOKEN), or give a folder that holds them. To try Granary without them: MODEL={TINY_FLUX} (--model {TINY_FLUX})."
-        )
-    else:
-        remedy = f"Check the id and the network, give a folder, or say MODEL={TINY_FLUX} (--model {TINY_FLUX})."
-    return f"the model {name} cannot be had: {reason}. {remedy}"
-
-
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a model: what its configuration says."""
@@ -130,25 +71,31 @@ class Shape:
     single_blocks: int
     pixels_per_token: int
     takes_guidance: bool
+    architecture: str = field(default=FLUX.name, kw_only=True)
+    """its family, by the name that `harvest.models.architectures` knows it by"""
+    longest_side: int | None = field(default=None, kw_only=True)
+    """pixels that its positions reach, where they end"""
+
+    @property
+    def family(self) -> Architecture:
+        """Its family."""
+        return ARCHITECTURES[self.architecture]
 
 
 KNOWN_SHAPES = {
     SCHNELL: Shape(24 * 128, 19, 38, 16, takes_guidance=False),
     DEV: Shape(24 * 128, 19, 38, 16, takes_guidance=True),
+    SD3_MEDIUM: Shape(24 * 64, 24, 0, 16, takes_guidance=True, architecture=SD3.name, longest_side=192 * 16),
+    SD35_MEDIUM: Shape(24 * 64, 24, 0, 16, takes_guidance=True, architecture=SD3.name, longest_side=384 * 16),
+    SD35_LARGE: Shape(38 * 64, 38, 0, 16, takes_guidance=True, architecture=SD3.name, longest_side=192 * 16),
+    SD35_TURBO: Shape(38 * 64, 38, 0, 16, takes_guidance=True, architecture=SD3.name, longest_side=192 * 16),
 }
 """Published models: what a store of them takes can be told before their weights are here."""
 
 
 def shape_of(pipe: "FluxPipeline") -> Shape:
     """The sizes of a loaded model."""
-    config = pipe.transformer.config
-    return Shape(
-        d_model=config.num_attention_heads * config.attention_head_dim,
-        double_blocks=config.num_layers,
-        single_blocks=config.num_single_layers,
-        pixels_per_token=2 * pipe.vae_scale_factor,
-        takes_guidance=bool(config.guidance_embeds),
-    )
+    return Shape(**sizes_of(pipe))
 
 
 @dataclass(frozen=True)
@@ -173,6 +120,10 @@ def geometry_of(shape: Shape, settings: HarvestSettings) -> Geometry:
         raise UsageError(
             f"{height}x{width} pixels is no whole number of tokens: height and width must be multiples of {token}"
         )
+    if shape.longest_side is not None and max(height, width) > shape.longest_side:
+        raise UsageError(
+            f"{height}x{width} pixels: {settings.model} knows positions up to {shape.longest_side} pixels a side"
+        )
     return Geometry(**asdict(shape), height=height, width=width)
 
 
@@ -182,9 +133,12 @@ def weights_hash(module: nn.Module) -> str:
 
 
 def tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of named tensors: names, dtypes, shapes and bytes in the order of their names, one tensor at a time."""
+    """SHA-256 of named tensors: names, dtypes, shapes and bytes in the order of their names, one tensor at a time.
+
+    A quantised tensor counts as its parts: the numbers, their scales, what else it is made of.
+    """
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
+    for name, tensor in sorted(plain(tensors)):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(
             tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
@@ -194,18 +148,43 @@ def tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def model_facts(pipe: "FluxPipeline", settings: HarvestSettings) -> dict[str, Any]:
-    """What the store says of its model: name, revision, configuration, and the hash of every part's weights in use."""
-    parts = {
-        name: weights_hash(getattr(pipe, name)) for name in ("transformer", "text_encoder", "text_encoder_2", "vae")
-    }
-    config = {key: value for key, value in dict(pipe.transformer.config).items() if not key.startswith("_")}
+def plain(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The named tensors, those of torchao taken apart."""
+    for name, tensor in tensors.items():
+        if hasattr(tensor, "__tensor_flatten__"):
+            parts, _ = tensor.__tensor_flatten__()
+            yield from plain({f"{name}.{part}": getattr(tensor, part) for part in parts})
+        else:
+            yield name, tensor
+
+
+def model_facts(
+    pipe: "FluxPipeline", settings: HarvestSettings, known: Mapping[str, str] | None = None, alone: bool = False
+) -> dict[str, Any]:
+    """What the store says of its model: name, revision, configuration, and the hash of every part's weights in use.
+
+    `known`: hashes of parts that are gone already; `alone`: each prompt was encoded by itself.
+    """
+    architecture, hashes = architecture_of(pipe), dict(known or {})
+    hashes |= {name: weights_hash(part) for name in architecture.parts if (part := getattr(pipe, name)) is not None}
+    left_out = {"quantization_config"}  # said in our words
+    config = {k: v for k, v in dict(pipe.transformer.config).items() if not k.startswith("_") and k not in left_out}
     name = (
         settings.model
         if settings.model == TINY_FLUX or not Path(settings.model).exists()
         else Path(settings.model).resolve().name
     )
-    return {"id": name, "revision": _revision(settings), "weights_sha256": parts, "transformer": config}
+    parts = {name: hashes[name] for name in architecture.parts if name in hashes}
+    facts = {"id": name, "revision": _revision(settings), "weights_sha256": parts, "transformer": config}
+    if architecture is not FLUX:
+        facts["architecture"] = architecture.name
+    if settings.quantize != "none":
+        facts["quantized"] = quantized_facts(settings.quantize)
+    if settings.compile:
+        facts["compiled"] = BACKEND
+    if alone:
+        facts["text_embeddings"] = "alone"
+    return facts
 
 
 def _revision(settings: HarvestSettings) -> str | None:

@@ -1,27 +1,47 @@
 """The matrices that a store keeps, each file named by its content: the MLP of a site, the attention of a traced block.
 
 `sha256-<hash>.safetensors` holds `net.0.proj.weight`, `net.0.proj.bias`, `net.2.weight` and `net.2.bias` in the model's
-dtype.  The hash is over names and tensors and not over the site, so that two sites with equal matrices share a file.
+dtype; of a single-stream block `proj_mlp.weight`, `proj_mlp.bias` and `proj_out.weight`, the latter only the columns that the
+MLP writes through, and no bias, which the attention writes as much.  The hash is over names and tensors and not over the site,
+so that two sites with equal matrices share a file.
 """
 
 import safetensors.torch
 import torch
 from torch import nn
 
-from harvest.capture import mlp_of
-from harvest.model import tensors_hash
+from harvest.models.architectures import architecture_of
+from harvest.models.matrices import columns_of, rows_of, tensors_of
+from harvest.models.model import tensors_hash
 from store.sites import Site
 from store.traces import MATRICES
 
 WIDENING = 4
 """hidden units of an MLP by d_model, in every FluxTransformerBlock"""
+INTO, OUT = "proj_mlp", "proj_out"
+"""what the two layers of a single-stream block's MLP are called in its file"""
 HEADER_BYTES = 360
 """what safetensors says of four tensors, about"""
 
 
 def mlp_tensors(transformer: nn.Module, site: Site) -> dict[str, torch.Tensor]:
-    """The four tensors of a site's MLP, on the host."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in mlp_of(transformer, site).state_dict().items()}
+    """The tensors of a site's MLP, on the host."""
+    return {name: tensor.cpu().contiguous() for name, tensor in _mlp(transformer, site).items()}
+
+
+def _mlp(transformer: nn.Module, site: Site) -> dict[str, torch.Tensor]:
+    """The tensors of a site's MLP, where they lie."""
+    architecture = architecture_of(transformer)
+    spot, what = architecture.spot(site), f"the MLP of {site}"
+    reads = architecture.module(transformer, site, spot.reads)
+    if spot.writes is None:
+        return tensors_of(reads, what)
+    writes = architecture.module(transformer, site, spot.writes)
+    d_model = writes.out_features  # as wide as the attention's share of what `writes` reads
+    found = {f"{INTO}.weight": rows_of(reads, "weight", spot.rows_before * d_model, what)}
+    if reads.bias is not None:
+        found[f"{INTO}.bias"] = rows_of(reads, "bias", spot.rows_before * d_model, what)
+    return found | {f"{OUT}.weight": columns_of(writes, writes.in_features - d_model, what)}
 
 
 def weights_files(transformer: nn.Module, sites: tuple[Site, ...]) -> dict[str, str]:
@@ -44,8 +64,11 @@ def file_bytes(d_model: int, dtype: str) -> int:
 def attention_of(block: nn.Module) -> dict[str, torch.Tensor]:
     """`to_v.weight` and so on (`store.traces.MATRICES`): what a trace of a double block needs of its attention, where it lies."""
     attention: nn.Module = block.attn  # type: ignore[assignment]
-    found = attention.state_dict()
-    return {name: found[name].detach() for name in sorted(found) if name.rpartition(".")[0] in MATRICES}
+    found: dict[str, torch.Tensor] = {}
+    for layer in MATRICES:
+        tensors = tensors_of(attention.get_submodule(layer), f"the attention's {layer}")
+        found |= {f"{layer}.{name}": tensor for name, tensor in tensors.items()}
+    return {name: found[name] for name in sorted(found)}
 
 
 def attention_tensors(transformer: nn.Module, block: int) -> dict[str, torch.Tensor]:

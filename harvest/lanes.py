@@ -1,0 +1,265 @@
+"""How values leave the device that a model runs on: the one place that knows streams, events and pinned memory.
+
+A lane has two ends.  `send` is called in the model's thread as a step ends and must not wait; `move` is called in the staging's
+thread and may.  What is staged is (site, image, kept token, d_model), in the dtype that the model computes in.
+
+    Direct   the model runs on the CPU: `move` converts from the staged buffer into the part's arrays, with nothing between
+    Ring     it runs elsewhere: `send` converts there and puts one copy to pinned memory on a side stream; `move` waits for it
+
+`Cuda` is all of CUDA that a ring needs; tests put another in its place.  `Traffic` lets a few slots go round between the two
+threads.  This file needs torch and nothing else, so that `bench/gpu_staging.py` can run it where there is no more.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Piece:
+    """The buffers of one stream and point of one slot."""
+
+    staged: Tensor
+    """where hooks put kept rows"""
+    stored: Tensor
+    """the same in the store's dtype, on the same device; `staged` itself where nothing is converted or a CPU converts later"""
+    landed: Tensor
+    """the same on the host; `staged` itself on a CPU"""
+
+
+@dataclass
+class Slot:
+    """The kept rows of one step of one batch, on their way."""
+
+    pieces: dict[Any, Piece] = field(default_factory=dict)
+    arrived: Any = None
+    """what says that the copies are done"""
+
+
+@runtime_checkable
+class Lane(Protocol):
+    """The way from staged buffers to arrays on the host."""
+
+    def piece(self, shape: tuple[int, ...], computed: torch.dtype, stored: torch.dtype) -> Piece:
+        """Buffers for what is staged; made once a slot."""
+
+    def send(self, slot: Slot, count: int) -> dict[Any, Tensor]:
+        """Send the first `count` images of each piece off; rounding errors (site,) by piece, where they are made here."""
+
+    def arrive(self, slot: Slot) -> None:
+        """Wait until what was sent is there."""
+
+    def move(self, piece: Piece, into: Tensor) -> Tensor | None:
+        """Move a piece that arrived into (site, image, kept token, d_model) of the store's dtype; errors, where they are made here."""
+
+
+class Traffic:
+    """A few slots that go round: the model's thread takes one and sends it off, a thread of this one moves what arrives."""
+
+    def __init__(self, slots: int, move: Callable[[Slot, Any], None], waited: Callable[[float], None]) -> None:
+        """`move(slot, load)` is called in the thread for what was sent; `waited(seconds)` when the model's thread stood still."""
+        self._unmade, self._move_one, self._waited = slots, move, waited
+        self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
+        self._sent: queue.Queue[tuple[Slot, Any] | None] = queue.Queue()
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+
+    def take(self) -> Slot:
+        """A free slot: a new one as long as there may be more, else one that was moved, which may take its time."""
+        if self._unmade and self._free.empty():
+            self._unmade -= 1
+            return Slot()
+        begun = time.perf_counter()
+        slot = self._free.get()
+        self._waited(time.perf_counter() - begun)
+        self._check()
+        return slot
+
+    def send(self, slot: Slot, load: Any) -> None:
+        """Leave a slot to the thread, and what it needs to know of it."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._move_all, name="staging", daemon=True)
+            self._thread.start()
+        self._sent.put((slot, load))
+
+    def give_back(self, slot: Slot) -> None:
+        """Free a slot that is not to be sent."""
+        self._free.put(slot)
+
+    def drain(self) -> None:
+        """Wait until all that was sent is moved; what went wrong on the way is raised here, or by `take`."""
+        begun = time.perf_counter()
+        self._sent.join()
+        self._waited(time.perf_counter() - begun)
+        self._check()
+
+    def close(self) -> None:
+        """End the thread when it has moved what is on its way."""
+        if self._thread is not None:
+            self._sent.put(None)
+            self._thread.join()
+            self._thread = None
+
+    def _move_all(self) -> None:
+        while (sent := self._sent.get()) is not None:
+            slot, load = sent
+            try:
+                if self._error is None:
+                    self._move_one(slot, load)
+            except BaseException as error:  # the model's thread raises it
+                self._error = error
+            finally:
+                del sent, load  # or a part would stay in memory until the next one comes
+                self._free.put(slot)
+                self._sent.task_done()
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+class Direct:
+    """From a CPU's memory into its memory."""
+
+    def piece(self, shape: tuple[int, ...], computed: torch.dtype, stored: torch.dtype) -> Piece:
+        """See `Lane`."""
+        staged = torch.empty(shape, dtype=computed)
+        return Piece(staged, staged, staged)
+
+    def send(self, slot: Slot, count: int) -> dict[Any, Tensor]:
+        """See `Lane`."""
+        return {}
+
+    def arrive(self, slot: Slot) -> None:
+        """See `Lane`."""
+
+    def move(self, piece: Piece, into: Tensor) -> Tensor | None:
+        """See `Lane`."""
+        staged = piece.staged[:, : into.shape[1]]
+        into.copy_(staged)
+        return squared_errors(into, staged)
+
+
+@runtime_checkable
+class Port(Protocol):
+    """What a ring needs of a device."""
+
+    def on_device(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A buffer on the device."""
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A buffer on the host that the device can write while others compute."""
+
+    def copy(self, pairs: list[tuple[Tensor, Tensor]]) -> Any:
+        """Begin to copy (from the device, to pinned) when all that was asked of the device is done; what `wait` waits for."""
+
+    def wait(self, copied: Any) -> None:
+        """Wait for a `copy`; nothing else that the device does is waited for."""
+
+
+class Ring:
+    """From a device through pinned memory."""
+
+    def __init__(self, port: Port) -> None:
+        self.port = port
+
+    def piece(self, shape: tuple[int, ...], computed: torch.dtype, stored: torch.dtype) -> Piece:
+        """See `Lane`."""
+        staged = self.port.on_device(shape, computed)
+        converted = staged if stored == computed else self.port.on_device(shape, stored)
+        return Piece(staged, converted, self.port.pinned(shape, stored))
+
+    def send(self, slot: Slot, count: int) -> dict[Any, Tensor]:
+        """See `Lane`.  Whole buffers are copied, for they lie in one piece; of a short batch the end is not used."""
+        errors = {}
+        for where, piece in slot.pieces.items():
+            if piece.stored is not piece.staged:
+                piece.stored.copy_(piece.staged)
+                lost = squared_errors(piece.stored[:, :count], piece.staged[:, :count])
+                assert lost is not None
+                errors[where] = lost
+        slot.arrived = self.port.copy([(piece.stored, piece.landed) for piece in slot.pieces.values()])
+        return errors
+
+    def arrive(self, slot: Slot) -> None:
+        """See `Lane`."""
+        self.port.wait(slot.arrived)
+
+    def move(self, piece: Piece, into: Tensor) -> Tensor | None:
+        """See `Lane`."""
+        into.copy_(piece.landed[:, : into.shape[1]])
+        return None
+
+
+class Cuda:
+    """A CUDA device: copies run on a stream of their own, beside the model's kernels."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def on_device(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """See `Port`."""
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """See `Port`."""
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+
+    def copy(self, pairs: list[tuple[Tensor, Tensor]]) -> "torch.cuda.Event":
+        """See `Port`."""
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            for source, target in pairs:
+                target.copy_(source, non_blocking=True)
+            copied: torch.cuda.Event = self.stream.record_event()
+        return copied
+
+    def wait(self, copied: "torch.cuda.Event") -> None:
+        """See `Port`."""
+        copied.synchronize()
+
+
+def select_into(target: Tensor, source: Tensor, index: Tensor | None, then: Callable[[Tensor], Tensor] | None) -> None:
+    """Put the rows of `source` (image, token, width) at `index` (image, kept token) into `target` (image, kept token, d_model).
+
+    `index` counts the rows of the batch laid flat, so that whole rows are copied, and from all images at once; None: all rows.
+    They go through `then` on the way, where it is given.
+    """
+    if index is not None:
+        flat = source.flatten(0, 1)
+        if then is None:
+            torch.index_select(flat, 0, index.flatten(), out=target.flatten(0, 1))
+            return
+        source = flat.index_select(0, index.flatten()).view(*index.shape, -1)
+    target.copy_(source if then is None else then(source))
+
+
+def lane_of(device: torch.device) -> Lane:
+    """The lane from a device."""
+    return Direct() if device.type == "cpu" else Ring(Cuda(device))
+
+
+def squared_errors(stored: Tensor, exact: Tensor) -> Tensor | None:
+    """(site,) float64 sums of the squared differences between what is stored and what was computed; None for equal dtypes.
+
+    Empty slots are NaN and count nothing.  On a CPU each site is summed by itself, as harvests always did: the order of a sum
+    decides its last bits, and those are in the commits.
+    """
+    if stored.dtype == exact.dtype:
+        return None
+    if stored.device.type != "cpu":
+        lost = stored.float().sub_(exact).square_()
+        return lost.flatten(1).nansum(1, dtype=torch.float64)
+    sums = torch.empty(len(stored), dtype=torch.float64)
+    lost = torch.empty(stored.shape[1:], dtype=torch.float32)  # one for all: fresh memory is slower than arithmetic
+    for place, (rounded, whole) in enumerate(zip(stored, exact, strict=True)):
+        torch.sub(rounded, whole, out=lost)
+        sums[place] = lost.square_().nansum(dtype=torch.float64)
+    return sums

@@ -1,0 +1,1 @@
+"""What a model is, how it is loaded, and what its text encoders and matrices say."""

@@ -1,0 +1,1 @@
+"""What a harvest will do and take, settled and said before it costs anything."""

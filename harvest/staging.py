@@ -1,0 +1,221 @@
+"""Takes the kept rows of each step from the model to the arrays of their part, while the model goes on.
+
+1. A hook hands over the rows of its site while the block is computed; the kept ones are copied into the slot of this step, on
+   the model's device and in its dtype: one buffer a stream and point, (site, image, kept token, d_model).
+2. As the step ends, its slot is sent off, by whatever lane leads from that device (`harvest.lanes`): on CUDA it is converted
+   there, and one copy to pinned memory begins on a side stream.  Nothing of this makes the model's thread wait.
+3. A thread waits until the slot has arrived and moves it into the part's arrays; on a CPU it converts on the way.
+4. Where no slot is free, the model waits: so memory stays bounded, and `Waiting.copy` says how long.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor
+
+from harvest.capture import Rows
+from harvest.lanes import Lane, Slot, Traffic, lane_of, select_into
+from harvest.models.model import DTYPES
+from harvest.waiting import Waiting
+from store.format import StoreMeta
+from store.sites import Point, Site, Stream
+from store.writer import Key
+
+SLOTS = 2
+"""one that the model fills while the other is on its way"""
+MOST_BYTES = 8 * 2**30
+"""where two slots take more than this, there is one, and the model waits for it"""
+Positions = Mapping[tuple[Stream, int], np.ndarray]
+"""(stream, step) -> (image, kept token) of a part, for streams of which not all tokens are kept; -1: an empty slot"""
+
+
+@dataclass
+class _Gathered:
+    """A part that is being filled; its keys are (stream, step) and (stream, step, point)."""
+
+    positions: Positions
+    arrays: dict[tuple[Stream, int, Point], np.ndarray]
+    """(site, image, kept token, d_model)"""
+    errors: dict[tuple[Stream, int, Point], Tensor] = field(default_factory=dict)
+    """(site,) float64, where values are rounded"""
+    index: dict[tuple[Stream, int], Tensor] = field(default_factory=dict)
+    """(image, kept token): which rows of the image's batch, laid flat; on the model's device"""
+    empty: dict[tuple[Stream, int], Tensor] = field(default_factory=dict)
+    """(image, kept token, 1): which of them stand for no token; absent where all do"""
+
+
+@dataclass(frozen=True)
+class _Load:
+    """What a slot carries: the images from `first` on, of `step`, of a part."""
+
+    part: _Gathered
+    step: int
+    first: int
+    count: int
+
+
+class Staging:
+    """The way from hooks to the arrays of one part after the other; a context, in which its thread lives.
+
+    For each part: `begin`; for each batch `batch`, and for each step of it `keep` for each site and point, then `step_ended`;
+    `finish`.  All are called by the thread that runs the model.
+    """
+
+    def __init__(self, meta: StoreMeta, waiting: Waiting | None = None, lane: Lane | None = None) -> None:
+        """`lane`: how values leave the device; default: that of the device that the first rows lie on."""
+        self.meta, self.waiting = meta, waiting or Waiting()
+        self._sites = {s: tuple(site for site in meta.site_objects if site.stream == s) for s in meta.streams}
+        self._place = {site: place for sites in self._sites.values() for place, site in enumerate(sites)}
+        self._stored = stored_in(meta)
+        self._lane = lane
+        self._part = _Gathered({}, {})
+        self._slot: Slot | None = None
+        self._seen: set[tuple[Site, Point]] = set()
+        self._step = self._first = self._count = 0
+        self._traffic = Traffic(slots_of(meta), self._move, self.waiting.waited_for_copy)
+
+    def __enter__(self) -> "Staging":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._traffic.close()
+
+    def begin(self, images: int, positions: Positions) -> None:
+        """Begin a part of so many images; one that was not finished is dropped."""
+        if self._slot is not None:
+            self._traffic.give_back(self._slot)
+            self._slot = None
+        self._seen.clear()
+        meta, logical = self.meta, self.meta.carrier.logical
+        arrays: dict[tuple[Stream, int, Point], np.ndarray] = {
+            (stream, step, point): np.empty((len(sites), images, meta.tokens[stream].kept, meta.d_model), logical)
+            for stream, sites in self._sites.items()
+            for step in meta.steps
+            for point in meta.points
+        }
+        self._part = _Gathered(positions, arrays)
+
+    def batch(self, first: int, count: int) -> None:
+        """Begin a batch with step 0: the images from `first` of the part on, a multiple of the batch size."""
+        assert first % self.meta.batch_size == 0, first
+        self._first, self._count, self._step = first, count, 0
+
+    def keep(self, site: Site, point: Point, rows: Rows) -> None:
+        """Copy the kept rows of a site into the slot of this step: what a hook calls.  What the store does not hold is passed over."""
+        if self._step not in self.meta.steps or point not in self.meta.points:
+            return
+        source, stream = rows.source, site.stream
+        assert source.shape[:2] == (self._count, self.meta.tokens[stream].total), (str(site), tuple(source.shape))
+        if self._slot is None:
+            self._lane = self._lane or lane_of(source.device)
+            self._slot = self._traffic.take()
+        target = self._target(self._slot, site, point, source.dtype)
+        self._index(stream, source.device)
+        key, batch = (stream, self._step), slice(self._first, self._first + self._count)
+        index, empty = self._part.index.get(key), self._part.empty.get(key)
+        select_into(target, source, None if index is None else index[batch], rows.then)
+        if empty is not None:
+            target.masked_fill_(empty[batch], float("nan"))
+        self._seen.add((site, point))
+
+    def step_ended(self, step: int) -> None:
+        """Send off what was kept of a step; the next one begins."""
+        assert step == self._step, (step, self._step)
+        self._step = step + 1
+        if step not in self.meta.steps:
+            return
+        wanted = len(self._place) * len(self.meta.points)
+        assert len(self._seen) == wanted, f"step {step}: {len(self._seen)} of {wanted} points of sites came by"
+        self._seen.clear()
+        slot, self._slot = self._slot, None
+        assert slot is not None and self._lane is not None
+        for (stream, point), lost in self._lane.send(slot, self._count).items():
+            _add(self._part, (stream, step, point), lost)
+        self._traffic.send(slot, _Load(self._part, step, self._first, self._count))
+
+    def finish(self) -> tuple[dict[Key, np.ndarray], dict[Key, float]]:
+        """What was kept of the part, when all of it has arrived: (image, kept token, d_model), and the rounding errors."""
+        self._traffic.drain()
+        part, self._part = self._part, _Gathered({}, {})
+        lost = {key: sums.tolist() for key, sums in part.errors.items()}  # from the device once a part
+        arrays: dict[Key, np.ndarray] = {}
+        errors: dict[Key, float] = {}
+        for site, place in self._place.items():
+            for step in self.meta.steps:
+                for point in self.meta.points:
+                    key = (site.stream, step, point)
+                    arrays[site, step, point] = part.arrays[key][place]
+                    errors[site, step, point] = lost[key][place] if key in lost else 0.0
+        return arrays, errors
+
+    def _target(self, slot: Slot, site: Site, point: Point, computed: torch.dtype) -> Tensor:
+        """Where the rows of a site go: (image, kept token, d_model)."""
+        piece = slot.pieces.get((site.stream, point))
+        if piece is None:
+            meta, stream = self.meta, site.stream
+            shape = (len(self._sites[stream]), meta.batch_size, meta.tokens[stream].kept, meta.d_model)
+            assert self._lane is not None
+            with torch.inference_mode(False):  # they outlive the inference
+                piece = slot.pieces[stream, point] = self._lane.piece(shape, computed, self._stored)
+        assert piece.staged.dtype == computed, (str(site), piece.staged.dtype, computed)
+        return piece.staged[self._place[site], : self._count]
+
+    def _index(self, stream: Stream, device: torch.device) -> None:
+        """Put on the device which rows of a stream are kept at this step; once a part."""
+        key, part = (stream, self._step), self._part
+        positions = part.positions.get(key)
+        if positions is None or key in part.index:
+            return
+        in_batch = np.arange(len(positions)) % self.meta.batch_size
+        flat = np.maximum(positions, 0) + in_batch[:, None] * self.meta.tokens[stream].total
+        with torch.inference_mode(False):
+            part.index[key] = torch.from_numpy(flat.astype(np.int64)).to(device, non_blocking=True)
+            if (positions < 0).any():
+                part.empty[key] = torch.from_numpy(positions < 0).unsqueeze(-1).to(device, non_blocking=True)
+
+    def _move(self, slot: Slot, load: _Load) -> None:
+        """Move a slot into the arrays of its part: what the thread does."""
+        assert self._lane is not None
+        with self.waiting.threads.on("copy"):
+            self._lane.arrive(slot)
+            for (stream, point), piece in slot.pieces.items():
+                key = stream, load.step, point
+                into = as_tensor(load.part.arrays[key])[:, load.first : load.first + load.count]
+                lost = self._lane.move(piece, into)
+                if lost is not None:
+                    _add(load.part, key, lost)
+
+
+def _add(part: _Gathered, key: Any, lost: Tensor) -> None:
+    """Add the errors of a batch to those of its part, in the order of batches."""
+    part.errors[key] = part.errors[key] + lost if key in part.errors else lost
+
+
+def as_tensor(array: np.ndarray) -> Tensor:
+    """The same memory as a tensor; NumPy knows bfloat16 by `ml_dtypes` only."""
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def stored_in(meta: StoreMeta) -> torch.dtype:
+    """What values are handed to the store in; fp8-e4m3 is made from bfloat16 there."""
+    return DTYPES["bfloat16" if meta.store_dtype == "fp8-e4m3" else meta.store_dtype]
+
+
+def slot_bytes(meta: StoreMeta) -> int:
+    """Bytes of what one step of a batch keeps, in the dtype that the model computes in: one slot on its device.
+
+    On CUDA as much again where it is converted there, in the store's dtype, and that again in pinned memory.
+    """
+    rows = sum(meta.tokens[site.stream].kept for site in meta.site_objects)
+    return rows * meta.batch_size * meta.d_model * len(meta.points) * DTYPES[meta.dtype].itemsize
+
+
+def slots_of(meta: StoreMeta) -> int:
+    """How many slots there are."""
+    return SLOTS if SLOTS * slot_bytes(meta) <= MOST_BYTES else 1

@@ -1,0 +1,253 @@
+"""`python -m bench`: the table, what is kept, the comparison of two runs, and what is refused.  No test asserts a speed."""
+
+import importlib
+import inspect
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import groups, machine, running, table, timing, trainers
+from bench.__main__ import COMMANDS
+from bench.comparing import CompareSettings, ShowSettings, changes, compare, show
+from bench.groups import GROUPS, Group
+from bench.lines import MOVES, Line, Need, Peer, line_of, spread
+from bench.peer import Answer
+from bench.peers import PEERS, Amount
+from bench.running import BenchSettings, Run, run_of
+from store.command import program
+from store.errors import DamagedError, UsageError
+
+RATES = {
+    "write": 1e9, "read": 2e9, "cached": 1e10, "copy": 1e10, "crc32c": 2e10, "sha256": 1e9, "float32": 1e11, "bfloat16": 1e12,
+}  # fmt: skip
+HERE = machine.Machine("a processor", 2, 2**34, "ext4 on /dev/disk", "Linux 6", "3.11.7", "2.13.0", 0.1)
+WRITE = Line(
+    "write 1 GB", (2.0, 2.5, 2.1), (Peer("raw file", (1.0, 1.2), goal=1.5), Peer("zarr", (4.0,))),
+    (Need("write", 1e9), Need("crc32c", 1e9), Need("sha256", 2e9)), "in parts",
+)  # fmt: skip
+STEP = Line("step", (0.05, 0.06), (Peer("plain loop", (0.2, 0.3), goal=1 / 3),), (Need("float32", 1e9),))
+
+
+def run_with(ours: tuple[float, ...], its: tuple[float, ...] = (1.0,), **changes: Any) -> Run:
+    """A run of one line."""
+    line = replace(WRITE, ours=ours, peers=(Peer("raw file", its),))
+    return replace(Run(HERE, "2030-01-02", "quick", RATES, groups={"store": [line]}), **changes)
+
+
+def kept(path: Path, run: Run) -> Path:
+    path.write_text(json.dumps(run.as_json()))
+    return path
+
+
+def test_the_floor_is_the_slower_of_disk_and_cores_and_each_adds_up_what_it_serves() -> None:
+    seconds, binds = WRITE.floor(RATES) or (0.0, "")
+    assert (seconds, binds) == (pytest.approx(1e9 / 2e10 + 2e9 / 1e9), "cores")
+    both = replace(WRITE, needs=(Need("write", 1e9), Need("read", 1e9), Need("cached", 1e9)))
+    assert both.floor(RATES) == (pytest.approx(1.5), "disk")
+    assert replace(WRITE, needs=()).floor(RATES) is None
+
+
+def test_bytes_and_operations_are_counted_from_the_needs() -> None:
+    line = replace(WRITE, needs=(*(Need(rate, 1.0) for rate in MOVES), Need("crc32c", 5.0), Need("bfloat16", 7.0)))
+    assert (line.moved, line.operations) == (4.0, 7.0)
+
+
+def test_a_row_says_ours_its_ratio_goal_bytes_floor_and_one_more_peer_is_one_more_row() -> None:
+    first, second = table.rows("store", WRITE, RATES)
+    cells = [cell.strip() for cell in first.strip("|").split("|")]
+    assert cells == [
+        "store", "write 1 GB", "2.00 s", "raw file", "1.00 s", "2.00", "≤ 1.5 missed", "1 GB", "", "2.05 s cores", "0.98",
+    ]  # fmt: skip
+    assert [cell.strip() for cell in second.strip("|").split("|")][:7] == ["", "", "", "zarr", "4.00 s", "0.50", ""]
+    (row,) = table.rows("step", STEP, RATES)
+    assert "≤ 0.333 met" in row and "1.00 GFLOP" in row and " 10.0 ms cores |" in row
+
+
+def test_every_row_of_the_table_is_as_wide_as_its_head() -> None:
+    lines = [*table.head(), *table.rows("store", WRITE, RATES), *table.rows("step", STEP, RATES)]
+    assert len({len(line) for line in lines}) == 1
+    assert {line.count("|") for line in lines} == {len(table.COLUMNS) + 1}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (123.4, "123 s"),
+        (12.34, "12.3 s"),
+        (0.9996, "1000 ms"),
+        (0.01234, "12.3 ms"),
+        (4.56e-6, "4.56 µs"),
+        (1e-8, "0.01 µs"),
+    ],
+)
+def test_seconds_have_three_digits_and_a_unit(seconds: float, text: str) -> None:
+    assert table.seconds_text(seconds) == text
+
+
+def test_the_spread_is_how_far_the_median_lies_above_the_best() -> None:
+    assert spread((1.0,)) == 0
+    assert spread((1.2, 1.0, 9.0)) == pytest.approx(0.2)
+    assert spread((1.0, 1.1, 1.3, 5.0)) == pytest.approx(0.2)
+
+
+def test_a_kept_run_comes_back_with_every_sample_and_shows_the_same_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(
+        HERE,
+        "2030-01-02",
+        "quick",
+        RATES,
+        RATES,
+        ("nobody: not installed",),
+        {"store": [WRITE], "step": [STEP]},
+        {"store": 61.0},
+    )
+    path = kept(tmp_path / "run.json", run)
+    assert run_of(path) == run
+    floor = json.loads(path.read_text())["groups"]["store"][0]["floor"]
+    assert floor == {"seconds": pytest.approx(2.05), "binds": "cores", "over": pytest.approx(2.0 / 2.05)}
+    show(ShowSettings(path))
+    page = capsys.readouterr().out
+    assert page == "\n".join(running.whole(run)) + "\n"
+    assert "a processor, 2 cores, 16 GiB of memory" in page and "left out: nobody" in page
+    assert "medians lie at most 10% above (step, step)" in page and "measured in 1.0 minutes: store 61 s" in page
+
+
+def test_by_turns_keeps_every_run_but_the_first_and_takes_turns() -> None:
+    said: list[str] = []
+    first, second = timing.by_turns(
+        lambda: said.append("a"), lambda: said.append("b"), rounds=2, before=lambda: said.append("-")
+    )
+    assert "".join(said) == "-a-b" * 3
+    assert len(first) == len(second) == 2
+
+
+def test_a_run_measures_prints_and_keeps_what_was_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Small(Group):
+        def lines(self, size: Any) -> Iterator[Line]:
+            yield {"store": WRITE, "step": STEP}[self.module]
+
+    for name in ("store", "step"):
+        monkeypatch.setitem(GROUPS, name, Small(name, name, 1e-9, peers=groups.Peers("nobody", f"{tmp_path}/no")))
+    out, page = tmp_path / "deep" / "run.json", tmp_path / "table.md"
+    found = running.run(BenchSettings(only="step,store", size="tiny", out=out, markdown=page))
+    assert list(found.groups) == ["store", "step"]
+    printed = capsys.readouterr().out
+    assert page.read_text() in printed
+    assert printed.count("left out: nobody: not installed; `make ") == 2
+    assert run_of(out) == found
+    assert set(found.rates) == set(RATES) and min(found.rates.values()) > 0
+
+
+@pytest.mark.parametrize(
+    ("ours", "its", "verdict"),
+    [
+        ((2.0,), (1.0,), "as before"),
+        ((1.0,), (1.0,), "faster"),
+        ((4.0,), (1.0,), "slower"),
+        ((4.0,), (2.0,), "as before"),  # the machine is half as fast today: both are
+        ((2.06, 2.2, 2.3), (1.0,), "as before"),  # 3 % more, and samples that lie 7 % apart
+        ((2.2, 2.2, 2.2), (1.0,), "slower"),
+    ],
+)
+def test_a_change_counts_beside_the_peer_and_beyond_the_spread(
+    ours: tuple[float, ...], its: tuple[float, ...], verdict: str
+) -> None:
+    (change,) = changes(run_with((2.0,)), run_with(ours, its))
+    assert change.verdict == verdict
+
+
+def test_compare_lists_the_greatest_gain_first_warns_of_another_machine_and_names_what_has_no_match(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = run_with((2.0,))
+    old.groups["step"] = [STEP, replace(STEP, what="gone")]
+    other = replace(HERE, processor="another", load=3.0)
+    new = run_with((1.0,), machine=other)
+    new.groups["step"] = [replace(STEP, ours=(0.1,))]
+    found = compare(CompareSettings(kept(tmp_path / "old.json", old), kept(tmp_path / "new.json", new)))
+    assert [(change.group, change.verdict) for change in found] == [("store", "faster"), ("step", "slower")]
+    said = capsys.readouterr().out
+    assert "the machines differ (processor: a processor and another)" in said and "load: " not in said
+    assert "rates of the machine, new over old: write 1.00, read 1.00" in said
+    assert "1 faster, 1 slower, 0 as before" in said
+    assert "not the same work in both: step, gone" in said
+
+
+def test_runs_without_a_line_in_common_are_not_compared(tmp_path: Path) -> None:
+    old, new = run_with((1.0,)), run_with((1.0,))
+    new.groups["store"] = [replace(WRITE, needs=(Need("write", 5.0),))]
+    with pytest.raises(UsageError, match="nothing in common: run both with the same --size and --only"):
+        compare(CompareSettings(kept(tmp_path / "old.json", old), kept(tmp_path / "new.json", new)))
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is not there: `python -m bench --out"):
+        run_of(tmp_path / "none.json")
+    for content in ("no JSON", "[1, 2]", '{"format": "another"}'):
+        (tmp_path / "odd.json").write_text(content)
+        with pytest.raises(DamagedError, match="is no run that `python -m bench` of this version kept"):
+            run_of(tmp_path / "odd.json")
+    value = run_with((1.0,)).as_json()
+    del value["groups"]["store"][0]["ours"]
+    (tmp_path / "odd.json").write_text(json.dumps(value))
+    with pytest.raises(DamagedError, match="lacks 'ours'"):
+        run_of(tmp_path / "odd.json")
+
+
+def test_wrong_flags_are_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UsageError, match="there is no group 'nothing'; there are harvest, store"):
+        BenchSettings(only="store,nothing")
+    for flag in ("out", "markdown"):
+        with pytest.raises(UsageError, match=f"--{flag} .* is a folder: name a file"):
+            BenchSettings(**{flag: tmp_path})
+    assert program("bench", COMMANDS, ["--only", "odd"], default="run") == 2
+    assert "no group 'odd'" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_refused_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GROUPS, "store", replace(GROUPS["store"], disk=1e12))
+    with pytest.raises(UsageError, match="are needed for a while: name another by TMPDIR=FOLDER"):
+        running.run(BenchSettings(only="store"))
+
+
+def test_every_group_has_lines_by_size_and_its_module_says_what_the_least_work_is() -> None:
+    for name, group in GROUPS.items():
+        module = importlib.import_module(f"bench.{group.module}")
+        assert list(inspect.signature(module.lines).parameters) == ["size"], name
+        assert re.search(r"Least work", module.__doc__ or ""), name
+
+
+@pytest.mark.parametrize("name", ["loader", "step", "scores", "features", "coherence"])
+def test_a_group_runs_in_small(name: str) -> None:
+    lines = list(GROUPS[name].lines("tiny"))
+    assert lines
+    for line in lines:
+        assert min(line.ours) > 0 and line.peers and line.needs
+        assert line_of(line.as_json(RATES)) == line
+
+
+def test_a_trainer_that_cannot_do_a_step_is_named_and_its_place_is_empty() -> None:
+    answers = {name: Answer(both=[100.0, 200.0]) for name in PEERS}
+    answers["eai-sparsify"] = Answer(why_not="it has TopK alone")
+    line = trainers.line(Amount(4, 16, 10, 100, 1.0), "relu", True, answers)
+    assert line.ours == (0.1, 0.05)
+    assert [peer.name for peer in line.peers] == ["sae-lens", "dictionary-learning"]
+    assert line.note == "eai-sparsify left out: it has TopK alone"
+    assert line.needs == (Need("bfloat16", 10 * 4 * 16 * 10),)
+
+
+def test_the_benchmark_s_readme_names_every_group_and_every_rate() -> None:
+    text = (Path(groups.__file__).parent / "README.md").read_text()
+    for word in (*GROUPS, *RATES):
+        assert f"`{word}`" in text, word

@@ -1,0 +1,266 @@
+"""`status` says who fills a store, how fast and until when, of any store in any state, and changes nothing."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import store.leases
+from harvest.__main__ import COMMANDS
+from harvest.workers.progress import Progress, workers_folder
+from harvest.workers.shares import Worker
+from harvest.workers.status import describe, duration, look
+from store.command import program
+from store.errors import ForeignError
+from store.format import part_name
+from store.layout import SEAL, part_commit, runs_folder
+from store.writer import StoreWriter
+from tests.small_store import SmallStore
+from tests.test_leases import a_lease, parts_of, tiny_meta
+from tests.test_store import tree
+
+SECONDS = {"seconds": 100.0, "part_seconds": 20.0, "idle_seconds": 1.0}
+
+
+def begun(path: Path, parts: int = 8, committed: int = 3) -> StoreWriter:
+    """A store of parts of four images, some of which are there."""
+    meta = tiny_meta(4 * parts)
+    writer, content = StoreWriter.open_or_create(path, meta), parts_of(meta)
+    for part in range(committed):
+        writer.write_part(part, content[part])
+    return writer
+
+
+def a_worker(path: Path, pid: int, age: float = 1.0, host: str = "node7", **facts: Any) -> None:
+    """A record as a worker of another machine would leave it, `age` seconds old."""
+    whole = {"host": host, "pid": pid, "started": "0", "processes": f"{host}:1", "worker": f"{pid}/9", "by": "srun",
+             "device": "cpu", "state": "drawing", "part": None, "part_drawn": 0, "parts": "", "images": 0, "drawn": 0,
+             "images_per_second": None, "said": "", "silent_after": 60.0, **SECONDS, **facts}  # fmt: skip
+    folder = workers_folder(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{pid}.json"
+    file.write_text(json.dumps(whole))
+    os.utime(file, (time.time() - age,) * 2)
+
+
+def holds(path: Path, pid: int, part: int, age: float = 1.0, host: str = "node7") -> None:
+    file = a_lease(
+        runs_folder(path) / "leases", part_name(part), host=host, pid=pid, processes=f"{host}:1", seconds=60.0
+    )
+    os.utime(file, (time.time() - age,) * 2)
+
+
+def row_of(text: str, name: str) -> str:
+    return next(line for line in text.splitlines() if line.split()[:1] == [name])
+
+
+def test_it_says_who_draws_what_and_when_all_will_be_done(tmp_path: Path) -> None:
+    path = begun(tmp_path / "s").path
+    a_worker(path, 0, part=3, part_drawn=2, images_per_second=0.5, parts="0-1", images=8, device="NVIDIA H100")
+    a_worker(path, 1, part=5, part_drawn=1, images_per_second=0.25, parts="2", images=4)
+    for pid, part in ((0, 3), (1, 5), (1, 4)):
+        holds(path, pid, part)
+    text = describe(look(path))
+    assert "37.5 %\n12 of 32 images: 3 of 8 parts, 3 held, 2 not begun\n" in text
+    assert "2 workers, 0.75 images/s, time left 23 s, until " in text  # (32 - 12 - 3) / 0.75
+    assert "0/9     node7, process 0, NVIDIA H100" in text
+    assert [word in row_of(text, "0/9") for word in ("drawing", "3 (2 of 4)", " 8 ", "0.5", "1 s ago")] == [True] * 5
+    assert "5 (1 of 4), writes 4" in row_of(text, "1/9")
+
+
+def test_it_tells_the_silent_the_lost_the_waiting_the_hung_and_the_ended_apart(tmp_path: Path) -> None:
+    path = begun(tmp_path / "s").path
+    a_worker(path, 0, age=45, part=3, images_per_second=1.0)  # its record is old and its lease is not
+    holds(path, 0, 3, age=2)
+    a_worker(path, 1, age=300, part=4, images_per_second=1.0)
+    holds(path, 1, 4, age=300)
+    a_worker(path, 2, state="waiting", said="waiting for part 3, held by process 0 on node7")
+    a_worker(path, 3, part=5, idle_seconds=1200, images_per_second=1.0)
+    a_worker(path, 4, age=4000, state="ended", parts="0", images=4)
+    a_worker(path, 5, age=4000, state="failed", said="no space is left")
+    a_worker(path, 6, state="loading")
+    holds(path, 7, 7)  # of a program that leaves no record
+    text = describe(look(path))
+    expected = {"0/9": "drawing", "1/9": "silent, has lost part 4", "2/9": "for part 3, held by process 0 on node7",
+                "3/9": "no image for 20 min 01 s", "4/9": "ended", "5/9": "failed: no space is left",
+                "6/9": "loading the model", "-": "holds a part"}  # fmt: skip
+    assert {name: what in row_of(text, name) for name, what in expected.items()} == dict.fromkeys(expected, True), text
+    assert row_of(text, "-").partition("holds a part")[2].split()[0] == "7"
+    assert "5 workers, 1 of them drawing, 1 images/s" in text
+    assert "3 of 8 parts, 2 held, 3 not begun" in text
+
+
+def test_this_process_is_alive_and_one_of_this_machine_that_is_no_more_is_dead(tmp_path: Path) -> None:
+    writer = begun(tmp_path / "s")
+    with Progress.of(writer.path, Worker(0, 2, by="--worker")) as progress:
+        progress.ready("cpu")
+        lease = writer.leases.take(part_name(3))
+        assert lease is not None
+        progress.takes(3)
+        progress.draws(2)
+        progress._write()
+        (seen,) = look(writer.path).roster.workers
+        assert (seen.life, seen.holds, seen.facts["part_drawn"]) == ("alive", (3,), 2)
+        a_worker(writer.path, 2**22 + 1, host=os.uname().nodename, processes=store.leases.myself()["processes"])
+        assert [each.life for each in look(writer.path).roster.workers] == ["dead", "alive"]
+        writer.leases.give_back(lease)
+    assert sorted(each.life for each in look(writer.path).roster.workers) == ["dead", "over"]
+
+
+def test_a_store_that_nobody_works_on_says_how_to_go_on(tmp_path: Path) -> None:
+    writer = begun(tmp_path / "s")
+    assert f"nobody works on it now. Go on: python -m harvest --resume {writer.path}" in describe(look(writer.path))
+    for part in writer.missing():
+        writer.write_part(part, parts_of(writer.meta)[part])
+    assert "all parts are there, and nobody has sealed them yet" in describe(look(writer.path))
+    assert writer.seal()
+    assert describe(look(writer.path)) == f"{writer.path}: finished, 32 images in 8 parts"
+
+
+def test_a_store_that_is_just_being_begun_is_not_taken_for_a_foreign_folder(tmp_path: Path) -> None:
+    a_worker(tmp_path / "s", 0, state="loading")
+    text = describe(look(tmp_path / "s"))
+    assert text.startswith(f"{tmp_path / 's'}: not begun yet, prepared by 1 worker")
+    assert "loading the model" in row_of(text, "0/9")
+    (tmp_path / "s" / "commits").mkdir(parents=True)
+    (tmp_path / "s" / "activations").mkdir()
+    (tmp_path / "s" / ".zarr.json.1.tmp").write_text("{")
+    assert look(tmp_path / "s").meta is None
+    (tmp_path / "s" / "notes.txt").write_text("mine")
+    with pytest.raises(ForeignError, match=r"it has no zarr\.json"):
+        look(tmp_path / "s")
+
+
+def test_it_writes_nothing(tmp_path: Path) -> None:
+    path = begun(tmp_path / "s").path
+    a_worker(path, 0, part=3)
+    holds(path, 0, 3)
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path, *tmp_path.rglob("*"))}
+    content = tree(tmp_path)
+    for _ in range(2):
+        assert program("harvest", COMMANDS, ["status", str(path)], default="harvest") == 0
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path, *tmp_path.rglob("*"))} == before
+    assert tree(tmp_path) == content
+
+
+def without_zarr_json(made: SmallStore) -> None:
+    (made.path / "zarr.json").unlink()
+
+
+def with_half_a_zarr_json(made: SmallStore) -> None:
+    data = (made.path / "zarr.json").read_bytes()
+    (made.path / "zarr.json").write_bytes(data[: len(data) // 2])
+
+
+def without_a_commit(made: SmallStore) -> None:
+    (made.path / part_commit(1)).unlink()
+
+
+def with_another_seal(made: SmallStore) -> None:
+    content = (made.path / SEAL).read_text()
+    (made.path / SEAL).write_text(content.replace("part-00001", "part-00009"))
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (without_zarr_json, "zarr.json is missing from a store that was committed"),
+        (with_half_a_zarr_json, "is not JSON any more"),
+        (without_a_commit, "is missing from a finished store"),
+        (with_another_seal, "was damaged or edited"),
+    ],
+)
+def test_a_damaged_store_is_one_message(
+    small_store: Callable[..., SmallStore],
+    capsys: pytest.CaptureFixture[str],
+    harm: Callable[[SmallStore], None],
+    message: str,
+) -> None:
+    made = small_store()
+    harm(made)
+    assert program("harvest", COMMANDS, ["status", str(made.path)], default="harvest") == 1
+    said = capsys.readouterr()
+    assert not said.out and message in said.err and said.err.count("error:") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "message"),
+    [
+        ("nothing", 1, "there is no store at"),
+        ("folder", 1, "is no Granary store"),
+        ("file", 1, "a store is a folder"),
+        ("s3://bucket/store", 2, "python -m store info s3://bucket/store"),
+    ],
+)
+def test_what_is_no_store_is_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, code: int, message: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    where = name if "://" in name else str(tmp_path / name)
+    assert program("harvest", COMMANDS, ["status", where], default="harvest") == code
+    said = capsys.readouterr()
+    assert not said.out and message in said.err
+
+
+def test_records_that_cannot_be_read_are_counted_and_the_many_that_ended_are_one_line(tmp_path: Path) -> None:
+    path = begun(tmp_path / "s").path
+    for pid in range(12):
+        a_worker(path, pid, age=1000 - pid, state="ended", images=4)
+    for name, content in (("a", ""), ("b", "[1]"), ("c", '{"state": "drawing"}')):
+        (workers_folder(path) / f"{name}.json").write_text(content)
+    text = describe(look(path))
+    assert "and 4 workers that ended or went before, with 16 images (--all shows them)" in text
+    assert "3 records beside the store cannot be read" in text
+    assert sum("/9" in line for line in text.splitlines()) == 8
+    assert sum("/9" in line for line in describe(look(path), every=True).splitlines()) == 12
+
+
+def test_watching_ends_when_nobody_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = begun(tmp_path / "s").path
+    words = ["status", str(path), "--watch", "--every", "0.1"]
+    assert program("harvest", COMMANDS, words, default="harvest") == 0
+    assert capsys.readouterr().out.count("nobody works on it now") == 1
+
+
+def test_a_run_that_is_refused_leaves_no_record_and_one_that_failed_says_why(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with pytest.raises(ValueError, match="refused"), Progress.of(path, Worker()):
+        assert len(look(path).roster.alive) == 1
+        raise ValueError("refused")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="later"), Progress.of(path, Worker()) as progress:
+        progress.ready("cpu")
+        raise ValueError("later\nand longer")
+    (record,) = [json.loads(file.read_text()) for file in workers_folder(path).glob("*.json")]
+    assert (record["state"], record["said"]) == ("failed", "later")
+
+
+def test_a_worker_without_a_part_is_silent_when_its_record_is_older_than_it_says(tmp_path: Path) -> None:
+    writer = begun(tmp_path / "s")
+    a_worker(writer.path, 0, age=59, state="loading")
+    assert [seen.life for seen in look(writer.path).roster.workers] == ["alive"]
+    a_worker(writer.path, 0, age=61, state="loading")
+    assert [seen.life for seen in look(writer.path).roster.workers] == ["silent"]
+
+
+def test_a_rate_is_that_of_the_last_minutes() -> None:
+    progress = Progress()
+    progress.takes(0)
+    assert progress.rate() is None
+    for _ in range(3):
+        progress.draws(4)
+    first, last = progress._recent[0][0], progress._recent[-1][0]
+    assert progress.rate() == pytest.approx(12 / (last - first))
+    progress.draws(-12)
+    assert (progress.drawn, progress.part_drawn) == (12, 0)
+
+
+def test_durations_read_as_one_says_them() -> None:
+    found = [duration(seconds) for seconds in (0.4, 59.0, 61.0, 3599.0, 3601.0, 9e4, 2e5)]
+    assert found == ["0 s", "59 s", "1 min 01 s", "59 min 59 s", "1 h 00 min", "25 h 00 min", "2 days 7 h"]
