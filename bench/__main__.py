@@ -1,23 +1,22 @@
-"""`make bench`: every comparison of ours in one run on this machine, as a table of ratios."""
+"""`python -m bench`: measure; `python -m bench compare OLD.json NEW.json`; `python -m bench show RUN.json`."""
 
-import os
-import platform
+import sys
 
-import torch
+from store.command import Command, program
 
-from bench import harvest_overhead, loader, pack_copy, store_io, train_step
-
-
-def main() -> None:
-    """Run the comparisons one after the other and print each as it ends."""
-    print(
-        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}; best of 3, by turns; ratio = ours / alternative"
-    )
-    print(f"{'what':<34} {'ours':>10}   {'alternative':<44} {'it':>10}   {'ratio':>6}   least work")
-    for group in (store_io, pack_copy, loader, train_step, harvest_overhead):
-        for comparison in group.comparisons():
-            print(comparison.line(), flush=True)
-
+COMMANDS = {
+    "run": Command(
+        "bench.running:BenchSettings",
+        "bench.running:run",
+        "Measure Granary beside its peers and beside what this machine could do at best; one table.",
+    ),
+    "compare": Command(
+        "bench.comparing:CompareSettings",
+        "bench.comparing:compare",
+        "Say what became faster or slower between two runs.",
+    ),
+    "show": Command("bench.comparing:ShowSettings", "bench.comparing:show", "Print the table of a run again."),
+}
 
 if __name__ == "__main__":
-    main()
+    sys.exit(program("bench", COMMANDS, default="run"))

@@ -1,7 +1,7 @@
-"""`make bench-circuits`: edges of attribution graphs from a trace, against running the transformer once a node.
+"""Edges of attribution graphs from a trace, against running the transformer once a node.
 
-    tiny     tiny-flux as `harvest --trace` stored it: 5 double blocks, 64 image and 16 text tokens, d_model 128
-    random   a random model of d_model 512 in 8 double blocks, 1,024 image and 128 text tokens
+    tiny-flux     as `harvest --trace` stored it: 5 double blocks, 64 image and 16 text tokens, d_model 128
+    d_model 512   a random model in 8 double blocks, 1,024 image and 128 text tokens
 
 Ours is `FrozenModel.attribute` on the nodes of a graph in batches, and `expand`, which also ranks nodes and writes the graph's tables.
 The reference's way (`bench.reference_circuits`) runs the patched transformer forward to its end and backward for every node, with
@@ -9,17 +9,13 @@ P stored, MLP outputs cached and nothing moved between devices; its edges must b
 are per expanded node, edges included, by turns, in one run.  Each model has a graph of 40 nodes in batches of 10, as `analyze graph`
 makes it when nothing is said, and a larger one in larger batches, for what a sweep costs whatever is in it is shared by its batch.
 
-The floor is the counted operations (`bench.circuit_cases.operations`) at the rate of a plain product of square matrices, measured
-here as well.  What was measured is kept as JSON too.  At full FLUX dimensions on a GPU: `python bench/gpu_circuits.py`.
+Least work: the counted operations (`bench.circuit_cases.operations`).  At full FLUX dimensions on a GPU: `python bench/gpu_circuits.py`.
 """
 
-import os
 import re
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,50 +30,25 @@ from analyze.circuits.frozen import Attribution, FrozenModel, Member, Target
 from analyze.circuits.graph import Graph
 from analyze.circuits.trace import Trace, TraceSource, stored_trace
 from bench.circuit_cases import Case, Node, Work, operations, random_inputs, random_transcoders
+from bench.lines import Line, Need, Peer, Seconds, Size
 from bench.plain_flux import Shape
 from bench.reference_circuits import NodeEdges, Recording, Reference, record
-from bench.scores import quiet
-from bench.timing import Comparison, all_by_turns, group, machine
+from bench.timing import by_turns, quiet
 from harvest import fill
-from harvest.model import choose_device, load_pipeline
+from harvest.models.loading import load_pipeline
+from harvest.models.model import choose_device
 from harvest.sample import Sampler
 from harvest.settings import HarvestSettings
 from store import open_store
-from store.command import Command, program
-from store.errors import UsageError
-from store.files import write_json
 from store.sites import Site
 
 THRESHOLD, MEMORY = 1e-4, 2 << 30
 PROMPT, STEP = "a small red circle on a blue background", 2
 TINY = Case(Shape(4, 32, 5, 2, 32, 96, 64, (8, 12, 12)), 16, (8, 8), 5, 1024, 0.0625)
 RANDOM = Case(Shape(4, 128, 8, 0, 64, 512, 256, (16, 56, 56)), 128, (32, 32), 8, 8192, 0.05)
+SMALL = Case(Shape(2, 16, 3, 2, 12, 20, 10, (4, 6, 6)), 4, (2, 3), 3, 64, 0.2)
 TOLERANCE = 1e-4
 """of an edge, relative to its node's largest"""
-
-
-@dataclass(frozen=True)
-class BenchSettings:
-    """Measure attribution graphs from traces against the transformer run once a node."""
-
-    only: str = "tiny,random"
-    """parts to measure: tiny, random"""
-    sizes: str = "40:10,200:50"
-    """graphs, each as NODES:BATCH: how many nodes it expands, and how many at once; all at once is measured as well.  Of the random
-    model's nodes the reference traces 8."""
-    out: Path = Path("build/bench-circuits.json")
-    """where the figures are kept"""
-
-    def __post_init__(self) -> None:
-        if odd := [part for part in self.only.split(",") if part not in PARTS]:
-            raise UsageError(f"--only {self.only!r}: there is no {odd[0]!r}; there are {', '.join(PARTS)}")
-        if not re.fullmatch(r"[1-9]\d*:[1-9]\d*(,[1-9]\d*:[1-9]\d*)*", self.sizes):
-            raise UsageError(f"--sizes {self.sizes!r}: write NODES:BATCH, such as 40:10,200:50")
-
-    @property
-    def graphs(self) -> list[tuple[int, int]]:
-        """Nodes and batch of each graph."""
-        return [(int(nodes), int(batch)) for nodes, batch in (each.split(":") for each in self.sizes.split(","))]
 
 
 @dataclass(frozen=True)
@@ -92,80 +63,52 @@ class Subject:
     sample: int
     """nodes that the reference is timed on, at most"""
     rounds: int
-    facts: dict[str, Any] = field(default_factory=dict)
+    goal: float
+    """of ours / its, for edges alone"""
 
 
-def run(settings: BenchSettings) -> None:
-    """Print the tables, each line as it is measured, and keep the figures."""
-    rate = plain_rate()
-    found: dict[str, Any] = {"machine": machine(), "load": os.getloadavg()[0], "gflops_plain": rate}
-    print(
-        f"{found['machine']}; load {found['load']:.1f} at the start; a plain float32 product: {rate:.0f} GFLOP/s "
-        f"with {torch.get_num_threads()} threads"
-    )
-    print("seconds per expanded node, edges included; speed = the reference's time over ours: 2 is twice as fast")
-    for part in settings.only.split(","):
-        make, goal = PARTS[part]
-        begun = time.perf_counter()
-        print(f"\n== {part}", flush=True)
+def lines(size: Size) -> Iterator[Line]:
+    """Every graph of every model of that size."""
+    for make, graphs in SIZES[size]:
         with tempfile.TemporaryDirectory() as folder:
             subject = make(Path(folder))
-            lines = (c for nodes, batch in settings.graphs for c in comparisons(subject, nodes, batch, rate))
-            found[part] = group(lines, goal)
-        found[f"{part}_facts"] = subject.facts
-        print(
-            "; ".join(
-                f"{what} {value:.3g}" if isinstance(value, float) else f"{what} {value}"
-                for what, value in subject.facts.items()
-            )
-        )
-        print(f"   ({time.perf_counter() - begun:.0f} s)", flush=True)
-        write_json(settings.out, found)
-    print(f"\nkept in {settings.out}")
+            for nodes, batch in graphs:
+                yield from graph_lines(subject, nodes, batch)
 
 
-def plain_rate(size: int = 1536) -> float:
-    """GFLOP/s of the best of several products of square float32 matrices."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    out = torch.empty_like(a)
-    best = float("inf")
-    for _ in range(6):
-        begun = time.perf_counter()
-        torch.mm(a, b, out=out)
-        best = min(best, time.perf_counter() - begun)
-    return 2 * size**3 / best / 1e9
-
-
-def comparisons(subject: Subject, count: int, batch: int, rate: float) -> Iterator[Comparison]:
+def graph_lines(subject: Subject, count: int, batch: int) -> Iterator[Line]:
     """One graph both ways: in batches, all at once, and with everything that `expand` does beside."""
-    begun, before = time.perf_counter(), _reset_peak()
+    before = _reset_peak()
     model = subject.load()
     target = loudest(model)
-    model.attribute([target])
-    subject.facts["first target, model read"] = f"{time.perf_counter() - begun:.2f} s"
     graph = grown(model, target, count, batch)
-    taken = f"{(_peak() - before) / 1e6:.0f} MB beyond what was held, at --memory {MEMORY >> 20} MB"
-    subject.facts[f"memory of {count} nodes"] = taken
+    taken = (_peak() - before) / 1e6
     nodes = expanded(graph)
     some = evenly(nodes, subject.sample)
-    subject.facts[f"edges of {len(nodes)} nodes"] = len(graph.edges)
     sizes = list(dict.fromkeys((batch, len(nodes))))
     ours = [partial(in_batches, model, nodes, size) for size in sizes] + [partial(grown, model, target, count, batch)]
     with subject.reference.patched():
-        worst = max(greatest_error(model, subject.reference, some), subject.facts.get("greatest error", 0.0))
-        subject.facts["greatest error"] = worst
-        *times, theirs = all_by_turns([*ours, partial(one_by_one, subject.reference, some)], subject.rounds)
+        worst = greatest_error(model, subject.reference, some)
+        *times, theirs = by_turns(*ours, partial(one_by_one, subject.reference, some), rounds=subject.rounds)
     active = {site: len(model.active(site).token) for site in model.sites}
-    its = work_of(subject.case, some, active, 1).reference
+    its = work_of(subject.case, some, active, 1).reference / len(some)
+    note = (
+        f"{len(graph.edges):,} edges, apart by {worst:.0e} at most; {taken:.0f} MB; {its / 1e9:.3g} GFLOP a node the other way, "
+        f"timed on {len(some)} nodes"
+    )
     names = [f"batches of {size}" if size < len(nodes) else "all at once" for size in sizes] + ["expand"]
     for name, size, seconds in zip(names, (*sizes, batch), times, strict=True):
-        work = work_of(subject.case, nodes, active, size).ours
-        text = (
-            f"{work / len(nodes) / 1e9:.3g} GFLOP a node at {work / seconds / 1e9:.0f} GFLOP/s ({seconds / (work / rate / 1e9):.2f} of the "
-            f"floor), against {its / len(some) / 1e9:.3g} at {its / theirs / 1e9:.0f} on {len(some)} nodes"
-        )
+        goal = None if name == "expand" else subject.goal
+        peer = Peer("a forward and a backward pass a node", _each(theirs, len(some)), goal)
+        work = work_of(subject.case, nodes, active, size).ours / len(nodes)
         what = f"{subject.name}, {len(nodes)} nodes, {name}"
-        yield Comparison(what, seconds / len(nodes), "a forward and a backward pass a node", theirs / len(some), text)
+        yield Line(what, _each(seconds, len(nodes)), (peer,), (Need("float32", work),), note)
+        note = ""
+
+
+def _each(seconds: Seconds, count: int) -> Seconds:
+    """Seconds a node."""
+    return tuple(whole / count for whole in seconds)
 
 
 def work_of(case: Case, nodes: Sequence[Node], active: Mapping[Site, int], batch: int) -> Work:
@@ -253,7 +196,7 @@ def _float64(tensor: Tensor) -> np.ndarray:
     return tensor.double().cpu().numpy()
 
 
-def tiny(folder: Path) -> Subject:
+def of_tiny_flux(folder: Path) -> Subject:
     """tiny-flux: our trace is what `harvest --trace` stored; the reference runs the pipeline's own transformer on the same latents."""
     (folder / "prompts.txt").write_text(PROMPT + "\n")
     settings = HarvestSettings(
@@ -265,7 +208,7 @@ def tiny(folder: Path) -> Subject:
         pipe = load_pipeline(settings, choose_device("cpu"), "float32")
     recording = record(pipe.transformer.requires_grad_(False), inputs_at(pipe, STEP), TINY.traced)
     source = stored_trace(open_store(folder / "store"), 0, STEP)
-    return subject_of("tiny-flux", TINY, recording, source, sample=40, rounds=4)
+    return subject_of("tiny-flux", TINY, recording, source, sample=40, rounds=4, goal=1 / 30)
 
 
 def inputs_at(pipe: Any, step: int) -> dict[str, Any]:
@@ -282,27 +225,29 @@ def inputs_at(pipe: Any, step: int) -> dict[str, Any]:
     return {name: value.clone() if isinstance(value, Tensor) else value for name, value in found.items()}
 
 
-def random(_folder: Path) -> Subject:
-    """The random model, in diffusers' own class."""
+def of_random(case: Case, sample: int, rounds: int, _folder: Path) -> Subject:
+    """A random model, in diffusers' own class."""
     torch.manual_seed(0)
-    shape = RANDOM.shape
+    shape = case.shape
     transformer = FluxTransformer2DModel(
         in_channels=shape.in_channels, num_layers=shape.double_blocks, num_single_layers=shape.single_blocks,
         attention_head_dim=shape.d_head, num_attention_heads=shape.heads, joint_attention_dim=shape.text_channels,
         pooled_projection_dim=shape.pooled_channels, axes_dims_rope=shape.axes,
     )  # fmt: skip
-    recording = record(transformer.requires_grad_(False), random_inputs(RANDOM), RANDOM.traced)
-    return subject_of("d_model 512", RANDOM, recording, recording, sample=8, rounds=1)
+    recording = record(transformer.requires_grad_(False), random_inputs(case), case.traced)
+    return subject_of(f"d_model {shape.d_model}", case, recording, recording, sample, rounds, goal=1 / 5)
 
 
-def subject_of(name: str, case: Case, recording: Recording, source: TraceSource, sample: int, rounds: int) -> Subject:
+def subject_of(
+    name: str, case: Case, recording: Recording, source: TraceSource, sample: int, rounds: int, goal: float
+) -> Subject:
     """Both ways over one trace, with the same transcoders."""
     transcoders = random_transcoders(recording, case.n_features, case.share)
 
     def load() -> FrozenModel:
         return FrozenModel(Trace(source, torch.float32), transcoders, MEMORY)
 
-    return Subject(name, case, Reference(recording, transcoders, THRESHOLD), load, sample, rounds)
+    return Subject(name, case, Reference(recording, transcoders, THRESHOLD), load, sample, rounds, goal)
 
 
 def _reset_peak() -> int:
@@ -323,11 +268,9 @@ def _status(key: str) -> int:
     return 1024 * int(match[1]) if match else 0
 
 
-PARTS: dict[str, tuple[Callable[[Path], Subject], str]] = {
-    "tiny": (tiny, "at least 30 times the reference's speed"),
-    "random": (random, "at least 5 times the reference's speed, within 1.5 of the floor"),
+SIZES: dict[Size, tuple[tuple[Callable[[Path], Subject], tuple[tuple[int, int], ...]], ...]] = {
+    "tiny": ((partial(of_random, SMALL, 2, 1), ((4, 2),)),),
+    "quick": ((of_tiny_flux, ((40, 10), (200, 50))), (partial(of_random, RANDOM, 4, 1), ((40, 10),))),
+    "full": ((of_tiny_flux, ((40, 10), (200, 50))), (partial(of_random, RANDOM, 8, 2), ((40, 10), (200, 50)))),
 }
-COMMANDS = {"bench": Command(BenchSettings, run, "Measure attribution graphs against the transformer run once a node.")}
-
-if __name__ == "__main__":
-    sys.exit(program("bench.circuits", COMMANDS, default="bench"))
+"""models, and the graphs of each: nodes, and how many are expanded at once"""

@@ -10,10 +10,11 @@ them with a set of the prompts seen until there are 10, then
 Ours takes the list of unique images that `scores` keeps while it streams, so the selection is timed with it, and then once apart.
 It sums in float64.
 
-Least work: each score once (98 MB), and an addition of 512 numbers for each of the 122,880 images listed.
+Least work: each score once through the memory (98 MB), and the 512 numbers of each of the 122,880 images listed.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import combinations, pairwise
 
@@ -21,10 +22,14 @@ import numpy as np
 
 from analyze.features.coherence import mean_pairwise_cosine
 from analyze.scoring.top import TopImages
-from bench.features import Scores
-from bench.timing import Comparison, by_turns
+from bench.features import FEATURES, IMAGES, Scores
+from bench.lines import Line, Need, Peer, Size
+from bench.timing import by_turns
 
 DIM, TOP_M = 512, 10
+SIZES = {"tiny": (64, 128, 1, 1), "quick": (IMAGES, FEATURES, 3, 1), "full": (IMAGES, FEATURES, 5, 2)}
+"""images, features, rounds, how many of the loops"""
+GOAL = 1 / 8
 
 
 def embeddings(images: int) -> np.ndarray:
@@ -91,22 +96,29 @@ def given(vectors: np.ndarray, offsets: np.ndarray, images: np.ndarray) -> np.nd
     return np.asarray([_off_diagonal(vectors[images[a:b]]) for a, b in pairwise(offsets)])
 
 
-def comparisons(scores: Scores | None = None) -> Iterator[Comparison]:
-    """Three comparisons, after all were seen to agree: on features active on enough prompts, for the loops go on to images without."""
-    scores = scores or Scores()
-    vectors = embeddings(scores.images).astype(np.float32)
+def lines(size: Size) -> Iterator[Line]:
+    """Both questions, after all were seen to agree: on features active on enough prompts, for the loops go on to images without."""
+    images, features, rounds, loops = SIZES[size]
+    scores = Scores(images, features)
+    vectors = embeddings(images).astype(np.float32)
     lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
     lists = selected(scores)
     enough = np.diff(lists[0]) == TOP_M
     np.testing.assert_allclose(ours(scores, vectors, lengths)[enough], products(scores, vectors)[enough], atol=1e-5)
-    what = f"coherence, unique prompts: {scores.images:,} x {scores.features:,}"
-    for name, other, rounds in (
-        ("a loop: walk, k x k product", products, 5),
-        ("a loop: walk, a product a pair", pairs, 1),
-    ):
-        times = by_turns(partial(ours, scores, vectors, lengths), partial(other, scores, vectors), rounds)
-        floor = f"{scores.matrix.nbytes / 1e6:.0f} MB once, {len(lists[1]) * DIM / 1e6:.0f} M additions"
-        yield Comparison(what, times[0], name, times[1], floor)
-    times = by_turns(partial(mean_pairwise_cosine, vectors, *lists, lengths), partial(given, vectors, *lists))
-    floor = f"{len(lists[1]) * DIM / 1e6:.0f} M additions"
-    yield Comparison("coherence alone, images listed", times[0], "a loop: k x k product", times[1], floor)
+    listed = Need("copy", len(lists[1]) * DIM * 4)
+    others = {"a loop: walk, k x k product": products, "a loop: walk, a product a pair": pairs}
+    chosen = dict(list(others.items())[:loops])
+    seconds, *its = by_turns(
+        partial(ours, scores, vectors, lengths),
+        *(partial(other, scores, vectors) for other in chosen.values()),
+        rounds=rounds,
+    )
+    first, *more = (Peer(name, times) for name, times in zip(chosen, its, strict=True))
+    yield Line(
+        f"unique prompts: {images:,} x {features:,}", seconds, (replace(first, goal=GOAL), *more),
+        (Need("copy", scores.matrix.nbytes), listed),
+    )  # fmt: skip
+    alone, looped = by_turns(
+        partial(mean_pairwise_cosine, vectors, *lists, lengths), partial(given, vectors, *lists), rounds=rounds
+    )
+    yield Line("images listed, cosines alone", alone, (Peer("a loop: k x k product", looped),), (listed,))

@@ -2,7 +2,7 @@
 
 A trainer gives batches of its own making from the same rows, and trains on whatever batches it is handed.  So its loader alone
 is to take its batches and do nothing, its step alone is to train on one batch again and again, and both together is to train
-on its own batches.  The clock runs from the third batch to the last.
+on its own batches, several times anew.  The clock runs from the third batch to the last.
 """
 
 import contextlib
@@ -14,10 +14,10 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
-PEERS = Path(__file__).parent.parent / ".bench-peers" / "train"
+from bench.groups import TRAIN_PEERS
+
 WARM_UP = 2
 """batches before the clock runs"""
 
@@ -42,6 +42,10 @@ class Task:
     threads: int
     seconds: float
     """a measurement; of all the training where `weights` are asked for"""
+    repeats: int = 1
+    """how often both together are measured"""
+    apart: bool = True
+    """measure loader and step alone as well"""
     weights: str | None = None
     """train for `seconds` and write what was learned here, as safetensors named as an SAE of the second family is"""
 
@@ -51,7 +55,9 @@ class Answer:
     """Rows a second, and what else is to be said."""
 
     rates: dict[str, float] = field(default_factory=dict)
-    """loader, step, both; or minute"""
+    """loader and step where they were measured apart; or minute"""
+    both: list[float] = field(default_factory=list)
+    """loader and step together, each time"""
     steps: int = 0
     why_not: str | None = None
     """the reason where it could not be done"""
@@ -114,21 +120,25 @@ def answer(task: Task, make: Callable[[Task], Trainer]) -> Answer:
             {name: tensor.detach().float().contiguous() for name, tensor in trainer.weights().items()}, task.weights
         )
         return found
-    loader = Watched(trainer.batches(), task.seconds, task.batch)
-    for _ in loader:
-        pass
-    step = Watched(itertools.repeat(next(trainer.batches())), task.seconds, task.batch)
-    trainer.train(step)
-    both = Watched(trainer.batches(), task.seconds, task.batch)
-    make(task).train(both)
-    found.rates = {"loader": loader.rate, "step": step.rate, "both": both.rate}
+    if task.apart:
+        loader = Watched(trainer.batches(), task.seconds, task.batch)
+        for _ in loader:
+            pass
+        step = Watched(itertools.repeat(next(trainer.batches())), task.seconds, task.batch)
+        trainer.train(step)
+        found.rates = {"loader": loader.rate, "step": step.rate}
+    for _ in range(task.repeats):
+        trainer = make(task)
+        both = Watched(trainer.batches(), task.seconds, task.batch)
+        trainer.train(both)
+        found.both.append(both.rate)
     return found
 
 
 def main(make: Callable[[Task], Trainer]) -> None:
     """Answer the task that the first argument spells in JSON, on the last line of stdout."""
     task = Task(**json.loads(sys.argv[1]))
-    sys.path.append(str(PEERS))
+    sys.path.append(str(TRAIN_PEERS.installed.parent))
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said):

@@ -1,15 +1,15 @@
-"""What score matrices cost, against one plain torch pass over the same activations in RAM: `make bench-analyze`.
+"""What score matrices cost, against one plain torch pass over the same activations in RAM.
 
 The plain pass does what S needs and no more: product, activation, maximum over tokens, batch by batch of images, with torch's
 threads.  Ours is the whole command: it reads the store and proves every chunk, finds the tokens of the maxima, takes all
-statistics, histograms and top images, and writes everything.  Least work: 2 * d_model operations an image, token and feature.
+statistics, histograms and top images, and writes everything.
+
+Least work: 2 * d_model operations an image, token and feature; the activations out of the page cache; S with its tokens, 8 bytes an
+image and feature, onto the disk (before compression, which makes them fewer).
 """
 
-import contextlib
-import io
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,19 +21,21 @@ import torch
 
 from analyze.scoring import scores
 from analyze.scoring.settings import ScoresSettings
-from bench.timing import Comparison, by_turns
+from bench.lines import Line, Need, Peer, Size
+from bench.timing import by_turns, quiet
 from store import open_store
 from store.format import StreamTokens
 from store.sites import Site
-from store.sizes import human_size
-from store.writer import StoreWriter
+from store.writer import Key, StoreWriter
 from tests.small_store import small_meta, small_part
 from train import Dictionary, DictionaryConfig
 from train.dictionaries.activations import keep_top
 from train.dictionaries.checkpoint import frozen, save_dictionary
 from train.dictionaries.dictionary import build
 
-IMAGES, TOKENS, D_MODEL, FEATURES = 256, 256, 512, 8192
+SIZES = {"tiny": (32, 16, 16, 64, 1), "quick": (128, 256, 512, 8192, 2), "full": (256, 256, 512, 8192, 3)}
+"""images, tokens of each, d_model, features, rounds"""
+GOAL = 1.5
 BATCH = 4
 """images of a batch of the plain pass: 32 MiB of z, the quickest of 1 to 32 here"""
 
@@ -51,24 +53,26 @@ class Case:
 CASES = (Case("ReLU, 5 % active", -1.645), Case("ReLU, half active", 0.0), Case("TopK 64", 0.0, 64))
 
 
-def comparisons() -> Iterator[Comparison]:
-    """S with all statistics, of 256 images, 256 tokens, d_model 512, 8,192 features: one dictionary of each kind."""
+def lines(size: Size) -> Iterator[Line]:
+    """S with all statistics, one dictionary of each kind."""
+    images, tokens, d_model, features, rounds = SIZES[size]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        store = random_store(folder / "store", IMAGES, TOKENS, D_MODEL)
+        store = random_store(folder / "store", images, tokens, d_model)
         x = torch.from_numpy(open_store(store).read(Site.parse("img_0"), 0, "mlp_in").astype(np.float32))
-        operations = 2 * x.numel() * FEATURES
+        needs = (
+            Need("cached", 2 * x.numel()),
+            Need("write", 8 * images * features),
+            Need("float32", 2 * x.numel() * features),
+        )
         for case in CASES:
-            dictionary = random_dictionary(case, D_MODEL, FEATURES)
+            dictionary = random_dictionary(case, d_model, features)
             save_dictionary(folder / case.what / dictionary.name, dictionary, None, [])
             ours, plain = by_turns(
-                partial(score, store, folder / case.what), partial(plain_pass, x, dictionary), rounds=2
+                partial(score, store, folder / case.what), partial(plain_pass, x, dictionary), rounds=rounds
             )
-            yield Comparison(
-                f"S, {case.what}", ours, "plain torch pass in RAM, S alone", plain,
-                f"{operations / 1e12:.2f} TFLOP: {operations / ours / 1e9:.0f} against {operations / plain / 1e9:.0f} GFLOP/s; "
-                f"{human_size(2 * x.numel())} read, {human_size(8 * IMAGES * FEATURES)} written before compression",
-            )  # fmt: skip
+            peer = Peer("plain torch pass in RAM, S alone", plain, GOAL)
+            yield Line(f"S {images} x {features:,}: {case.what}", ours, (peer,), needs)
 
 
 def plain_pass(x: torch.Tensor, dictionary: Dictionary) -> torch.Tensor:
@@ -90,13 +94,6 @@ def score(store: Path, dictionaries: Path, **changes: Any) -> None:
         scores.run(ScoresSettings(store=store, dictionaries=dictionaries, out=Path(out) / "out", **changes))
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Say nothing, neither on stdout nor on stderr."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
-
-
 def random_dictionary(case: Case, d_model: int, n_features: int) -> Dictionary:
     """A transcoder of normally distributed encoder weights."""
     kind = {"activation": "topk", "k": case.k} if case.k is not None else {}
@@ -115,7 +112,7 @@ def random_store(path: Path, n_images: int, tokens: int, d_model: int) -> Path:
     meta = small_meta(n_images, ("img_0",), (0,), d_model, "bfloat16", kept, chunk_images=16, pictures="none")
     meta = replace(meta, height=side, width=side, num_inference_steps=1, points=("mlp_in",))
     rows = np.random.default_rng(0).standard_normal((16, tokens, d_model), np.float32).astype(ml_dtypes.bfloat16)
-    key = (Site.parse("img_0"), 0, "mlp_in")
+    key: Key = (Site.parse("img_0"), 0, "mlp_in")
     writer = StoreWriter.open_or_create(path, meta)
     for part in writer.missing():
         images = meta.part_images(part)
@@ -123,8 +120,3 @@ def random_store(path: Path, n_images: int, tokens: int, d_model: int) -> Path:
         writer.write_part(part, small_part(meta, part, {key: every}, [f"prompt {i}" for i in range(n_images)]))
     assert writer.seal()
     return path
-
-
-if __name__ == "__main__":
-    for comparison in comparisons():
-        print(comparison.line(), flush=True)

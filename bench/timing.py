@@ -1,78 +1,57 @@
-"""How we time and say it: ours and the alternative by turns, so that both see the same machine; the best of each counts."""
+"""How we time: ours and its peers by turns, so that all see the same machine; every run is kept."""
 
+import contextlib
+import io
 import os
-import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-import torch
-
-SHORT = 0.1
-"""seconds under which times are printed in milliseconds"""
+from bench.lines import Seconds
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One line of the table: seconds of ours and of the alternative, and the work both did."""
+def by_turns(
+    *works: Callable[[], object], rounds: int = 3, warm_up: bool = True, before: Callable[[], object] | None = None
+) -> list[Seconds]:
+    """The seconds of every run of each: one turn to warm up, which is not counted, then `rounds` turns.
 
-    what: str
-    ours: float
-    alternative: str
-    other: float
-    floor: str
-
-    @property
-    def speed(self) -> float:
-        """The alternative's time over ours."""
-        return self.other / self.ours
-
-    def line(self) -> str:
-        ratio = self.ours / self.other
-        return f"{self.what:<34} {self.ours:>8.3f} s   {self.alternative:<44} {self.other:>8.3f} s   {ratio:>6.2f}   {self.floor}"
-
-
-def by_turns(ours: Callable[[], object], other: Callable[[], object], rounds: int = 3) -> tuple[float, float]:
-    """(best seconds of ours, best seconds of the other), each run once to warm up and then `rounds` times by turns."""
-    mine, its = all_by_turns((ours, other), rounds)
-    return mine, its
-
-
-def all_by_turns(works: Sequence[Callable[[], object]], rounds: int) -> list[float]:
-    """The best seconds of each, run once to warm up and then `rounds` times by turns."""
-    best = [float("inf")] * len(works)
-    for turn in range(rounds + 1):
-        for index, work in enumerate(works):
+    `before` is called before every run, and not counted either.
+    """
+    found: list[list[float]] = [[] for _ in works]
+    for turn in range(rounds + warm_up):
+        for work, seconds in zip(works, found, strict=True):
+            if before is not None:
+                before()
             begun = time.perf_counter()
             work()
-            if turn:
-                best[index] = min(best[index], time.perf_counter() - begun)
-    return best
+            if turn >= warm_up:
+                seconds.append(time.perf_counter() - begun)
+    return [tuple(seconds) for seconds in found]
 
 
-def group(comparisons: Iterable[Comparison], goal: str, width: int = 44) -> list[dict[str, Any]]:
-    """The comparisons as JSON has them, each printed as it is measured; `width`: characters for what was measured."""
-    lines = []
-    for line in comparisons:
-        lines.append({**asdict(line), "speed": line.speed})
-        print(
-            f"{line.what:<{width}} {seconds_text(line.ours)}   {line.alternative:<40} {seconds_text(line.other)}   speed {line.speed:>6.2f}"
-            f"   {line.floor}",
-            flush=True,
-        )
-    print(f"goal: {goal}")
-    return lines
+def forget(files: Iterable[Path]) -> None:
+    """Drop files from this machine's page cache: the next reading comes from the disk."""
+    for path in files:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
 
 
-def seconds_text(seconds: float) -> str:
-    """`   1.234 s` or `  12.345 ms`, always as wide."""
-    return f"{1e3 * seconds:>8.3f} ms" if seconds < SHORT else f"{seconds:>8.3f} s "
+def files_below(folder: Path) -> list[Path]:
+    """Every file below a folder, in order."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def machine() -> str:
-    """What it was measured on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{model}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}"
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Say nothing, neither on stdout nor on stderr."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))

@@ -1,7 +1,8 @@
 """What one training step costs, rows in RAM: our `Learner` against a loop written as the reference's is described.
 
-Least work: 12 * d_model * n_features operations a row for a dense dictionary conditioned on sigma (4 forward, 4 for the
-gradients of the weights, 2 for those of z, 2 for those of the input), which is what GFLOP/s count, for TopK as well.
+Least work of a dense dictionary conditioned on sigma: 12 * d_model * n_features operations a row (4 forward, 4 for the gradients of
+the weights, 2 for those of z, 2 for those of the input; without sigma not these).  Of TopK: the encoder forward, 2 * d_model *
+n_features, and 8 * d_model * k for the k features that are active (decoder, gradients of both matrices and of z).
 
 The reference's loop gathers float32 rows at random, with replacement, from a buffer in RAM, makes every product in float32,
 steps AdamW parameter by parameter, and divides the decoder's columns by their norms after each step.  Ours takes batches as
@@ -12,12 +13,14 @@ matrix, autocast and fused AdamW.
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bench.timing import Comparison, by_turns
+from bench.lines import Line, Need, Peer, Seconds, Size
+from bench.timing import by_turns
 from store import Site
 from train.dictionaries.config import DictionaryConfig
 from train.dictionaries.dictionary import build
@@ -27,47 +30,73 @@ from train.models import Model
 from train.recipe import Recipe
 from train.rows.loader import Batch
 
-D_MODEL, BATCH, K = 512, 4096, 64
-BUFFER_ROWS, SIGMAS = 4 * BATCH, (1.0, 0.75390625, 0.5, 0.25)
+K, SIGMAS = 64, (1.0, 0.75390625, 0.5, 0.25)
 SITE = Site.parse("img_0")
 
 
-def comparisons(expansion: int = 16, wide: int = 64) -> Iterator[Comparison]:
-    """The recipe of record in float32 and under autocast, then TopK sparse against dense; about two minutes, 3 GB."""
-    rows = Rows()
-    for autocast in (False, True):
-        name = "bfloat16 autocast" if autocast else "float32"
-        ours, other = Ours(Recipe(l1=3e-4, expansion=expansion), autocast, rows), Plain(None, expansion, False, rows)
-        yield _compare(f"step: recipe of record, {name}", ours, "the reference's loop, float32", other, expansion)
-    for width, autocast in ((expansion, False), (expansion, True), (wide, True)):
-        name = "bfloat16" if autocast else "float32"
-        ours = Ours(Recipe(activation="topk", k=K, expansion=width), autocast, rows)
-        other = Plain(K, width, autocast, rows)
-        what = f"step: TopK {K} of {width * D_MODEL:,}, {name}"
-        yield _compare(what, ours, f"dense products, {name}", other, width)
+@dataclass(frozen=True)
+class Case:
+    """A step: the recipe of record (`k` None) or TopK, so wide, under bfloat16 autocast or not."""
+
+    k: int | None
+    expansion: int
+    bfloat16: bool
+    goal: float | None = None
+    """of ours / its"""
 
 
-def _compare(what: str, ours: "Ours", alternative: str, other: "Plain", expansion: int) -> Comparison:
-    mine, its = by_turns(ours.step, other.step)
-    gflop = 12 * D_MODEL * D_MODEL * expansion * BATCH / 1e9
-    rates = (
-        f"{gflop:.0f} GFLOP: {gflop / mine:.0f} against {gflop / its:.0f} a second, "
-        f"{BATCH / mine / 1e3:.1f} k against {BATCH / its / 1e3:.1f} k rows/s"
-    )
-    return Comparison(what, mine, alternative, its, rates)
+RECORD = (Case(None, 16, False), Case(None, 16, True, goal=1 / 3))
+TOPK = (Case(K, 16, False), Case(K, 16, True), Case(K, 64, True))
+SIZES = {
+    "tiny": (32, 64, RECORD, 1), "quick": (512, 4096, (*RECORD, TOPK[1], TOPK[2]), 5), "full": (512, 4096, (*RECORD, *TOPK), 10)
+}  # fmt: skip
+"""d_model, rows of a batch, cases, rounds"""
+
+
+def lines(size: Size) -> Iterator[Line]:
+    """The recipe of record in float32 and under autocast, then TopK sparse against dense; 3 GB at most."""
+    d_model, batch, cases, rounds = SIZES[size]
+    rows = Rows(d_model, batch)
+    for case in cases:
+        recipe = Recipe(l1=3e-4, expansion=case.expansion)
+        if case.k is not None:
+            recipe = Recipe(activation="topk", k=case.k, expansion=case.expansion)
+        ours = Ours(recipe, case.bfloat16, rows)
+        other = Plain(case.k, case.expansion, case.bfloat16 and case.k is not None, rows)
+        yield _line(case, rows, *by_turns(ours.step, other.step, rounds=rounds))
+
+
+def _line(case: Case, rows: "Rows", ours: Seconds, its: Seconds) -> Line:
+    precision, n_features = "bfloat16" if case.bfloat16 else "float32", rows.d_model * case.expansion
+    name = "recipe of record" if case.k is None else f"TopK {case.k}"
+    alternative = "the reference's loop, float32" if case.k is None else f"dense products, {precision}"
+    operations = least_work(rows.d_model, n_features, case.k, True) * rows.batch_rows
+    return Line(
+        f"{name}, {n_features:,} features, {precision}", ours, (Peer(alternative, its, case.goal),),
+        (Need("bfloat16" if case.bfloat16 else "float32", operations),),
+        f"{rows.batch_rows / min(ours) / 1e3:.1f} k rows/s against {rows.batch_rows / min(its) / 1e3:.1f} k",
+    )  # fmt: skip
+
+
+def least_work(d_model: int, n_features: int, k: int | None, conditioned: bool) -> float:
+    """Operations of a step a row, as counted above."""
+    if k is not None:
+        return 2 * d_model * n_features + 8 * d_model * k
+    return (12 if conditioned else 10) * d_model * n_features
 
 
 class Rows:
     """Rows of random features, as a training buffer holds them."""
 
-    def __init__(self) -> None:
+    def __init__(self, d_model: int, batch_rows: int) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.x = torch.randn(BUFFER_ROWS, D_MODEL, generator=generator)
-        self.y = torch.randn(BUFFER_ROWS, D_MODEL, generator=generator)
-        self.sigma = torch.tensor(SIGMAS)[torch.randint(len(SIGMAS), (BUFFER_ROWS,), generator=generator)]
+        self.d_model, self.batch_rows, self.count = d_model, batch_rows, 4 * batch_rows
+        self.x = torch.randn(self.count, d_model, generator=generator)
+        self.y = torch.randn(self.count, d_model, generator=generator)
+        self.sigma = torch.tensor(SIGMAS)[torch.randint(len(SIGMAS), (self.count,), generator=generator)]
 
     def batch(self, step: int) -> Batch:
-        part = slice(first := step * BATCH % BUFFER_ROWS, first + BATCH)
+        part = slice(first := step * self.batch_rows % self.count, first + self.batch_rows)
         columns = {"mlp_in": self.x[part].bfloat16(), "mlp_out": self.y[part].bfloat16(), "sigma": self.sigma[part]}
         return Batch(columns, None)
 
@@ -78,11 +107,11 @@ class Ours:
     def __init__(self, recipe: Recipe, autocast: bool, rows: Rows) -> None:
         if autocast:
             recipe = Recipe(**{**vars(recipe), "autocast": "bfloat16"})
-        n_features = recipe.expansion * D_MODEL
+        n_features = recipe.expansion * rows.d_model
         config = DictionaryConfig(
-            "transcoder", SITE, D_MODEL, n_features, recipe.activation, recipe.k, recipe.time_embed_dim
+            "transcoder", SITE, rows.d_model, n_features, recipe.activation, recipe.k, recipe.time_embed_dim
         )
-        course = Course(10**6, BATCH, 100, torch.device("cpu"), Ranks())
+        course = Course(10**6, rows.batch_rows, 100, torch.device("cpu"), Ranks())
         with tempfile.TemporaryDirectory() as folder:
             self.learner = Learner(Model(SITE, recipe, Path(config.name), config), Path(folder), course, None)
         self.rows = rows
@@ -96,7 +125,9 @@ class Plain:
 
     def __init__(self, k: int | None, expansion: int, autocast: bool, rows: Rows) -> None:
         activation = "relu" if k is None else "topk"
-        self.model = build(DictionaryConfig("transcoder", SITE, D_MODEL, expansion * D_MODEL, activation, k, 256))
+        self.model = build(
+            DictionaryConfig("transcoder", SITE, rows.d_model, expansion * rows.d_model, activation, k, 256)
+        )
         self.model.initialise(0)
         how = {"foreach": False} if k is None else {"fused": True}
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=2e-4, weight_decay=0.0, **how)
@@ -106,7 +137,7 @@ class Plain:
         )
 
     def step(self) -> None:
-        index = torch.randint(BUFFER_ROWS, (BATCH,))
+        index = torch.randint(self.rows.count, (self.rows.batch_rows,))
         x, y, sigma = (column[index] for column in (self.rows.x, self.rows.y, self.rows.sigma))
         with self.cast():
             z = self.model.encode(x, sigma)
@@ -118,13 +149,3 @@ class Plain:
         with torch.no_grad():
             weight: Tensor = self.model.decoder.weight
             weight.div_(weight.norm(dim=0, keepdim=True))
-
-
-def main() -> None:
-    """Print the comparisons: `python -m bench.train_step`."""
-    for comparison in comparisons():
-        print(comparison.line(), flush=True)
-
-
-if __name__ == "__main__":
-    main()
