@@ -7,7 +7,7 @@ PY := .venv/bin/python
 # What `make harvest` is asked to do
 MODEL ?= black-forest-labs/FLUX.1-schnell
 LAYERS ?= all
-STREAMS ?= img,txt
+STREAMS ?=
 PROMPTS ?=
 IMAGES ?=
 RESOLUTION ?=
@@ -26,7 +26,7 @@ DEMO_TRAINING ?= --activation topk --k 64 --expansion 8 --batch 1024 --epochs 2 
   --schedule cosine --decoder-bias mean --autocast auto
 DEMO_ANALYSIS = --store "$(DEMO)/store-val" --dictionaries "$(DEMO)/dictionaries"
 
-.PHONY: help setup demo test test-all check format bench bench-store bench-train bench-analyze bench-circuits steer-demo explore faithfulness-demo validate-demo notebooks test-exchange torture torture-training harvest tiny-flux clean
+.PHONY: help setup demo test test-all check format bench bench-store bench-train bench-analyze bench-circuits steer-demo explore faithfulness-demo validate-demo notebooks test-exchange torture torture-training torture-workers harvest tiny-flux clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 19
@@ -86,7 +86,7 @@ notebooks: .venv/installed ## after make demo: run the notebooks, and keep them 
 	GRANARY_DEMO="$(abspath $(DEMO))" $(PY) notebooks/run.py "$(DEMO)/notebooks"
 
 harvest: .venv/installed ## run FLUX over prompts: make harvest LAYERS=0-15 [STREAMS= MODEL= PROMPTS= IMAGES= RESOLUTION= OUT= FLAGS=]
-	$(PY) -m harvest --model "$(MODEL)" --layers "$(LAYERS)" --streams "$(STREAMS)" --out "$(OUT)" \
+	$(PY) -m harvest --model "$(MODEL)" --layers "$(LAYERS)" $(if $(STREAMS),--streams "$(STREAMS)") --out "$(OUT)" \
 	  $(if $(PROMPTS),--prompts "$(PROMPTS)") $(if $(IMAGES),--images $(IMAGES)) $(if $(RESOLUTION),--resolution $(RESOLUTION)) $(FLAGS)
 
 # Files of tests are shared out among JOBS processes, each with one thread: two of them are half again as fast as one with two.
@@ -107,24 +107,26 @@ format: .venv/installed ## put the code into shape
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
-bench: .venv/installed ## speed, as ratios against named alternatives
-	$(PY) -m bench
+bench: .venv/installed ## one table: Granary beside its peers, and beside what this machine could do at best (a quarter of an hour)
+	$(PY) -m bench --markdown build/bench.md
 
 bench-store: .venv/installed .bench-peers/installed ## the store against raw files, memory maps, zarr-python and tensorstore
-	$(PY) -m bench.store_io
+	$(PY) -m bench --only store --size full --out build/bench-store.json
 
 .bench-peers/installed: .venv/installed # what we compare with and do not depend on
 	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --target .bench-peers tensorstore==0.1.86
 	@touch $@
 
 bench-train: .venv/installed .bench-peers/train/installed ## packing, loading and training against a copy, a memory map, the reference's loop and three peers
-	$(PY) -m bench.train_all
+	$(PY) -m bench --only pack,loader,step,shared,trainers --size full --out build/bench-train.json
+	$(PY) -m bench.learned
 
 bench-analyze: .venv/installed ## scores, features and coherence against plain passes and loops; memory at ten times the images
-	$(PY) -m bench.analyze_all
+	$(PY) -m bench --only scores,features,coherence --size full --out build/bench-analyze.json
+	$(PY) -m bench.analyze_memory
 
 bench-circuits: .venv/installed ## attribution per expanded node against the whole model per node, as the reference does it
-	$(PY) -m bench.circuits
+	$(PY) -m bench --only circuits --size full --out build/bench-circuits.json
 
 test-exchange: .venv/installed .bench-peers/circuit-tracer/installed ## a graph of ours in circuit-tracer's own frontend (needs npm and chromium)
 	$(PY) -m pytest tests/test_circuit_tracer_frontend.py
@@ -140,6 +142,9 @@ test-exchange: .venv/installed .bench-peers/circuit-tracer/installed ## a graph 
 
 torture-training: .venv/installed ## kill packs and trainings 50 times; every pack and dictionary must end byte-equal
 	$(PY) -m tests.torture_training --kills 50
+
+torture-workers: .venv/installed ## four workers of one store, one killed, one stopped: the others finish it
+	$(PY) -m tests.stopped_workers --fresh --parts 16 --lease-seconds 10
 
 torture: .venv/installed ## kill harvests, resumes and extensions until 100 kills fell inside a part; every store must end byte-equal
 	$(PY) -m tests.torture --kills 100
