@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int
 
 from store import Store
 from store.sites import Stream
-from store.strata import Group, kinds_of
+from store.strata import Group, StreamTokens, kinds_of
 
 
 def text_lengths(store: Store) -> Int[np.ndarray, " image"]:
@@ -78,6 +78,11 @@ def counted_chunks(
 def are_lower_bounds(store: Store, stream: Stream, padding: bool) -> bool:
     """Whether a maximum over the counted tokens may miss some, because the store keeps a sample of them."""
     policy = store.meta.tokens[stream]
-    if policy.all_kept:
-        return False
-    return padding or stream != "txt" or not policy.policy.startswith("real")
+    if policy.strata is not None:
+        text, image = policy.strata
+        return not image.all_kept or _text_is_sampled(text, padding)
+    return _text_is_sampled(policy, padding) if stream == "txt" else not policy.all_kept
+
+
+def _text_is_sampled(text: StreamTokens, padding: bool) -> bool:
+    return not text.all_kept and (padding or not text.policy.startswith("real"))

@@ -270,7 +270,7 @@ def _status(key: str) -> int:
 
 SIZES: dict[Size, tuple[tuple[Callable[[Path], Subject], tuple[tuple[int, int], ...]], ...]] = {
     "tiny": ((partial(of_random, SMALL, 2, 1), ((4, 2),)),),
-    "quick": ((of_tiny_flux, ((40, 10), (200, 50))), (partial(of_random, RANDOM, 4, 1), ((40, 10),))),
+    "quick": ((of_tiny_flux, ((200, 50),)), (partial(of_random, RANDOM, 4, 1), ((40, 10),))),
     "full": ((of_tiny_flux, ((40, 10), (200, 50))), (partial(of_random, RANDOM, 8, 2), ((40, 10), (200, 50)))),
 }
 """models, and the graphs of each: nodes, and how many are expanded at once"""

@@ -7,9 +7,10 @@ The floor of a line is what its least work takes at the rates of this machine, m
 as if disk and processors worked at once, every core was busy from the first moment to the last, and nothing else was to be done.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from store.errors import DamagedError
 
@@ -95,13 +96,49 @@ class Line:
 def line_of(value: Mapping[str, Any]) -> Line:
     """The line that `as_json` kept; `DamagedError` for what is no such thing."""
     try:
-        peers = tuple(Peer(peer["name"], tuple(peer["seconds"]), peer["goal"]) for peer in value["peers"])
-        needs = tuple(Need(need["rate"], need["amount"]) for need in value["needs"])
-        return Line(value["what"], tuple(value["ours"]), peers, needs, value["note"])
-    except (KeyError, TypeError) as error:
+        peers = tuple(
+            Peer(text_of(peer["name"]), _samples(peer["seconds"]), None if peer["goal"] is None else positive(peer["goal"]))
+            for peer in value["peers"]
+        )  # fmt: skip
+        needs = tuple(Need(_rate(need["rate"]), positive(need["amount"])) for need in value["needs"])
+        return Line(text_of(value["what"]), _samples(value["ours"]), peers, needs, text_of(value["note"]))
+    except (KeyError, TypeError, ValueError) as error:
         raise DamagedError(
-            f"a line of the table lacks {error}: these figures were not kept by `python -m bench`"
+            f"a line of the table {wrong(error)}: these figures were not kept by `python -m bench`"
         ) from None
+
+
+def positive(value: object) -> float:
+    """The number; `ValueError` for what is no number, not finite, or not above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{value!r} where a number above 0 belongs")
+    return value
+
+
+def text_of(value: object) -> str:
+    """The text; `ValueError` for what is none."""
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} where a text belongs")
+    return value
+
+
+def wrong(error: Exception) -> str:
+    """What is wrong with kept figures, as the end of a sentence: `lacks 'ours'`, or what stands where something else belongs."""
+    return f"lacks {error}" if isinstance(error, KeyError) else f"is damaged ({error})"
+
+
+def _samples(value: object) -> Seconds:
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError(f"{value!r} where seconds of at least one run belong")
+    return tuple(map(positive, value))
+
+
+def _rate(value: object) -> Rate:
+    for rate in get_args(Rate):
+        if rate == value:
+            found: Rate = rate
+            return found
+    raise ValueError(f"{value!r} where a rate belongs: {', '.join(get_args(Rate))}")
 
 
 def spread(seconds: Seconds) -> float:

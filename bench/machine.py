@@ -18,7 +18,7 @@ import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -181,8 +181,13 @@ def _of_products(width: int) -> dict[str, float]:
 
 
 def machine_of(value: dict[str, Any]) -> Machine:
-    """The machine that `asdict` kept."""
-    return Machine(**value)
+    """The machine that `asdict` kept; `TypeError` or `ValueError` for what is none."""
+    found = Machine(**value)
+    for field in fields(Machine):
+        kept, wanted = getattr(found, field.name), (int, float) if field.type is float else (field.type,)
+        if type(kept) not in wanted:
+            raise ValueError(f"{kept!r} where the machine's {field.name} belongs")
+    return found
 
 
 def now() -> str:

@@ -7,14 +7,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from tqdm import tqdm
 
 from bench import table
 from bench.groups import GROUPS, USUAL, chosen
-from bench.lines import Line, Size, line_of
+from bench.lines import Line, Rate, Size, line_of, positive, text_of, wrong
 from bench.machine import Machine, drift, machine_of, measured_rates, now, rates_text, this_machine
 from bench.timing import cores
 from store.errors import DamagedError, UsageError
@@ -81,19 +81,38 @@ def run_of(path: Path) -> Run:
             f"{path} is no run that `python -m bench` of this version kept (format {FORMAT}): measure again"
         )
     try:
-        groups = {name: [line_of(line) for line in lines] for name in GROUPS if (lines := value["groups"].get(name))}
+        measured, end = _mapping(value["groups"]), value["rates_at_end"]
+        groups = {name: [line_of(line) for line in lines] for name in GROUPS if (lines := measured.get(name))}
         return Run(
-            machine_of(value["machine"]), value["date"], value["size"], value["rates"], value["rates_at_end"],
-            tuple(value["left_out"]), groups, value["seconds"],
+            machine_of(value["machine"]), text_of(value["date"]), text_of(value["size"]), _rates_of(value["rates"]),
+            None if end is None else _rates_of(end), tuple(map(text_of, value["left_out"])), groups,
+            {name: positive(seconds) for name, seconds in _mapping(value["seconds"]).items()},
         )  # fmt: skip
-    except (KeyError, TypeError) as error:
-        raise DamagedError(f"{path} lacks {error}: measure again") from None
+    except DamagedError as error:
+        raise DamagedError(f"{path}: {error}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedError(f"{path} {wrong(error)}: measure again") from None
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{value!r} where names and their values belong")
+    return value
+
+
+def _rates_of(value: object) -> dict[str, float]:
+    """Every rate that a floor may need."""
+    rates = _mapping(value)
+    return {name: positive(rates[name]) for name in get_args(Rate)}
 
 
 def run(settings: BenchSettings) -> Run:
     """Measure and print each line as it ends; keep the figures after every group."""
     names, folder = chosen(settings.only), Path(tempfile.gettempdir())
     _room(names, settings.size, folder)
+    for flag, path in (("--out", settings.out), ("--markdown", settings.markdown)):
+        if path is not None:
+            _refuse_unwritable(flag, path)
     machine, rates = this_machine(folder), _rates(settings.size)
     lacking = (peers.missing() for name in names if (peers := GROUPS[name].peers) is not None)
     found = Run(machine, now(), settings.size, rates, left_out=tuple(line for line in lacking if line))
@@ -115,7 +134,6 @@ def run(settings: BenchSettings) -> Run:
     write_json(settings.out, found.as_json())
     print("\n".join(closing(found)))
     if settings.markdown is not None:
-        settings.markdown.parent.mkdir(parents=True, exist_ok=True)
         settings.markdown.write_text("\n".join(whole(found)) + "\n")
     print(f"\nkept in {settings.out}" + (f" and {settings.markdown}" if settings.markdown else ""))
     return found
@@ -136,6 +154,18 @@ def _room(names: list[str], size: Size, folder: Path) -> None:
         raise UsageError(
             f"{folder} has {human_size(free)} free, and {human_size(needed)} are needed for a while: name another by TMPDIR=FOLDER"
         )
+
+
+def _refuse_unwritable(flag: str, path: Path) -> None:
+    """Refuse before anything is measured a file that could not be written at the end; what is in it stays."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):  # a JSON file is written beside, and renamed
+            pass
+        if path.exists():
+            path.open("ab").close()
+    except OSError as error:
+        raise UsageError(f"{flag} {path} cannot be written ({error.strerror}): name another file") from None
 
 
 def _busy(machine: Machine) -> bool:

@@ -6,8 +6,8 @@ from bench.lines import Line, spread
 from store.sizes import human_size
 
 COLUMNS: dict[str, int] = {
-    "group": 9, "work": 47, "ours": 8, "beside": 36, "its": 8, "ours/its": 8, "goal": 15, "moved": 7, "operations": 10,
-    "floor": 14, "ours/floor": 10,
+    "group": 9, "work": 44, "ours": 7, "beside": 36, "its": 7, "ours/its": 8, "goal": 15, "moved": 7, "operations": 10,
+    "floor": 13, "ours/floor": 10,
 }  # fmt: skip
 TEXT = ("group", "work", "beside", "goal")
 """columns that begin at the left"""

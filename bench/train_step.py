@@ -48,7 +48,7 @@ class Case:
 RECORD = (Case(None, 16, False), Case(None, 16, True, goal=1 / 3))
 TOPK = (Case(K, 16, False), Case(K, 16, True), Case(K, 64, True))
 SIZES = {
-    "tiny": (32, 64, RECORD, 1), "quick": (512, 4096, (*RECORD, TOPK[1], TOPK[2]), 5), "full": (512, 4096, (*RECORD, *TOPK), 10)
+    "tiny": (32, 64, RECORD, 1), "quick": (512, 4096, (*RECORD, TOPK[1], TOPK[2]), 3), "full": (512, 4096, (*RECORD, *TOPK), 10)
 }  # fmt: skip
 """d_model, rows of a batch, cases, rounds"""
 

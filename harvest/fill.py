@@ -10,7 +10,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,9 +23,9 @@ from harvest import runs
 from harvest.drawing import fill_part
 from harvest.models.model import too_large
 from harvest.planning.estimate import announce
-from harvest.planning.plan import Plan, make_plan
+from harvest.planning.plan import Outline, Plan, make_plan
 from harvest.planning.rehearse import rehearse
-from harvest.remaining import is_extension, missing_parts
+from harvest.remaining import is_extension, missing_before_encoding, missing_parts
 from harvest.settings import HarvestSettings
 from harvest.staging import Staging
 from harvest.waiting import Waiting
@@ -58,6 +58,8 @@ def run(settings: HarvestSettings) -> Summary | None:
         rehearse(asked, settings)
         return None
     assert settings.out is not None
+    if held := runs.held_as_begun(asked, settings):
+        print(f"{settings.out} was begun with {held}, and goes on so")
     if settings.dask is not None:
         from harvest.workers.cluster import run_on_cluster
 
@@ -72,12 +74,18 @@ def run(settings: HarvestSettings) -> Summary | None:
 
 def _run(asked: HarvestSettings, settings: HarvestSettings, worker: Worker, progress: Progress) -> Summary:
     assert settings.out is not None
-    plan, out = make_plan(worker.placed(settings)), settings.out
+    out, said = settings.out, list[Outline]()
+
+    def accept(outline: Outline) -> None:
+        missing = _chosen(settings, outline, missing_before_encoding(asked, outline))
+        announce(outline, out, worker.share(missing) or missing, measure=False)
+        said.append(outline)
+
+    plan = make_plan(worker.placed(settings), accept)
     extending = is_extension(asked, plan)
-    chosen = settings.parts_of(plan.meta.n_parts)
-    missing = [part for part in missing_parts(plan, extending) if part in chosen]
+    missing = _chosen(settings, plan, missing_parts(plan, extending))
     share = worker.share(missing)
-    announce(plan, out, share or missing)
+    announce(plan, out, share or missing, said=said[0] if said else None)
 
     def begin(meta: StoreMeta) -> None:
         runs.keep_settings(settings, meta, extending)
@@ -105,6 +113,12 @@ def _run(asked: HarvestSettings, settings: HarvestSettings, worker: Worker, prog
     return summary
 
 
+def _chosen(settings: HarvestSettings, plan: Outline, missing: Sequence[int]) -> list[int]:
+    """Those of the missing parts that `--parts` names."""
+    chosen = settings.parts_of(plan.meta.n_parts)
+    return [part for part in missing if part in chosen]
+
+
 def _closing(summary: Summary, writer: StoreWriter, replay: Mapping[str, float]) -> str:
     rate = f" in {summary.seconds:.1f} s ({summary.images / summary.seconds:.1f} images/s)" if summary.images else ""
     if summary.finished:
@@ -129,7 +143,7 @@ def _closing(summary: Summary, writer: StoreWriter, replay: Mapping[str, float])
 def fill_parts(plan: Plan, writer: StoreWriter, parts: Sequence[int], progress: Progress) -> int:
     """Fill parts, as far as nobody else holds them; how many images were committed here.  Without a bar: for a cluster's worker."""
     with tqdm(total=0, disable=True) as bar:
-        return _Line(plan, writer, bar, progress, lambda: False).fill(parts)
+        return _Line(plan, writer, bar, progress, Staying(writer.leases, "none")).fill(parts)
 
 
 class _Line:
@@ -141,11 +155,11 @@ class _Line:
         writer: StoreWriter,
         bar: "tqdm[None]",
         progress: Progress | None = None,
-        stays: Callable[[], bool] = lambda: True,
+        stays: Staying | None = None,
     ) -> None:
-        """`progress` is told what happens here; `stays` says whether to wait when all that is left is held by others."""
+        """`progress` is told what happens here; `stays` says whether to wait when all that is left is held by others; default: yes."""
         self.plan, self.writer, self.bar = plan, writer, bar
-        self.progress, self.stays = progress or Progress(), stays
+        self.progress, self.stays = progress or Progress(), stays or Staying(writer.leases, "all")
         self.waiting = Waiting(threads=writer.spent)
         self.images = 0
         self.replay: dict[str, float] = {}
@@ -184,6 +198,7 @@ class _Line:
                         self._expect(part, False)
                         continue
                     self._expect(part, True)
+                    self.stays.ends()  # those that are done meanwhile need one that waits, and may be it
                     self.progress.takes(part)
                     self.bar.set_postfix_str("", refresh=False)  # of a wait that is over
                     content = self._draw(part, lease, staging)
@@ -244,12 +259,13 @@ class _Line:
         if idle + 1 < left:
             return idle + 1
         self._settle()
-        holder = self.writer.leases.holder(part_name(part))
-        if holder is None:
+        holders = {each: self.writer.leases.holder(part_name(each)) for each in self._todo}
+        if not all(holders.values()):
             return 0
-        if not self.stays() and all(self.writer.leases.holder(part_name(each)) for each in self._todo):
+        if not self.stays():
             self._todo.clear()  # to those who hold them
             return 0
+        holder = holders[part]
         said = f"waiting for part {part}, held by {holder}"
         self.progress.waits(said)
         self.bar.set_postfix_str(said)

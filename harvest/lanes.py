@@ -62,9 +62,18 @@ class Lane(Protocol):
 class Traffic:
     """A few slots that go round: the model's thread takes one and sends it off, a thread of this one moves what arrives."""
 
-    def __init__(self, slots: int, move: Callable[[Slot, Any], None], waited: Callable[[float], None]) -> None:
-        """`move(slot, load)` is called in the thread for what was sent; `waited(seconds)` when the model's thread stood still."""
-        self._unmade, self._move_one, self._waited = slots, move, waited
+    def __init__(
+        self,
+        slots: int,
+        move: Callable[[Slot, Any], None],
+        waited: Callable[[float], None],
+        drop: Callable[[Slot], None] = lambda _slot: None,
+    ) -> None:
+        """`move(slot, load)` is called in the thread for what was sent; `waited(seconds)` when the model's thread stood still.
+
+        When a move has failed, the rest is dropped; `drop(slot)` waits until nothing is written into its buffers any more.
+        """
+        self._unmade, self._move_one, self._waited, self._drop = slots, move, waited, drop
         self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         self._sent: queue.Queue[tuple[Slot, Any] | None] = queue.Queue()
         self._error: BaseException | None = None
@@ -112,6 +121,8 @@ class Traffic:
             try:
                 if self._error is None:
                     self._move_one(slot, load)
+                else:
+                    self._drop(slot)
             except BaseException as error:  # the model's thread raises it
                 self._error = error
             finally:
@@ -249,16 +260,13 @@ def lane_of(device: torch.device) -> Lane:
 def squared_errors(stored: Tensor, exact: Tensor) -> Tensor | None:
     """(site,) float64 sums of the squared differences between what is stored and what was computed; None for equal dtypes.
 
-    Empty slots are NaN and count nothing.  On a CPU each site is summed by itself, as harvests always did: the order of a sum
-    decides its last bits, and those are in the commits.
+    Empty slots are NaN and count nothing.  Each site is summed by itself, as harvests always did: the order of a sum decides its
+    last bits, and those are in the commits.  So no more than a site is held in float32; nothing is fetched from the device.
     """
     if stored.dtype == exact.dtype:
         return None
-    if stored.device.type != "cpu":
-        lost = stored.float().sub_(exact).square_()
-        return lost.flatten(1).nansum(1, dtype=torch.float64)
-    sums = torch.empty(len(stored), dtype=torch.float64)
-    lost = torch.empty(stored.shape[1:], dtype=torch.float32)  # one for all: fresh memory is slower than arithmetic
+    sums = torch.empty(len(stored), dtype=torch.float64, device=stored.device)
+    lost = torch.empty_like(stored[0], dtype=torch.float32)  # one for all: fresh memory is slower than arithmetic
     for place, (rounded, whole) in enumerate(zip(stored, exact, strict=True)):
         torch.sub(rounded, whole, out=lost)
         sums[place] = lost.square_().nansum(dtype=torch.float64)

@@ -1,6 +1,7 @@
 """Which parts of a store are still to be made, and whether this run may make them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from harvest.planning.plan import Outline, Plan
@@ -16,20 +17,35 @@ def is_extension(asked: HarvestSettings, plan: Outline) -> bool:
     return asked.extend is not None or (there is not None and there.n_images < plan.meta.n_images)
 
 
-def missing_parts(plan: Outline, extending: bool) -> Sequence[int]:
-    """The parts that are not there yet; `UsageError` where another run lies there, or one that cannot be extended so."""
-    out = plan.settings.out
+def missing_parts(plan: Outline, extending: bool, whole: bool | None = None) -> Sequence[int]:
+    """The parts that are not there yet; `UsageError` where another run lies there, or one that cannot be extended so.
+
+    `whole`: whether the plan knows all that a store says of its run; default: it does when its model was loaded.
+    """
+    out, whole = plan.settings.out, isinstance(plan, Plan) if whole is None else whole
     if out is None:
         return range(plan.meta.n_parts)
     if extending:
         _refuse_other_prompts(plan, out)
         there = peek(out)
-        if isinstance(plan, Plan) or there is None:
+        if whole or there is None:
             refuse_extension(out, plan.meta, plan.settings.allow_mixed)
         return [part for part in range(plan.meta.n_parts) if not (out / layout.part_commit(part)).exists()]
-    if isinstance(plan, Plan):  # an outline does not know what the store says of its model
+    if whole:  # an outline does not know what the store says of its model
         refuse_other(out, plan.meta, plan.settings.allow_mixed)
     return uncommitted(out, plan.meta)
+
+
+def missing_before_encoding(asked: HarvestSettings, plan: Outline) -> Sequence[int]:
+    """The same as far as it can be told without weights, as if those were the store's: what `make_plan` shows to its `accept`."""
+    meta, there = plan.meta, peek(plan.settings.out) if plan.settings.out is not None else None
+    if there is not None:
+        same = meta.weights.get("policy") == there.weights.get("policy")
+        hashes = {"weights_sha256": there.model.get("weights_sha256")}
+        meta = replace(meta, model=meta.model | hashes, weights=there.weights if same else meta.weights)
+        if meta.traces is not None and there.traces is not None:
+            meta = replace(meta, traces=meta.traces | {"weights": there.traces.get("weights")})
+    return missing_parts(replace(plan, meta=meta), is_extension(asked, plan), True)
 
 
 def _refuse_other_prompts(plan: Outline, out: Path) -> None:

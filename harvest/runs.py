@@ -45,8 +45,11 @@ OF_THIS_RUN = (
     "text_encoders",
 )
 """settings that say how a store is filled now, and nothing about its content"""
+HOLDING = ("offload", "text_encoders")
+"""those of them that say how the model fits on its device: kept for the runs that go on, which may say something else"""
 DECIDED = (
-    "threads", "dtype", "images", "device", "batch_size", "num_inference_steps", "guidance", "trace_images"
+    "threads", "dtype", "images", "device", "batch_size", "num_inference_steps", "guidance", "trace_images",
+    "resolution", "max_sequence_length",
 )  # fmt: skip
 """settings that the machine or the model decides where nothing is said: `keep_settings` keeps what it decided"""
 
@@ -85,8 +88,21 @@ def restored(settings: HarvestSettings) -> HarvestSettings:
         ) from None
     kinds = typing.get_type_hints(HarvestSettings)
     values = {name: _restored(value, kinds[name]) for name, value in saved.items() if name in kinds}
-    values |= {name: getattr(settings, name) for name in own}
+    values |= {name: getattr(settings, name) for name in own if name not in HOLDING or name in _given(settings)}
     return HarvestSettings(**{**values, "out": folder, "resume": None, "extend": None})
+
+
+def held_as_begun(asked: HarvestSettings, settings: HarvestSettings) -> str:
+    """Which flags of `HOLDING` the `settings` of a run have from the store's first one, where it was not `asked` for them; or nothing."""
+    return " ".join(
+        f"--{name.replace('_', '-')} {getattr(settings, name)}" for name in sorted(_given(settings) - _given(asked))
+    )
+
+
+def _given(settings: HarvestSettings) -> set[str]:
+    """The settings of `HOLDING` that are not as they are without a flag."""
+    fields = (field for field in dataclasses.fields(settings) if field.name in HOLDING)
+    return {field.name for field in fields if getattr(settings, field.name) != field.default}
 
 
 def _restored(value: Any, kind: Any) -> Any:
@@ -103,6 +119,10 @@ def keep_settings(settings: HarvestSettings, meta: StoreMeta, extending: bool) -
         decided = {"threads": meta.threads, "dtype": meta.dtype, "images": meta.n_images, "device": device}
         decided["batch_size"] = meta.batch_size
         decided |= {"num_inference_steps": meta.num_inference_steps, "guidance": meta.guidance}
+        if settings.height is None:
+            decided["resolution"] = meta.height
+        decided["max_sequence_length"] = meta.max_sequence_length
+        decided |= {name: getattr(settings, name) for name in HOLDING}
         if meta.traced is not None:  # the first ten of fewer are not the first ten of more
             decided["trace_images"] = spans(meta.traced.images)
         write_json(file, {**_plain(settings), **decided})

@@ -1,5 +1,6 @@
 """What a harvest is asked to do: one frozen dataclass, from which the command line comes."""
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,8 @@ class HarvestSettings:
     out: Path | None = None
     """the store to write, a new folder; the same command again goes on where it was"""
     resume: Path | None = None
-    """go on with this unfinished store, with the settings that it was begun with; no other flag is needed"""
+    """go on with this unfinished store, with the settings that it was begun with; no other flag is needed. --offload and
+    --text-encoders may be given anew; to hold the whole model on the device again, give the whole first command with --out"""
     extend: Path | None = None
     """add images to this finished store, up to --images, with the settings that it was made with; no other flag is needed"""
     plan: bool = False
@@ -199,8 +201,8 @@ class HarvestSettings:
                 raise UsageError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
         if self.seed < 0:
             raise UsageError(f"--seed is {self.seed}: it must be 0 or more")
-        if self.guidance is not None and self.guidance < 0:
-            raise UsageError(f"--guidance is {self.guidance}: it must be 0 or more")
+        if self.guidance is not None and not 0 <= self.guidance < math.inf:
+            raise UsageError(f"--guidance is {self.guidance}: it must be 0 or more, and finite")
         if (self.height is None) != (self.width is None):
             raise UsageError("give --height and --width together, or --resolution alone")
         if self.height is not None and self.resolution is not None:
@@ -223,14 +225,18 @@ class HarvestSettings:
                 )
         if self.images_per_second is not None and not 0 < self.images_per_second < 10**9:
             raise UsageError(f"--images-per-second is {self.images_per_second}: it must be more than 0")
-        if self.disk_per_second is not None and parse_size(self.disk_per_second) < 1:
+        try:
+            none = self.disk_per_second is not None and parse_size(self.disk_per_second) < 1
+        except UsageError as error:
+            raise UsageError(f"--disk-per-second: {error}") from None
+        if none:
             raise UsageError(f"--disk-per-second {self.disk_per_second!r}: write for example 1GB")
 
     @property
     def scales(self) -> tuple[int, ...]:
         """The numbers of prompts of `--scale`, ascending; none without it."""
         words = [] if self.scale is None else [word.strip() for word in self.scale.split(",")]
-        if any(not word.isdecimal() or not 0 < int(word) <= MOST_PROMPTS for word in words):
+        if any(not re.fullmatch(r"[0-9]{1,12}", word) or not 0 < int(word) <= MOST_PROMPTS for word in words):
             raise UsageError(
                 f"--scale {self.scale!r}: write numbers of prompts from 1 to {MOST_PROMPTS}, such as 1000,60000,1000000"
             )
@@ -238,7 +244,7 @@ class HarvestSettings:
 
     def worker_of(self) -> tuple[int, int]:
         """(i, n) of `--worker i/n`; (0, 1) without it."""
-        match = re.fullmatch(r"(\d+)/(\d+)", self.worker or "0/1")
+        match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", self.worker or "0/1")
         if match is None or not int(match[1]) < int(match[2]):
             raise UsageError(f"--worker {self.worker!r}: write i/n with i from 0 to n - 1, such as 0/4")
         return int(match[1]), int(match[2])

@@ -76,7 +76,7 @@ class Staging:
         self._slot: Slot | None = None
         self._seen: set[tuple[Site, Point]] = set()
         self._step = self._first = self._count = 0
-        self._traffic = Traffic(slots_of(meta), self._move, self.waiting.waited_for_copy)
+        self._traffic = Traffic(slots_of(meta), self._move, self.waiting.waited_for_copy, self._drop)
 
     def __enter__(self) -> "Staging":
         return self
@@ -157,7 +157,7 @@ class Staging:
         piece = slot.pieces.get((site.stream, point))
         if piece is None:
             meta, stream = self.meta, site.stream
-            shape = (len(self._sites[stream]), meta.batch_size, meta.tokens[stream].kept, meta.d_model)
+            shape = (len(self._sites[stream]), batch_of(meta), meta.tokens[stream].kept, meta.d_model)
             assert self._lane is not None
             with torch.inference_mode(False):  # they outlive the inference
                 piece = slot.pieces[stream, point] = self._lane.piece(shape, computed, self._stored)
@@ -176,6 +176,10 @@ class Staging:
             part.index[key] = torch.from_numpy(flat.astype(np.int64)).to(device, non_blocking=True)
             if (positions < 0).any():
                 part.empty[key] = torch.from_numpy(positions < 0).unsqueeze(-1).to(device, non_blocking=True)
+
+    def _drop(self, slot: Slot) -> None:
+        assert self._lane is not None
+        self._lane.arrive(slot)
 
     def _move(self, slot: Slot, load: _Load) -> None:
         """Move a slot into the arrays of its part: what the thread does."""
@@ -207,13 +211,18 @@ def stored_in(meta: StoreMeta) -> torch.dtype:
     return DTYPES["bfloat16" if meta.store_dtype == "fp8-e4m3" else meta.store_dtype]
 
 
+def batch_of(meta: StoreMeta) -> int:
+    """Images of the largest batch that is drawn: no batch reaches over the end of a part."""
+    return min(meta.batch_size, meta.chunk_images)
+
+
 def slot_bytes(meta: StoreMeta) -> int:
     """Bytes of what one step of a batch keeps, in the dtype that the model computes in: one slot on its device.
 
     On CUDA as much again where it is converted there, in the store's dtype, and that again in pinned memory.
     """
     rows = sum(meta.tokens[site.stream].kept for site in meta.site_objects)
-    return rows * meta.batch_size * meta.d_model * len(meta.points) * DTYPES[meta.dtype].itemsize
+    return rows * batch_of(meta) * meta.d_model * len(meta.points) * DTYPES[meta.dtype].itemsize
 
 
 def slots_of(meta: StoreMeta) -> int:

@@ -158,7 +158,7 @@ class StoreMeta:
 
     @property
     def text_tokens(self) -> int:
-        """Positions of the text, padding included: where the image tokens of a joint sequence begin."""
+        """Positions of the text, padding included, which joint image tokens follow; of img alone T5's, without CLIP's."""
         if "joint" in self.tokens:
             return self.tokens["joint"].total - math.prod(self.grid)
         return self.tokens["txt"].total if "txt" in self.tokens else self.max_sequence_length
@@ -257,17 +257,15 @@ def _check_values(meta: StoreMeta) -> None:
             raise UsageError(f"{name} is {getattr(meta, name)!r}, which is not one of {', '.join(get_args(choices))}")
     if any(point not in POINTS for point in meta.points) or set(meta.tokens) != set(meta.streams):
         raise UsageError(f"points are {meta.points!r}, token policies {sorted(meta.tokens)!r}")
-    policies = [(1, whole) for whole in meta.tokens.values()]
-    for least, tokens in [*policies, *((0, part) for _, whole in policies for part in whole.strata or ())]:
-        if (
-            type(tokens.kept) is not int
-            or type(tokens.total) is not int
-            or not least <= tokens.kept <= tokens.total < MOST_TOKENS
-        ):
+    policies = [(1, stream == "joint", whole) for stream, whole in meta.tokens.items()]
+    parts = [(0, False, part) for *_, whole in policies for part in whole.strata or ()]
+    for least, mixed, tokens in [*policies, *parts]:
+        whole_numbers = type(tokens.kept) is int and type(tokens.total) is int
+        if not whole_numbers or not least <= tokens.kept <= tokens.total < MOST_TOKENS:
             raise UsageError(f"{tokens.kept!r} of {tokens.total!r} tokens are kept")
         if type(tokens.policy) is not str or (tokens.all_kept and tokens.kept != tokens.total):
             raise UsageError(f"{tokens.kept!r} of {tokens.total!r} tokens are kept by policy {tokens.policy!r}")
-        if (tokens.policy == STRATA) != (tokens.strata is not None):
+        if (tokens.policy == STRATA) != (tokens.strata is not None) or (tokens.policy == STRATA and not mixed):
             raise UsageError(f"the policy of tokens is {tokens.policy!r}, their strata {tokens.strata!r}")
     joint = meta.tokens.get("joint")
     if joint is not None:

@@ -34,6 +34,8 @@ BEATS = 10
 """how many times a lease is touched before it would expire"""
 POLL_SECONDS = 0.2
 ATTEMPTS = 20
+MOST_SECONDS = 86_400.0
+"""that a lease may say it lasts after its last touch; one that says more, or no number, lasts as long as one that says nothing"""
 
 
 class Lease:
@@ -193,7 +195,7 @@ def _about(file: Path) -> dict[str, Any]:
 def _seconds(about: Mapping[str, Any]) -> float:
     """After how long a silence a lease ends."""
     said = about.get("seconds")
-    return float(said) if isinstance(said, int | float) else LEASE_SECONDS
+    return float(said) if isinstance(said, int | float) and 0 <= said <= MOST_SECONDS else LEASE_SECONDS
 
 
 @dataclass(frozen=True)
@@ -245,13 +247,17 @@ def myself() -> dict[str, Any]:
 
 def is_dead(about: Mapping[str, Any]) -> bool:
     """Whether who wrote `myself` is a process of this machine that is no more; False when that cannot be known."""
-    return is_here(about) and bool(_started(int(about["pid"])) != about["started"])
+    return is_here(about) and bool(_started(about["pid"]) != about["started"])
 
 
 def is_here(about: Mapping[str, Any]) -> bool:
     """Whether who wrote `myself` is, or was, a process of this machine: then `is_dead` knows."""
     here = _processes()
-    return here is not None and about.get("processes") == here
+    if here is None or about.get("processes") != here:
+        return False
+    return isinstance(about.get("pid"), int) and isinstance(
+        about.get("started"), str
+    )  # a damaged file may say anything
 
 
 def is_stopped(about: Mapping[str, Any]) -> bool:
@@ -259,7 +265,7 @@ def is_stopped(about: Mapping[str, Any]) -> bool:
     if not is_here(about) or is_dead(about):
         return False
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{int(about['pid'])}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+        return Path(f"/proc/{about['pid']}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
     return False
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bench import groups, machine, running, table, timing, trainers
+from bench import groups, harvest_overhead, machine, running, table, timing, trainers
 from bench.__main__ import COMMANDS
 from bench.comparing import CompareSettings, ShowSettings, changes, compare, show
 from bench.groups import GROUPS, Group
@@ -19,8 +19,10 @@ from bench.lines import MOVES, Line, Need, Peer, line_of, spread
 from bench.peer import Answer
 from bench.peers import PEERS, Amount
 from bench.running import BenchSettings, Run, run_of
+from harvest.settings import HarvestSettings
 from store.command import program
 from store.errors import DamagedError, UsageError
+from store.format import CHUNK_IMAGES_MAX
 
 RATES = {
     "write": 1e9, "read": 2e9, "cached": 1e10, "copy": 1e10, "crc32c": 2e10, "sha256": 1e9, "float32": 1e11, "bfloat16": 1e12,
@@ -68,9 +70,9 @@ def test_a_row_says_ours_its_ratio_goal_bytes_floor_and_one_more_peer_is_one_mor
     assert "≤ 0.333 met" in row and "1.00 GFLOP" in row and " 10.0 ms cores |" in row
 
 
-def test_every_row_of_the_table_is_as_wide_as_its_head() -> None:
+def test_every_row_of_the_table_is_as_wide_as_its_head_and_fits_200_columns() -> None:
     lines = [*table.head(), *table.rows("store", WRITE, RATES), *table.rows("step", STEP, RATES)]
-    assert len({len(line) for line in lines}) == 1
+    assert {len(line) for line in lines} == {200}
     assert {line.count("|") for line in lines} == {len(table.COLUMNS) + 1}
 
 
@@ -201,6 +203,89 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "odd.json").write_text(json.dumps(value))
     with pytest.raises(DamagedError, match="lacks 'ours'"):
         run_of(tmp_path / "odd.json")
+
+
+DAMAGE: dict[str, tuple[tuple[str | int, ...], Any]] = {
+    "groups a list": (("groups",), []),
+    "a group no list": (("groups", "store"), 3),
+    "a line no mapping": (("groups", "store", 0), "a"),
+    "no run of ours": (("groups", "store", 0, "ours"), []),
+    "ours no time": (("groups", "store", 0, "ours"), [0.0]),
+    "ours in words": (("groups", "store", 0, "ours"), ["a"]),
+    "ours endless": (("groups", "store", 0, "ours"), [float("nan")]),
+    "a peer without runs": (("groups", "store", 0, "peers", 0, "seconds"), []),
+    "a goal in words": (("groups", "store", 0, "peers", 0, "goal"), "a"),
+    "an unknown rate": (("groups", "store", 0, "needs", 0, "rate"), "tape"),
+    "a note null": (("groups", "store", 0, "note"), None),
+    "rates a list": (("rates",), []),
+    "a rate null": (("rates", "write"), None),
+    "rates at the end a list": (("rates_at_end",), [1.0]),
+    "a machine in words": (("machine",), "a"),
+    "load in words": (("machine", "load"), "a"),
+    "seconds null": (("seconds",), None),
+    "a group's seconds null": (("seconds", "store"), None),
+    "what is left out a number": (("left_out",), 1),
+    "the size null": (("size",), None),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_figures_that_no_run_kept_are_refused_by_show_and_compare(tmp_path: Path, name: str) -> None:
+    good = kept(tmp_path / "good.json", run_with((1.0,), seconds={"store": 1.0}))
+    value = inside = json.loads(good.read_text())
+    *keys, last = DAMAGE[name][0]
+    for key in keys:
+        inside = inside[key]
+    inside[last] = DAMAGE[name][1]
+    odd = tmp_path / "odd.json"
+    odd.write_text(json.dumps(value))
+    with pytest.raises(DamagedError, match=r"odd\.json"):
+        show(ShowSettings(odd))
+    with pytest.raises(DamagedError, match=r"odd\.json"):
+        compare(CompareSettings(good, odd))
+
+
+def test_a_rate_that_a_floor_needs_and_was_not_kept_is_named(tmp_path: Path) -> None:
+    value = run_with((1.0,)).as_json()
+    del value["rates"]["sha256"]
+    (tmp_path / "odd.json").write_text(json.dumps(value))
+    with pytest.raises(DamagedError, match="lacks 'sha256': measure again"):
+        run_of(tmp_path / "odd.json")
+
+
+@pytest.mark.parametrize("flag", ["out", "markdown"])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path: Path, flag: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "measured_rates", lambda *_: pytest.fail("measured"))
+    (tmp_path / "file").write_text("not a folder")
+    settings = replace(
+        BenchSettings(only="step", size="tiny", out=tmp_path / "run.json"), **{flag: tmp_path / "file/x"}
+    )
+    with pytest.raises(UsageError, match=f"--{flag} .*file/x cannot be written .*: name another file"):
+        running.run(settings)
+
+
+def test_asking_whether_a_file_can_be_written_leaves_no_file_and_keeps_what_is_there(tmp_path: Path) -> None:
+    running._refuse_unwritable("--out", tmp_path / "deep" / "new.json")
+    assert list((tmp_path / "deep").iterdir()) == []
+    (tmp_path / "old.json").write_text("old")
+    running._refuse_unwritable("--out", tmp_path / "old.json")
+    assert (tmp_path / "old.json").read_text() == "old"
+
+
+def test_every_harvest_beside_which_overhead_is_measured_has_parts_that_are_written_while_others_are_drawn() -> None:
+    for size in ("quick", "full"):
+        cases, rounds = harvest_overhead.SIZES[size]
+        assert rounds > 1 and all(case.images > CHUNK_IMAGES_MAX for case in cases)
+        assert [case.tokens[-1] for case in cases if case.goal is not None] == ["all"]
+
+
+def test_a_harvest_to_be_timed_is_asked_for_as_users_do(tmp_path: Path) -> None:
+    asked = harvest_overhead.asked(harvest_overhead.SMALL, "64", tmp_path / "prompts.txt")
+    usual = HarvestSettings(out=tmp_path / "store")
+    odd = {name for name, value in vars(asked).items() if value != vars(usual)[name]}
+    assert odd == {"prompts", "tokens", "resolution"}
 
 
 def test_wrong_flags_are_refused_before_anything_is_measured(

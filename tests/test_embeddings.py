@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from harvest.models.ahead import tokenizer_hash, turned
 from harvest.models.embeddings import Ahead, Embedded, Embeddings, Unit, bytes_of, units_of
+from harvest.tiny_flux.tokenizers import clip_tokenizer, t5_tokenizer
 from store.errors import GranaryError
 
 HOST = torch.device("cpu")
@@ -80,6 +82,24 @@ def test_a_damaged_file_is_made_again_by_the_next_run(tmp_path: Path) -> None:
     file = next(iter(tmp_path.iterdir()))
     file.write_bytes(file.read_bytes()[:-1])
     assert Ahead(tmp_path).missing([("a",)]) == [("a",)]
+
+
+def test_workers_begin_to_encode_at_different_units_and_leave_none_out() -> None:
+    units = [(str(number),) for number in range(50)]
+    orders = [turned(units) for _ in range(20)]
+    assert len({order[0] for order in orders}) > 1  # all the same: 50 to the -19
+    for order in orders:
+        first = units.index(order[0])
+        assert order == units[first:] + units[:first]
+
+
+def test_the_hash_of_a_tokenizer_is_that_of_what_it_does_and_not_of_how_it_was_last_called() -> None:
+    one, other = t5_tokenizer(), t5_tokenizer()
+    before = tokenizer_hash(one)
+    one(["a red circle"], truncation=True, max_length=2, padding="max_length")
+    assert tokenizer_hash(one) == before == tokenizer_hash(other) != tokenizer_hash(clip_tokenizer())
+    other.add_tokens(["circles"])
+    assert tokenizer_hash(other) != before
 
 
 def test_a_batch_that_was_not_encoded_is_refused_unless_it_is_only_timed() -> None:

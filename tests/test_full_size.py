@@ -1,5 +1,9 @@
 """What makes a model of 12 billion parameters fit changes no byte: offloading, encoders that are gone, a VAE that is not needed."""
 
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,18 +12,19 @@ import pytest
 import torch
 from accelerate import cpu_offload
 
-from harvest import HarvestSettings, run
+from harvest import HarvestSettings, run, runs
 from harvest.capture import capture
 from harvest.models.ahead import encoded_alone
 from harvest.models.architectures import architecture_of, sites_of
 from harvest.models.loading import load_frame, load_weights, place
-from harvest.models.model import tensors_hash
+from harvest.models.model import KNOWN_SHAPES, choose_device, geometry_of, tensors_hash
 from harvest.models.text import encode
 from harvest.models.weights import weights_files
-from harvest.planning.plan import make_plan
+from harvest.planning.plan import _text_length, make_plan
 from harvest.sample import Sampler
-from store import Site, open_store
-from store.errors import UsageError
+from harvest.settings import SCHNELL
+from store import Site, layout, open_store
+from store.errors import GranaryError, UsageError
 from tests.small_models import flux_dev, sd3
 
 CPU = torch.device("cpu")
@@ -79,16 +84,53 @@ def plain(model: Path) -> dict[Any, torch.Tensor]:
 
 
 def test_encoders_that_went_first_leave_the_same_store_and_are_asked_once(
-    model: Path, resident: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, resident: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first: dict[str, Any] = {"out": tmp_path / "s", "model": str(model), "text_encoders": "first", **DRAW}
     run(HarvestSettings(**first))
     assert same(resident, tmp_path / "s")
+    said = capsys.readouterr().out
+    assert said.count("all sites") == 1 and said.index("all sites") < said.index("text embeddings, batch by batch")
     monkeypatch.setattr("harvest.models.ahead.encode", lambda *_: pytest.fail("encoded twice"))
     (tmp_path / "s" / "seal.json").unlink()
     (tmp_path / "s" / "commits" / "part-00000.json").unlink()  # a run that is killed before it commits
-    run(HarvestSettings(resume=tmp_path / "s", text_encoders="first"))
+    run(HarvestSettings(resume=tmp_path / "s"))
     assert same(resident, tmp_path / "s")
+    assert "was begun with --text-encoders first, and goes on so" in capsys.readouterr().out
+
+
+def test_nothing_is_encoded_for_a_store_of_another_run_or_a_full_disk_and_nothing_is_left_beside(
+    model: Path, resident: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harvest.planning.plan.encode_first", lambda *_: pytest.fail("prompts were encoded"))
+    asked: dict[str, Any] = {**DRAW, "model": str(model), "text_encoders": "first"}
+    with pytest.raises(UsageError, match="holds another run"):
+        run(HarvestSettings(**{**asked, "seed": 9, "out": resident}))
+    assert not list(layout.runs_folder(resident).glob("embeddings"))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=1000))
+    with pytest.raises(GranaryError, match="has 1 KB free"):
+        run(HarvestSettings(**asked, out=tmp_path / "s"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_goes_on_holds_the_model_as_the_first_one_did_unless_it_is_told_otherwise(
+    resident: Path, tmp_path: Path
+) -> None:
+    meta, plain = open_store(resident).meta, HarvestSettings(out=tmp_path / "s", batch_size=4)
+    runs.keep_settings(replace(plain, offload="group", text_encoders="first"), meta, False)
+    asked = [HarvestSettings(resume=tmp_path / "s"), HarvestSettings(resume=tmp_path / "s", offload="model")]
+    again, other = map(runs.restored, asked)
+    assert (again.offload, again.text_encoders, other.offload, other.text_encoders) == (
+        "group",
+        "first",
+        "model",
+        "first",
+    )
+    assert runs.held_as_begun(asked[0], again) == "--offload group --text-encoders first"
+    assert runs.held_as_begun(asked[1], other) == "--text-encoders first"
+    assert runs.as_begun(plain, meta)  # it decides no byte
+    assert (again.resolution, again.max_sequence_length) == (32, 16)  # whatever the cache says of the model later
 
 
 def test_a_plan_with_encoders_first_keeps_no_encoder_writes_nothing_and_says_how_much_it_takes(
@@ -210,6 +252,80 @@ def test_what_cannot_be_done_here_is_refused_before_anything_is_loaded(
     with pytest.raises(UsageError, match=said):
         make_plan(HarvestSettings(out=tmp_path / "s", model=str(model), device="cpu", **asked))
     assert not list(tmp_path.iterdir())
+
+
+def indexed(**parts: Any) -> Callable[[Path], object]:
+    """Changes what a model's index says of parts."""
+
+    def change(folder: Path) -> None:
+        file = folder / "model_index.json"
+        file.write_text(json.dumps(json.loads(file.read_bytes()) | parts))
+
+    return change
+
+
+def without_heads(folder: Path) -> None:
+    file = folder / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | {"num_attention_heads": 0}))
+
+
+def without_words(folder: Path) -> None:
+    for file in (folder / "tokenizer_2").glob("[!t]*"):
+        file.unlink()
+    (folder / "tokenizer_2" / "tokenizer.json").unlink()
+
+
+def cut_short(folder: Path) -> None:
+    file = folder / "text_encoder" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+BROKEN: list[tuple[Callable[[Path], object], str]] = [
+    (
+        lambda folder: shutil.rmtree(folder / "tokenizer_2"),
+        "has a tokenizer_2 .* nothing is in .*: fetch the model again",
+    ),
+    (without_words, "no vocabulary is in .*tokenizer_2: fetch the model again"),
+    (indexed(text_encoder=[None, None]), r"names no text_encoder \(it says \[null, null\]\)"),
+    (indexed(tokenizer=[None, None]), "names no tokenizer "),
+    (indexed(transformer=[]), r"names no transformer \(it says \[\]\)"),
+    (indexed(transformer=7), r"names no transformer \(it says 7\)"),
+    (indexed(vae=None), "names no vae "),
+    (without_heads, "0 attention heads"),
+    (cut_short, "cannot be loaded"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # torch's, of a model without heads
+@pytest.mark.parametrize(("damage", "said"), BROKEN)
+def test_a_damaged_model_folder_is_refused_in_one_message(
+    damage: Callable[[Path], object], said: str, model: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(model, tmp_path / "model")
+    damage(folder)
+    for encoders in ("resident", "first") if damage is cut_short else ("resident",):
+        with pytest.raises(UsageError, match=said):
+            make_plan(HarvestSettings(plan=True, model=str(folder), text_encoders=encoders, **DRAW))  # type: ignore[arg-type]
+
+
+def test_a_device_beyond_those_that_are_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UsageError, match=r"cuda:7: torch sees 1 CUDA device here"):
+        choose_device("cuda:7")
+    assert choose_device("cuda:0").index == 0 and choose_device(None).type == "cuda"
+
+
+def test_sizes_follow_the_revision_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned = {"_class_name": "StableDiffusion3Pipeline"}
+    monkeypatch.setattr(
+        "harvest.models.defaults._configuration", lambda _model, _file, revision: tuned if revision == "R" else {}
+    )
+    sizes = []
+    for revision in (None, "R"):
+        settings = HarvestSettings(plan=True, model="someone/tuned", revision=revision)
+        sizes.append((geometry_of(KNOWN_SHAPES[SCHNELL], settings).height, _text_length(settings)))
+    assert sizes == [(512, 512), (1024, 256)]
 
 
 @pytest.mark.parametrize(

@@ -232,6 +232,7 @@ def words(*more: str) -> Sequence[str]:
         (["--resolution", "64", "--height", "64", "--width", "64"], 2, "not both"),
         (["--height", "64"], 2, "together"),
         (["--guidance", "3.5"], 2, "no guidance embedding"),
+        (["--guidance", "nan"], 2, "must be 0 or more"),
         (["--batch-size", "0"], 2, "at least 1"),
         (["--parts", "1"], 2, "there is no part 1"),
         (["--device", "tpu"], 2, "is no device"),

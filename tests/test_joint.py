@@ -10,181 +10,50 @@ import torch
 
 from analyze.circuits.command import notes
 from analyze.circuits.inquiry import Inquiry
-from analyze.compare import comparing
+from analyze.compare import comparing, pairs
 from analyze.compare.settings import CompareSettings
+from analyze.faithfulness.groups import groups_of, left_out
+from analyze.faithfulness.settings import FaithfulnessSettings
+from analyze.inputs import open_analysis
 from analyze.pictures import sheets
+from analyze.pictures.contact import keys
+from analyze.pictures.examples import Example, heated, pictures_with_heat, scales_of
+from analyze.pictures.heat import Heat
 from analyze.pictures.settings import SheetSettings
+from analyze.report.findings import Spotlight, sentence
+from analyze.report.page import dictionary_rows
 from analyze.scoring import scores
 from analyze.scoring.matrices import ScoreMatrix
 from analyze.scoring.settings import ScoresSettings
+from analyze.settings import Inputs
+from analyze.steering.canvas import canvas_of_store
 from analyze.truth import judging as truth
+from analyze.truth.attributes import ATTRIBUTES, Attribute
 from analyze.truth.settings import TruthSettings
 from harvest import HarvestSettings
 from harvest import run as harvest
 from store import Site, Store, open_store
-from store.care.verify import VerifySettings
-from store.care.verify import run as verify
-from store.errors import ForeignError
-from store.format import StoreMeta, StreamTokens
-from store.info import describe
+from store.errors import UsageError
+from store.format import StreamTokens
 from store.pack import PackSettings
 from store.pack import run as make_pack
-from store.packing.describe import describe as describe_pack
-from store.shards import Pack, open_pack
-from store.statistics import array_statistics
-from store.strata import CODES, Group
-from store.tokens import image_policy, joint_policy, kept_positions, text_policy
+from store.shards import open_pack
+from store.strata import CODES
 from tests import analyze_planted
 from tests.analyze_planted import Plan, planted_dictionaries, planted_store
 from tests.small_models import flux_dev
-from tests.small_packs import digests, in_runs, whole
-from tests.small_store import make_store, small_meta
+from tests.small_packs import whole
+from tests.test_joint_strata import kinds_by_hand
 from train import TrainSettings, load_dictionary
 from train import run as train
 from train.results.evaluate import evaluate
 from train.results.sweep import table
 from train.rows.means import TrainingMeans
 
-JOINT = Site.parse("joint_0")
-FEW: dict[str, Any] = {"image_tokens": StreamTokens("sample", 5, 12), "text_tokens": StreamTokens("real+1", 8, 8)}
-SITES = ("img_0", "txt_0", "joint_0")
 DRAW: dict[str, Any] = {
-    "prompts": "builtin:shapes", "images": 40, "resolution": 32, "max_sequence_length": 16, "threads": 1, "batch_size": 20,
+    "prompts": "builtin:shapes", "images": 24, "resolution": 32, "max_sequence_length": 16, "threads": 1, "batch_size": 24,
     "num_inference_steps": 2, "guidance": 3.5, "layers": "double:1,single:all", "tokens": "6", "text_tokens": "real+2",
 }  # fmt: skip
-
-
-def kinds_by_hand(store: Store, step: int) -> np.ndarray:
-    """(image, slot) `real`, `padding`, `image` or nothing, written down one by one."""
-    lengths = store.prompts()["text_length"].to_pylist()
-    text = store.meta.tokens["joint"].total - store.meta.grid[0] * store.meta.grid[1]
-    names = [
-        ["" if t < 0 else "image" if t >= text else "real" if t < length else "padding" for t in row]
-        for row, length in zip(store.tokens("joint", step).tolist(), lengths, strict=True)
-    ]
-    return np.asarray(names)
-
-
-def test_a_joint_sequence_keeps_the_tokens_that_text_and_image_keep() -> None:
-    text, image = text_policy("real+2", 16, 5), image_policy("4", 64)
-    joint = joint_policy(text, image)
-    assert (joint.kept, joint.total, joint.policy) == (11, 80, "strata")
-    assert joint_policy(text_policy("all", 16, 5), image_policy("all", 64)) == StreamTokens("all", 80, 80)
-    for number, length in enumerate((3, 5)):
-        found = kept_positions(joint, 7, number, 2, "joint", length)
-        words = kept_positions(text, 7, number, 2, "txt", length)
-        drawn = kept_positions(image, 7, number, 2, "img", length)
-        np.testing.assert_array_equal(found, [*words, *(drawn + 16)])
-    assert kept_positions(joint, 7, 0, 2, "joint", 3)[5:8].tolist()[:2] == [-1, -1]  # in the middle, not at the end
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"strata": None},
-        {"policy": "sample"},
-        {"kept": 11},
-        {"strata": {"txt": {"policy": "all", "kept": 8, "total": 8}}},
-        {
-            "strata": {
-                "txt": {"policy": "all", "kept": 7, "total": 7},
-                "img": {"policy": "sample", "kept": 5, "total": 13},
-            }
-        },
-        {"strata": {"txt": 3, "img": "x"}},
-        {"total": 11, "policy": "all", "kept": 11, "strata": {}},
-    ],
-)
-def test_the_policy_is_read_back_and_one_that_contradicts_itself_is_refused(change: dict[str, Any]) -> None:
-    meta = small_meta(sites=("joint_0",), **FEW)
-    said = json.loads(json.dumps(meta.attributes()))
-    assert StoreMeta.from_attributes(said, "here") == meta
-    assert set(said["tokens"]["joint"]["strata"]) == {"txt", "img"}
-    said["tokens"]["joint"] = {
-        name: value for name, value in {**said["tokens"]["joint"], **change}.items() if value is not None
-    }
-    with pytest.raises(ForeignError, match="malformed"):
-        StoreMeta.from_attributes(said, "here")
-
-
-def test_streams_of_double_blocks_say_what_they_always_said() -> None:
-    assert small_meta(sites=("img_0",), **FEW).attributes()["tokens"] == {
-        "img": {"policy": "sample", "kept": 5, "total": 12}
-    }
-
-
-def test_statistics_of_text_and_image_are_those_of_their_rows(tmp_path: Path) -> None:
-    made = make_store(tmp_path / "s", sites=SITES, store_dtype="float32", **FEW)
-    for step in (0, 1):
-        kinds = kinds_by_hand(made.store, step)
-        found = made.store.statistics(JOINT, step, "mlp_out")
-        for stream, chosen in (("txt", ("real", "padding")), ("img", ("image",))):
-            rows = made.store.read(JOINT, step, "mlp_out")[np.isin(kinds, chosen)]
-            part = found.strata[stream]  # type: ignore[index]
-            assert part.rows == len(rows)
-            np.testing.assert_allclose(part.sum, rows.astype(np.float64).sum(0), rtol=1e-12, atol=1e-12)
-            np.testing.assert_allclose(part.variance, rows.astype(np.float64).var(0), rtol=1e-9)
-        rows = made.store.read(JOINT, step, "mlp_out")[kinds != ""]
-        np.testing.assert_allclose(found.mean, rows.astype(np.float64).mean(0), rtol=1e-9, atol=1e-12)
-        assert found.rows == sum(part.rows for part in found.strata.values()) == len(rows)
-    lines = describe(made.store).splitlines()
-    place = next(number for number, line in enumerate(lines) if line.strip().startswith("joint_0 "))
-    assert [lines[place + k].split()[0] for k in (1, 2)] == ["text", "image"]
-    assert "joint: 13 of 20: text 8 of 8 (real+1) and image 5 of 12 (sample)" in describe(made.store)
-    assert verify(VerifySettings(store=str(tmp_path / "s"))).ok
-
-
-def test_parts_written_before_strata_were_told_apart_are_read_without_them() -> None:
-    values = np.random.default_rng(0).normal(size=(2, 6, 4)).astype(np.float32)
-    plain = array_statistics(values, None)
-    assert not isinstance(plain, int)
-    assert "strata" not in plain.scalars()
-    again = type(plain).of_part("joint_0/step.0/mlp_in", plain.tensors("joint_0/step.0/mlp_in"), plain.scalars())
-    assert again.strata == {} and again.rows == 12
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Pack]:
-    folder = tmp_path_factory.mktemp("joint")
-    made = make_store(folder / "s", n_images=40, sites=SITES, d_model=8, chunk_images=8, **FEW)
-    pack = make_pack(PackSettings(store=str(folder / "s"), out=folder / "p"))
-    assert pack is not None
-    return made.store, pack
-
-
-@pytest.mark.parametrize("runs", [0, 3])
-def test_a_pack_says_of_every_row_what_kind_of_token_it_is(
-    packed: tuple[Store, Pack], tmp_path: Path, runs: int
-) -> None:
-    store, pack = packed
-    with in_runs(runs):
-        make_pack(PackSettings(store=store.path, out=tmp_path / "again"))
-    assert digests(tmp_path / "again") == digests(pack.path)
-    columns = whole(pack, JOINT)
-    kinds = {step: kinds_by_hand(store, step) for step in store.steps}
-    positions = {step: store.tokens("joint", step) for step in store.steps}
-    names = []
-    for image, step, token in zip(columns["image"], columns["step"], columns["token"], strict=True):
-        (slot,) = np.flatnonzero(positions[int(step)][image] == token)
-        names.append(kinds[int(step)][image, slot])
-    assert columns["stratum"].tolist() == [CODES[name] for name in names]
-    counts = {name: names.count(name) for name in ("real", "padding", "image")}
-    assert pack.group_rows(JOINT) == counts and min(counts.values()) > 20
-    assert f"{counts['image']:,}" in describe_pack(pack)
-    groups: tuple[Group, ...] = ("real", "padding", "image")
-    assert pack.groups(JOINT) == ("all", *groups)
-    for step in store.steps:
-        for group in groups:
-            rows = columns["mlp_out"][(np.asarray(names) == group) & (columns["step"] == step)].astype(np.float64)
-            np.testing.assert_allclose(pack.mean(JOINT, step, "mlp_out", group), rows.mean(0), rtol=1e-9, atol=1e-12)
-
-
-def test_a_joint_pack_of_before_has_its_rows_in_one_group(packed: tuple[Store, Pack]) -> None:
-    plan = {name: value for name, value in packed[1].manifest["plan"].items() if name != "strata"}
-    old = Pack(packed[1].path, {**packed[1].manifest, "plan": plan})
-    assert old.groups(JOINT) == ("all",) and old.group_rows(JOINT) == {}
-    assert old.groups(Site.parse("txt_0")) == ("all", "real", "padding")
-    assert packed[1].manifest["plan"]["strata"] == {"joint": ["real", "padding", "image"]}
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +108,9 @@ def test_dictionaries_are_trained_and_judged_on_each_kind_of_token(line: Path, t
 
 
 @pytest.mark.parametrize("padding", [False, True])
-def test_scores_and_tables_have_each_kind_of_token_apart(line: Path, tmp_path: Path, padding: bool) -> None:
+def test_scores_and_tables_have_each_kind_of_token_apart(
+    line: Path, tmp_path: Path, padding: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given: dict[str, Any] = {"store": line / "stored", "dictionaries": trained(line), "out": tmp_path / "a"}
     scores.run(ScoresSettings(**given, padding=padding))
     store, matrix = open_store(line / "stored"), ScoreMatrix.open(tmp_path / "a" / "joint_1" / "step.1")
@@ -266,13 +137,85 @@ def test_scores_and_tables_have_each_kind_of_token_apart(line: Path, tmp_path: P
         return
     drawn = sheets.run(SheetSettings(**given, sites="joint_1", steps="1", best=1, top=2))
     assert len(drawn) == 1
+    noted: list[Any] = []
+    monkeypatch.setattr(
+        pairs, "page", lambda title, notes, lines, plain=pairs.page: plain(title, noted.extend(notes) or notes, lines)
+    )
     (found,) = comparing.run(CompareSettings(**given, of="joint_1@1", other="img_1@1"))
     assert found.summary["notes"][0] == "joint_1@1 is compared by its image tokens, which both sites have"
+    assert found.summary["notes"][0] in noted
     image = matrix.scores(kind="image").astype(np.float64)
     other = ScoreMatrix.open(tmp_path / "a" / "img_1" / "step.1").scores().astype(np.float64)
     (row,) = [row for row in found.table.to_pylist() if row["by"] == "correlation" and row["rank"] == 0][:1]
     expected = np.corrcoef(image[:, row["feature"]], other[:, row["match"]])[0, 1]
     assert row["correlation"] == pytest.approx(expected, abs=1e-4)
+    pair_is_drawn_by_image_tokens(given, image, other)
+
+
+def pair_is_drawn_by_image_tokens(given: dict[str, Any], image: np.ndarray, other: np.ndarray) -> None:
+    """For a feature that is stronger on words: its images and its scale of colours are those of its image tokens."""
+    settings = CompareSettings(**given, of="joint_1@1", other="img_1@1", top=4)
+    analysis = open_analysis(settings)
+    of, to = comparing._alike(*comparing.chosen_pairs(analysis, settings)[0])
+    whole = of.matrix.scores().astype(np.float64)
+    differ = np.flatnonzero((whole.argmax(0) != image.argmax(0)) & (image.max(0) > 0))
+    feature, match = int(differ[0]), int(other.max(0).argmax())
+    images = pairs.shared_images(analysis, (of, to), (feature, match), 4)
+    assert images[0] == image[:, feature].argmax() != whole[:, feature].argmax()
+    assert other[:, match].argmax() in images[:2]
+    column = pairs._column(analysis, of, feature, images, settings)
+    shown = np.concatenate([example.heat.values for example in column.examples.values()])
+    assert column.scale <= shown.max() == pytest.approx(image[images, feature].max(), rel=1e-5)
+    assert all((e.heat.positions >= analysis.store.meta.text_tokens).all() for e in column.examples.values())
+    assert pairs.columns_are_pictures((of, to))
+
+
+def test_image_tokens_and_words_of_a_joint_site_have_a_scale_of_colours_each(line: Path) -> None:
+    store = open_store(line / "stored")
+    text = store.meta.text_tokens
+    strong, weak = np.asarray([20.0, 8.0], np.float32), np.asarray([3.0, 1.0], np.float32)
+    joint = Heat(0, np.asarray([0, 2, text + 1, text + 6]), np.concatenate([strong, weak]))
+    alone = Heat(0, np.asarray([1, 6]), weak)
+    scales = scales_of(store, "joint", [joint])
+    assert scales.picture == pytest.approx(3, rel=0.01) and scales.words == pytest.approx(20, rel=0.01)
+    assert [type(key) is str for key in keys(scales, "joint")] == [False, False]
+    (drawn,), (plain,) = (
+        pictures_with_heat(store, stream, [Example(heat, 1.0, "", None)], 64)  # type: ignore[arg-type]
+        for stream, heat in (("joint", joint), ("img", alone))
+    )
+    np.testing.assert_array_equal(np.asarray(drawn[1]), np.asarray(plain[1]))
+    assert np.any(np.asarray(drawn[1]) != np.asarray(heated(store, "joint", drawn[0], joint, scales.words)))
+    words = scales_of(store, "joint", [Heat(0, joint.positions[:2], strong)])
+    assert keys(words, "joint")[0] == "image tokens: not active on those shown"
+
+
+def test_the_overview_of_a_joint_dictionary_is_of_all_its_tokens_with_each_kind_beside(
+    line: Path, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {"store": line / "stored", "dictionaries": trained(line), "out": tmp_path / "a"}
+    scores.run(ScoresSettings(**given, steps="1"))
+    analysis = open_analysis(Inputs(**given, steps="1"))
+    rows = {row["name"]: row for row in dictionary_rows(analysis)}
+    measured = next(s for s in analysis.subjects if s.site.stream == "joint").outline.metrics
+    joint = rows["joint_1"]
+    assert measured is not None and joint["fvu_value"] == measured["fvu"] != measured["real"]["fvu"]
+    assert joint["l0_value"] == measured["l0"] and joint["padding"] is None
+    kinds = (("image tokens", "image"), ("text tokens", "real"), ("padding", "padding"))
+    assert joint["kinds"] == [(name, f"{measured[kind]['fvu']:.3f}") for name, kind in kinds]
+    assert "kinds" not in rows["img_1"]
+
+
+def test_dictionaries_of_single_blocks_are_left_out_of_faithfulness_unless_they_are_named(
+    line: Path, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {"store": line / "stored", "dictionaries": (trained(line),), "out": tmp_path / "f"}
+    canvas = canvas_of_store(open_store(line / "stored"), str(line / "model"), None)
+    every, named = FaithfulnessSettings(**given), FaithfulnessSettings(**given, sites="joint_1")
+    groups = groups_of(every, canvas)
+    assert {str(site) for group in groups for site in group.sites} == {"img_1"}
+    assert [str(site) for site in left_out(every, groups)] == ["joint_1"]
+    with pytest.raises(UsageError, match="joint_1 cannot be spliced"):
+        groups_of(named, canvas)
 
 
 def trained(line: Path) -> Path:
@@ -280,7 +223,8 @@ def trained(line: Path) -> Path:
     out = line / "both"
     if not out.exists():
         train(TrainSettings(
-            pack=line / "stored-train", sites="joint_1,img_1", expansion=2, batch=128, epochs=2, time_embed_dim=16, threads=1,
+            pack=line / "stored-train", val=line / "stored-val", sites="joint_1,img_1", expansion=2,
+            batch=128, epochs=2, time_embed_dim=16, threads=1,
             out=out,
         ))  # fmt: skip
     return out
@@ -303,12 +247,14 @@ def activations(line: Path, store: Store, step: int) -> np.ndarray:
 def test_image_tokens_of_joint_sites_are_judged_against_the_masks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = analyze_planted._signal
+    plain, of_text = analyze_planted._signal, ATTRIBUTES.index(Attribute("background", "yellow"))
 
     def signal(plan: Plan, stream: str, step: int, scene: dict[str, Any], words: list[str], total: int) -> np.ndarray:
         """Text as in txt, then the image as in img."""
         assert stream == "joint" and total == 78
-        return np.concatenate([plain(plan, "txt", step, scene, words, 24), plain(plan, "img", step, scene, words, 54)])
+        image = plain(plan, "img", step, scene, words, 54)
+        image[:, of_text] = 0
+        return np.concatenate([plain(plan, "txt", step, scene, words, 24), image])
 
     monkeypatch.setattr(analyze_planted, "_signal", signal)
     plan = Plan(
@@ -321,7 +267,18 @@ def test_image_tokens_of_joint_sites_are_judged_against_the_masks(
     found = truth.run(TruthSettings(**given, images="all"))
     red = found["attributes"][0]["streams"]["joint"]["tokens"]
     assert red["chosen_by_tokens"]["feature"] == 0 and red["chosen_by_tokens"]["auroc"] > 0.99
-    assert "no figures over tokens" not in (tmp_path / "out" / "truth.md").read_text()
+    said = (tmp_path / "out" / "truth.md").read_text()
+    assert "no figures over tokens" not in said and "judged by its image tokens alone" in said
+    over_images = [entry["streams"]["joint"] for entry in found["attributes"]]
+    assert over_images[0]["images"]["feature"] == 0 and over_images[0]["images"]["auroc"] > 0.99
+    # the words tell this background without fault, and no feature or channel of the picture does
+    assert all(over_images[of_text][name]["auroc"] < 0.9 for name in ("images", "images_floor"))
+    assert "background yellow" in found["verdict"]["joint"]["without"]
+    analysis = open_analysis(Inputs(**given))
+    scored = analysis.matrix(analysis.subjects[0], 0).features().to_pydict()
+    assert scored["max_real"][of_text] > 3 * scored["max_image"][of_text]
+    spot = Spotlight(analysis.subjects[0], 0, 0, ATTRIBUTES[0], 0.99, over_images[0]["images"]["auroc"])
+    assert sentence(analysis, spot, False, None).startswith("joint_0/0 at step 0 fires on red patches: AUROC 1.00 over")
 
 
 def test_graphs_say_in_one_line_that_they_stop_before_single_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

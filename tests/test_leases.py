@@ -340,6 +340,19 @@ def test_a_harvest_waits_for_a_part_that_it_lost_and_takes_it_over_from_a_succes
     assert tree(tmp_path / "store") == whole
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [{"pid": None}, {"pid": "x"}, {"started": None}, {"seconds": float("nan")}, {"seconds": -1}, {"seconds": 10**400}],
+)
+def test_a_lease_that_says_odd_things_is_one_that_says_nothing(tmp_path: Path, odd: dict[str, Any]) -> None:
+    leases = Leases(tmp_path)
+    here = {} if "seconds" in odd else {"processes": store.leases.myself()["processes"]}
+    file = a_lease(tmp_path, "part-00000", **here, **odd)
+    assert leases.take("part-00000") is None
+    os.utime(file, (1, 1))
+    assert leases.take("part-00000") is not None
+
+
 def test_leases_survive_that_another_process_removes_them_all(tmp_path: Path) -> None:
     wrong: list[BaseException] = []
     over = threading.Event()

@@ -216,7 +216,13 @@ def test_a_model_that_is_here_is_measured(tiny: Plan) -> None:
         (["--plan", "--scale", "1000", "--budget", "2TB"], "without --budget"),
         (["--plan", "--images-per-second", "2"], "give it with --plan --scale"),
         (["--plan", "--scale", "10", "--images-per-second", "0"], "must be more than 0"),
-        (["--plan", "--scale", "10", "--disk-per-second", "fast"], "is no size"),
+        (["--plan", "--scale", "10", "--disk-per-second", "fast"], "--disk-per-second: 'fast' is no size"),
+        (["--plan", "--scale", "9" * 5000], "write numbers of prompts"),
+        (
+            ["--plan", "--scale", "10", "--images-per-second", "1", "--model", "nobody/nothing"],
+            "configuration is not here",
+        ),
+        (["--plan", "--scale", "10", "--model", "nobody/nothing"], "configuration is not here"),
     ],
 )
 def test_what_says_nothing_is_refused(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,7 +66,7 @@ def test_the_bytes_and_files_planned_are_those_written(
     tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plans: list[Plan] = []
-    monkeypatch.setattr(harvest.fill, "announce", lambda plan, _out, _missing: plans.append(plan))
+    monkeypatch.setattr(harvest.fill, "announce", lambda plan, *_, **__: plans.append(plan))
     run(HarvestSettings(out=tmp_path / "store", **SMALL, **options))
     volume = volume_of(plans[0])
     planned, written = volume.by_kind(1, new=True), {}

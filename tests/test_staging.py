@@ -12,6 +12,7 @@ from torch import Tensor
 
 from harvest.capture import Rows, select_tokens
 from harvest.lanes import Direct, Lane, Ring, Traffic, lane_of, squared_errors
+from harvest.planning.live_memory import peak_bytes
 from harvest.staging import Staging, as_tensor, slot_bytes, slots_of
 from harvest.waiting import Waiting
 from store.format import StoreMeta, StreamTokens
@@ -215,10 +216,12 @@ def test_what_goes_wrong_on_the_way_is_raised_where_the_model_runs_and_the_threa
     def move(_slot: Any, number: int) -> None:
         raise OSError(f"no room for {number}")
 
-    traffic = Traffic(2, move, lambda _seconds: None)
+    dropped: list[Any] = []
+    traffic = Traffic(2, move, lambda _seconds: None, dropped.append)
     with pytest.raises(OSError, match="no room for 0"):
         rounds(traffic, 5, [])
     traffic.close()
+    assert len(dropped) == 1  # the second slot was on its way: its copy is waited for all the same
     assert not [thread for thread in threading.enumerate() if thread.name == "staging"]
 
 
@@ -232,11 +235,19 @@ def test_errors_of_all_sites_at_once_are_those_of_one_site_after_the_other() -> 
     torch.testing.assert_close(one_by_one, at_once, rtol=1e-12, atol=0)
 
 
+def test_errors_hold_no_more_than_a_site_in_float32() -> None:
+    made = [torch.empty(8, 2, 3, 16, dtype=kind, device="meta") for kind in (torch.bfloat16, torch.float32)]
+    held, site, sums = sum(tensor.nbytes for tensor in made), made[1][0].nbytes, 8 * 8
+    assert peak_bytes(lambda: squared_errors(*made)) <= held + site + sums + 8
+
+
 def test_there_are_two_slots_unless_they_would_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     meta = meta_of()
     rows = sum(meta.tokens[site.stream].kept for site in meta.site_objects)
     assert slot_bytes(meta) == rows * meta.batch_size * meta.d_model * 2 * 4
     assert slots_of(meta) == 2
+    small = meta_of(chunk_images=meta.batch_size // 2)  # no batch reaches over the end of a part
+    assert slot_bytes(small) == slot_bytes(meta) // 2
     monkeypatch.setattr("harvest.staging.MOST_BYTES", 2 * slot_bytes(meta) - 1)
     assert slots_of(meta) == 1
     values = model_values(meta, meta.d_model)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import store.leases
 from harvest.__main__ import COMMANDS
 from harvest.workers.progress import Progress, workers_folder
+from harvest.workers.roster import Clock
 from harvest.workers.shares import Worker
 from harvest.workers.status import describe, duration, look
 from store.command import program
@@ -68,7 +70,7 @@ def test_it_says_who_draws_what_and_when_all_will_be_done(tmp_path: Path) -> Non
     assert "37.5 %\n12 of 32 images: 3 of 8 parts, 3 held, 2 not begun\n" in text
     assert "2 workers, 0.75 images/s, time left 23 s, until " in text  # (32 - 12 - 3) / 0.75
     assert "0/9     node7, process 0, NVIDIA H100" in text
-    assert [word in row_of(text, "0/9") for word in ("drawing", "3 (2 of 4)", " 8 ", "0.5", "1 s ago")] == [True] * 5
+    assert [word in row_of(text, "0/9") for word in ("drawing", "3 (2 of 4)", " 8 ", "0.5", " s ago")] == [True] * 5
     assert "5 (1 of 4), writes 4" in row_of(text, "1/9")
 
 
@@ -86,9 +88,10 @@ def test_it_tells_the_silent_the_lost_the_waiting_the_hung_and_the_ended_apart(t
     holds(path, 7, 7)  # of a program that leaves no record
     text = describe(look(path))
     expected = {"0/9": "drawing", "1/9": "silent, has lost part 4", "2/9": "for part 3, held by process 0 on node7",
-                "3/9": "no image for 20 min 01 s", "4/9": "ended", "5/9": "failed: no space is left",
+                "3/9": "no image for 2", "4/9": "ended", "5/9": "failed: no space is left",
                 "6/9": "loading the model", "-": "holds a part"}  # fmt: skip
     assert {name: what in row_of(text, name) for name, what in expected.items()} == dict.fromkeys(expected, True), text
+    assert re.search(r"no image for 2\d min \d\d s", row_of(text, "3/9"))
     assert row_of(text, "-").partition("holds a part")[2].split()[0] == "7"
     assert "5 workers, 1 of them drawing, 1 images/s" in text
     assert "3 of 8 parts, 2 held, 3 not begun" in text
@@ -221,6 +224,75 @@ def test_records_that_cannot_be_read_are_counted_and_the_many_that_ended_are_one
     assert sum("/9" in line for line in describe(look(path), every=True).splitlines()) == 12
 
 
+def test_a_clock_that_is_ahead_is_told_from_workers_that_are_gone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = begun(tmp_path / "s").path
+
+    def works(age: float) -> None:
+        a_worker(path, 0, age=age, part=3, images_per_second=1.0)
+        holds(path, 0, 3, age=age)
+
+    works(1000)
+    text = describe(look(path))
+    assert (
+        "nobody was heard of for 16 min" in text and "--watch shows who goes on" in text and "nobody works" not in text
+    )
+    clock = Clock()
+    assert [seen.life for seen in look(path, clock).roster.workers] == ["silent"]
+    works(990)  # touched after that look: this clock is ahead by 990 seconds or more
+    (seen,) = look(path, clock).roster.workers
+    assert (seen.life, seen.holds) == ("alive", (3,)) and clock.fast > 900 and seen.heard < 60
+    ages = iter((1000.0, 990.0))
+
+    def sleep(_seconds: float) -> None:
+        if (age := next(ages, None)) is None:
+            raise KeyboardInterrupt
+        works(age)
+
+    monkeypatch.setattr("harvest.workers.status.time.sleep", sleep)
+    works(1010)
+    assert program("harvest", COMMANDS, ["status", str(path), "--watch"], default="harvest") == 0
+    assert "1 worker, 1 images/s" in capsys.readouterr().out.rpartition("silent")[2]
+    monkeypatch.setattr("harvest.workers.status.time.sleep", lambda _seconds: None)
+    monkeypatch.setattr("harvest.workers.status.SURE_SECONDS", 0.0)
+    assert (
+        program("harvest", COMMANDS, ["status", str(path), "--watch"], default="harvest") == 0
+    )  # one look, and it ends
+
+
+def test_a_process_of_this_machine_that_runs_is_not_silent_whatever_clocks_say(tmp_path: Path) -> None:
+    path, me = begun(tmp_path / "s").path, store.leases.myself()
+    a_worker(path, age=1000, part=3, **me)
+    os.utime(a_lease(runs_folder(path) / "leases", part_name(3), seconds=60.0, **me), (1, 1))
+    (seen,) = look(path).roster.workers
+    assert (seen.life, seen.holds) == ("alive", (3,))
+
+
+ODD: list[dict[str, Any]] = [
+    {"images": "many"}, {"part_drawn": "two"}, {"images_per_second": float("nan")}, {"images_per_second": -1.0},
+    {"seconds": 1e30}, {"seconds": float("inf")}, {"images": 10**400}, {"part": "3"}, {"part": 1.5}, {"state": ["drawing"]},
+    {"silent_after": "long"}, {"parts": [1], "pid": "x"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda odd: next(iter(odd)))
+def test_an_odd_record_is_counted_and_not_believed(tmp_path: Path, odd: dict[str, Any]) -> None:
+    path = begun(tmp_path / "s").path
+    a_worker(path, 0, part=3)
+    file = workers_folder(path) / "0.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | odd))
+    assert "1 record beside the store cannot be read" in describe(look(path))
+
+
+def test_a_rate_that_is_next_to_nothing_gives_no_date(tmp_path: Path) -> None:
+    path = begun(tmp_path / "s").path
+    a_worker(path, 0, part=3, images_per_second=1e-300)
+    holds(path, 0, 3)
+    text = describe(look(path))
+    assert "time left more than a year" in text and "until" not in text
+
+
 def test_watching_ends_when_nobody_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = begun(tmp_path / "s").path
     words = ["status", str(path), "--watch", "--every", "0.1"]
@@ -243,7 +315,7 @@ def test_a_run_that_is_refused_leaves_no_record_and_one_that_failed_says_why(tmp
 
 def test_a_worker_without_a_part_is_silent_when_its_record_is_older_than_it_says(tmp_path: Path) -> None:
     writer = begun(tmp_path / "s")
-    a_worker(writer.path, 0, age=59, state="loading")
+    a_worker(writer.path, 0, age=20, state="loading")
     assert [seen.life for seen in look(writer.path).roster.workers] == ["alive"]
     a_worker(writer.path, 0, age=61, state="loading")
     assert [seen.life for seen in look(writer.path).roster.workers] == ["silent"]

@@ -45,12 +45,15 @@ def settings(**words: Any) -> HarvestSettings:
         (SRUN, 2, 4, 0),
         (ARRAY, 3, 5, None),
         (ARRAY | BATCH_SCRIPT, 3, 5, None),
+        (ARRAY | BATCH_SCRIPT | {"SLURM_NTASKS": "8"}, 3, 5, None),
+        (BATCH_SCRIPT | {"SLURM_NTASKS": "8"}, 0, 1, None),
         (ARRAY | SRUN, 3 * 4 + 2, 20, 0),
         (ARRAY | TORCHRUN, 3 * 8 + 5, 40, 1),
         (TORCHRUN | SRUN, 5, 8, 1),
         (SRUN | {"SLURM_STEP_NUM_TASKS": "1"}, 0, 1, None),
         ({"SLURM_ARRAY_TASK_ID": "9", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "3"}, 2, 3, None),
         ({"RANK": "8", "WORLD_SIZE": "8"}, 0, 1, None),
+        ({"RANK": "9" * 5000, "WORLD_SIZE": "8"}, 0, 1, None),
         ({"RANK": "one", "WORLD_SIZE": "8"}, 0, 1, None),
     ],
 )
@@ -103,6 +106,7 @@ def test_a_worker_takes_the_device_of_its_number_where_it_sees_several() -> None
         ({"dask": "local:2", "worker": "0/2"}, "leave out --worker"),
         ({"lease_seconds": 0.2}, "at least 1"),
         ({"worker": "4/4"}, "from 0 to n - 1"),
+        ({"worker": f"0/{'9' * 5000}"}, "from 0 to n - 1"),
     ],
 )
 def test_settings_of_workers_that_cannot_be_are_refused(words: dict[str, Any], message: str) -> None:
@@ -118,6 +122,10 @@ def test_one_of_those_that_are_done_stays_and_another_may_when_it_has_gone(tmp_p
     with Staying(second, "one") as other:
         assert other()
     assert first.holder(WAITING) is None
+    with Staying(first, "one") as stays, Staying(second, "one") as other:
+        assert stays()
+        stays.ends()  # it has found a part to draw
+        assert other() and not stays()
 
 
 def test_a_worker_that_does_not_stay_leaves_what_others_hold_and_fills_the_rest(
@@ -138,7 +146,7 @@ def test_a_worker_that_does_not_stay_leaves_what_others_hold_and_fills_the_rest(
     progress = Progress()
     worker = Worker(0, 2)
     with tqdm(total=12, disable=True) as bar:
-        line = fill._Line(plan, writer, bar, progress, lambda: False)
+        line = fill._Line(plan, writer, bar, progress, Staying(writer.leases, "none"))
         assert line.fill(worker.share(range(5)), worker.rest(range(5))) == 16
         assert bar.total == 16
     assert writer.missing() == [3]

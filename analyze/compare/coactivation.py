@@ -30,6 +30,7 @@ from analyze.compare.ranked import BELOW, NOTHING, best_first, columns_of, packe
 from analyze.inputs import Subject
 from analyze.scoring.matrices import ScoreMatrix
 from store.errors import UsageError
+from store.sites import Stream
 from store.sizes import human_size
 from store.strata import Group
 
@@ -45,6 +46,7 @@ TILE_BYTES = 60
 """an entry of a tile: three measures in float32, their stack, and the keys of one while they are ranked"""
 READ = 2048
 """features that one read of a matrix takes at once"""
+KIND_NAMES: dict[Group, str] = {"image": "image tokens", "real": "text tokens", "padding": "text tokens"}
 CHANCE_FEATURES = 512
 """of each side that chance is measured with, at most: their median is good to about a twentieth of their spread"""
 
@@ -75,6 +77,20 @@ class Side:
         table = self.matrix.features()
         active = np.sum([table[f"images_active_{kind}"].to_numpy() for kind in kinds], axis=0)[self.features]
         return replace(self, features=self.features[active > 0], kinds=kinds)
+
+    @property
+    def stream(self) -> Stream:
+        """The stream whose tokens count: of a joint site that is held against img or txt, that one."""
+        if self.kinds == ("all",):
+            return self.subject.site.stream
+        return "img" if self.kinds == ("image",) else "txt"
+
+    @property
+    def note(self) -> str | None:
+        """By which of its tokens it is compared, where not by all."""
+        if self.kinds == ("all",):
+            return None
+        return f"{self.name} is compared by its {KIND_NAMES[self.kinds[0]]}, which both sites have"
 
     @property
     def name(self) -> str:

@@ -20,7 +20,16 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from analyze.compare.coactivation import MEASURES, Matches, Measure, Side, best_by_chance, match, same_decoder
+from analyze.compare.coactivation import (
+    KIND_NAMES,
+    MEASURES,
+    Matches,
+    Measure,
+    Side,
+    best_by_chance,
+    match,
+    same_decoder,
+)
 from analyze.compare.pairs import Pair, pair_sheet
 from analyze.compare.plots import pair_map
 from analyze.compare.settings import CompareSettings
@@ -33,7 +42,6 @@ from store.errors import UsageError
 from store.files import write_bytes, write_json
 from store.sites import parse_numbers
 from store.sizes import parse_size
-from store.strata import Group
 from store.tables import write_table
 
 DRAWN = 3
@@ -42,7 +50,6 @@ SAME_START = 5
 """times as many mutual matches of one number as chance would give say that two dictionaries started from the same random numbers"""
 FEWEST_SAME = 3
 """and so many at least: one or two are no sign"""
-KIND_NAMES: dict[Group, str] = {"image": "image tokens", "real": "text tokens", "padding": "text tokens"}
 Chance = tuple[dict[Measure, float], dict[Measure, float]]
 """the median best match of unrelated features, there and back"""
 
@@ -235,7 +242,10 @@ def best_pairs(of: Side, other: Side, matches: Matches, settings: CompareSetting
 
 
 def _active_images(side: Side) -> np.ndarray:
-    return np.asarray(side.matrix.features()["images_active"].to_numpy())
+    """Images on which each feature is active, over the tokens that count; of several kinds the most of one, which is no more."""
+    table = side.matrix.features()
+    names = ["images_active" if kind == "all" else f"images_active_{kind}" for kind in side.kinds]
+    return np.asarray(np.max([table[name].to_numpy() for name in names], axis=0))
 
 
 def _pair_of(matches: Matches, feature: int, settings: CompareSettings, of: Side) -> Pair:
@@ -301,11 +311,7 @@ def _notes(of: Side, other: Side, same: int, mutual: int) -> list[str]:
     notes = []
     if {of.subject.site.stream, other.subject.site.stream} == {"img", "txt"}:
         notes.append("image and text stream are spaces of their own, so their cosines say little")
-    notes += [
-        f"{side.name} is compared by its {KIND_NAMES[side.kinds[0]]}, which both sites have"
-        for side in (of, other)
-        if side.kinds != ("all",)
-    ]
+    notes += [side.note for side in (of, other) if side.note]
     if same_decoder(of, other):
         notes.append("the same decoder: cosine says nothing")
     width = min(of.subject.n_features, other.subject.n_features)

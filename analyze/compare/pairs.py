@@ -12,9 +12,9 @@ from analyze.compare.coactivation import MEASURES, Matches, Side
 from analyze.compare.settings import CompareSettings
 from analyze.inputs import Analysis
 from analyze.labels.book import LabelBook, name_of
-from analyze.pictures.contact import CELL, TEXT_WIDTH, cautions, figures, prompt_line
+from analyze.pictures.contact import CELL, TEXT_WIDTH, by_kind, cautions, figures, prompt_line
 from analyze.pictures.drawing import GAP, INK, below, beside, fitted, lines_of, page, written
-from analyze.pictures.examples import Example, example_of, feature_row, heated, picture_of, scale_of
+from analyze.pictures.examples import Example, example_of, feature_row, heated, picture_of, scales_of, strata_of
 from analyze.pictures.heat import heats
 from analyze.prompts import prompt_text, prompt_texts
 from store.split import normalise
@@ -61,6 +61,7 @@ class _Column:
     feature: int
     examples: dict[int, Example]
     scale: float
+    """the heat that is drawn hottest over pictures"""
 
 
 def pair_sheet(
@@ -80,8 +81,10 @@ def pair_sheet(
     title = " and ".join(f"{name}, step {side.step}" for name, side in zip(names, sides, strict=True))
     notes: list[str | Image.Image] = [pair.words() + ("" if pair.mutual else ", not mutual")]
     for side, feature in zip(sides, features, strict=True):
-        notes.append(f"{side.subject.name}/{feature}: {figures(feature_row(side.matrix.features(), feature))}")
+        row = feature_row(side.matrix.features(), feature)
+        notes += [f"{side.subject.name}/{feature}: {figures(row)}", *by_kind(row)]
         notes += [text for text in cautions(analysis, side.subject, side.step) if text not in notes]
+    notes += [side.note for side in sides if side.note]
     notes.append(
         "images where the one is strongest and where the other is, in turn; each feature on its own scale of colours"
     )
@@ -91,15 +94,13 @@ def pair_sheet(
 
 def columns_are_pictures(sides: Sequence[Side]) -> bool:
     """Whether both sides are drawn over pictures alone, with no prompts beside them."""
-    return all(side.subject.site.stream == "img" for side in sides)
+    return all(side.stream == "img" for side in sides)
 
 
 def shared_images(analysis: Analysis, sides: Sequence[Side], features: Sequence[int], top: int) -> list[int]:
-    """The top images of the two features in turn, one a prompt, `top` of them."""
+    """The top images of the two features in turn, one a prompt, `top` of them, by the tokens that count."""
     texts = prompt_texts(analysis.store)
-    lists = [
-        side.matrix.features()["unique_image"][feature].as_py() for side, feature in zip(sides, features, strict=True)
-    ]
+    lists = [_top_images(side, feature, texts, top) for side, feature in zip(sides, features, strict=True)]
     chosen: dict[str, int] = {}
     for image in chain.from_iterable(zip_longest(*lists)):
         if image is not None:
@@ -107,31 +108,47 @@ def shared_images(analysis: Analysis, sides: Sequence[Side], features: Sequence[
     return list(chosen.values())[:top]
 
 
-def _column(analysis: Analysis, side: Side, feature: int, images: Sequence[int], settings: CompareSettings) -> _Column:
-    found = heats(analysis, side.subject, side.step, {feature: images})[feature]
+def _top_images(side: Side, feature: int, texts: Sequence[str], top: int) -> list[int]:
+    """The images on which a feature is strongest, one a prompt, best first; the feature table knows them only over all tokens."""
+    if side.kinds == ("all",):
+        return list(side.matrix.features()["unique_image"][feature].as_py())
     scores = np.asarray(side.scores(feature))
-    scale = scale_of(found, settings.look)
+    chosen: dict[str, int] = {}
+    for image in np.lexsort((np.arange(len(scores)), -scores)).tolist():
+        if len(chosen) == top or scores[image] <= 0:
+            break
+        chosen.setdefault(normalise(texts[image]), image)
+    return list(chosen.values())
+
+
+def _column(analysis: Analysis, side: Side, feature: int, images: Sequence[int], settings: CompareSettings) -> _Column:
+    store, stream = analysis.store, side.subject.site.stream
+    found = heats(analysis, side.subject, side.step, {feature: images})[feature]
+    if stream == "joint" and side.stream != "joint":  # heat of tokens that do not count is not shown
+        found = [strata_of(store, stream, heat)[0 if side.stream == "img" else 1] for heat in found]
+    scores = np.asarray(side.scores(feature))
+    scales = scales_of(store, stream, found, settings.look)
     examples = {
-        heat.image: example_of(analysis.store, side.subject, heat, float(scores[heat.image]), scale) for heat in found
+        heat.image: example_of(store, side.subject, heat, float(scores[heat.image]), scales.words) for heat in found
     }
-    return _Column(side, feature, examples, scale)
+    return _Column(side, feature, examples, scales.picture)
 
 
 def _cell(analysis: Analysis, columns: Sequence[_Column], image: int, settings: CompareSettings) -> Image.Image:
     """One image: picture and overlays in a row; beside them, or alone, the prompt as the features see it; else the prompt below."""
     store = analysis.store
-    read = any(column.side.subject.site.stream != "img" for column in columns)
-    drawn = any(column.side.subject.site.stream != "txt" for column in columns)
+    read = any(column.side.stream != "img" for column in columns)
+    drawn = any(column.side.stream != "txt" for column in columns)
     width = BESIDE_WIDTH if drawn else TEXT_WIDTH
     picture = fitted(picture_of(store, image), settings.side or CELL) if drawn else None
     parts, lines = [], [written(f"image {image}", width, 12)] if picture is None else []
     if picture is not None:
         parts.append(below([picture, written(f"image {image}", picture.width, 12)]))
     for column in columns:
-        example, stream = column.examples[image], column.side.subject.site.stream
+        example, stream = column.examples[image], column.side.stream
         what, score = f"{column.side.name} · {column.feature}", f"{example.score:.3g}"
         if picture is not None and stream != "txt":
-            over = heated(store, stream, picture, example.heat, column.scale, settings.look)
+            over = heated(store, column.side.subject.site.stream, picture, example.heat, column.scale, settings.look)
             number = written(score, picture.width, 13, INK, 1, bold=True)
             parts.append(below([over, below([written(what, picture.width, 12), number], 0)]))
         if stream != "img":

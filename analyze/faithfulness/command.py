@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from analyze.faithfulness.exactness import exactness, pictures_of
-from analyze.faithfulness.groups import Group, Splicing, groups_of, sites_text, splicings_of, steps_text
+from analyze.faithfulness.groups import Group, Splicing, groups_of, left_out, sites_text, splicings_of, steps_text
 from analyze.faithfulness.judged import can_judge
 from analyze.faithfulness.measuring import Plain, draw_plain, measure
 from analyze.faithfulness.publishing import MOST_COLUMNS, PLAIN, SHOWN, Place, Results, publish_results
@@ -212,6 +212,9 @@ def _announced(inquiry: Inquiry, missing: Sequence[Splicing], inexact: Sequence[
             f"note: that {', '.join(unchecked)} belong to the store's model is not checked: the dictionaries or the store do not say what "
             "they come from (parent: unknown)"
         )
+    single = left_out(inquiry.settings, inquiry.groups)
+    if single:
+        lines.append(f"note: {sites_text(single)} left out: single-stream blocks cannot be changed yet")
     return lines
 
 

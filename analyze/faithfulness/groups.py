@@ -91,6 +91,9 @@ def groups_of(settings: FaithfulnessSettings, canvas: Canvas) -> list[Group]:
     there = sorted({site for _, shelf in shelves for site, _ in shelf}, key=_in_order)
     where = " and ".join(str(folder) for folder in settings.dictionaries)
     wanted = set(choose_sites(settings.sites, there, where))
+    spliced = {site for site in wanted if site.kind == "double"}
+    if _takes_every_site(settings) and spliced:
+        wanted = spliced  # `left_out` says so
     found: list[Group] = []
     for folder, shelf in shelves:
         for kind in ("transcoder", "sae"):
@@ -122,6 +125,16 @@ def _refuse_single(group: Group) -> None:
             f"{group.label}: {', '.join(map(str, single))} cannot be spliced: single-stream blocks cannot be changed yet; choose "
             "double blocks with --sites"
         )
+
+
+def left_out(settings: FaithfulnessSettings, groups: Sequence[Group]) -> tuple[Site, ...]:
+    """The sites of single-stream blocks whose dictionaries lie beside the others, where no sites were named."""
+    there = {site for group in groups for site, _ in group.shelf.outlines if site.kind != "double"}
+    return tuple(sorted(there, key=_in_order)) if _takes_every_site(settings) else ()
+
+
+def _takes_every_site(settings: FaithfulnessSettings) -> bool:
+    return settings.sites.strip() == "all"
 
 
 def _in_order(site: Site) -> tuple[str, int, str]:

@@ -19,9 +19,11 @@ from analyze.pictures.drawing import (
     prompt_with_heat,
     written,
 )
-from analyze.pictures.examples import Example, pictures_with_heat, scale_of
+from analyze.pictures.examples import Example, Scales, peak_of, pictures_with_heat, scales_of, strata_of
 from analyze.pictures.overlay import PLAIN, Look
 from analyze.pictures.words import percent
+from store import Store
+from store.sites import Stream
 from store.strata import Group
 
 CELL = 168
@@ -46,18 +48,32 @@ def sheet(
     title = f"{name_of(subject, int(row['feature']), book)}, step {step}"
     notes: list[str | Image.Image] = [figures(row), *by_kind(row), *cautions(analysis, subject, step)]
     if examples:
-        scale = scale_of((example.heat for example in examples), look)
-        notes.append(key_to_colours(scale, look.clip_percentile, "words" if stream == "txt" else "picture"))
+        scales = scales_of(analysis.store, stream, (example.heat for example in examples), look)
+        notes += keys(scales, stream, look)
     else:
         notes.append("active on none of the images")
     if stream == "txt":
         return page(title, notes, [prompt_line(example, f"{example.score:.3g}") for example in examples])
     pairs = pictures_with_heat(analysis.store, stream, examples, side, look)
     cells = [
-        below([beside(pair), _caption(example, 2 * side + 4, joint=stream == "joint")], 7)
+        below([beside(pair), _caption(analysis.store, stream, example, 2 * side + 4)], 7)
         for example, pair in zip(examples, pairs, strict=True)
     ]
     return page(title, notes, lines_of(cells, max(1, min(COLUMNS, COLUMNS * CELL // side))))
+
+
+def keys(scales: Scales, stream: Stream, look: Look = PLAIN) -> list[str | Image.Image]:
+    """What the colours of a sheet stand for: one key, of a joint site one for its image tokens and one for its text tokens."""
+    if stream != "joint":
+        return [key_to_colours(scales.picture, look.clip_percentile, "words" if stream == "txt" else "picture")]
+    found: list[str | Image.Image] = []
+    for kind, name, scale, active in (
+        ("picture", "image tokens", scales.picture, scales.on_picture),
+        ("words", "text tokens", scales.words, scales.on_words),
+    ):
+        key = key_to_colours(scale, look.clip_percentile, kind, f"{name}: ")  # type: ignore[arg-type]
+        found.append(key if active else f"{name}: not active on those shown")
+    return found
 
 
 def figures(row: dict[str, Any]) -> str:
@@ -99,8 +115,10 @@ def prompt_line(example: Example, score: str, width: int = TEXT_WIDTH) -> Image.
     return beside([written(score, SCORE_WIDTH, 14, INK, 1, bold=True), prompt_with_heat(pieces, width)])
 
 
-def _caption(example: Example, width: int, joint: bool) -> Image.Image:
-    if joint:
-        return prompt_line(example, f"{example.score:.3g}", width - SCORE_WIDTH - 4)
+def _caption(store: Store, stream: Stream, example: Example, width: int) -> Image.Image:
+    if stream == "joint":
+        image, text = (peak_of(part) for part in strata_of(store, stream, example.heat))
+        words = written(f"{image:.3g} on image tokens, {text:.3g} on text tokens", width, 13, INK, 1, bold=True)
+        return below([words, prompt_with_heat(example.pieces or plain_pieces(example.prompt), width)], 2)
     score = written(f"{example.score:.3g}", 54, 14, INK, 1, bold=True)
     return beside([score, written(example.prompt, width - 58)])

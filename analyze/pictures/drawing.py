@@ -115,11 +115,11 @@ def page(title: str, notes: Sequence[str | Image.Image], lines: Sequence[Image.I
     return image
 
 
-def key_to_colours(scale: float, percentile: float, kind: Literal["picture", "words"]) -> Image.Image:
-    """The colours from cold to hot, and what the hottest stands for."""
+def key_to_colours(scale: float, percentile: float, kind: Literal["picture", "words"], where: str = "") -> Image.Image:
+    """The colours from cold to hot, and what the hottest stands for; `where` says before them on what they lie."""
     bar = colour_bar(140, 12) if kind == "picture" else _word_colours(140, 12)
     clipped = "the greatest" if percentile == 100 else f"the {ordinal(percentile)} percentile"
-    texts = ("activation 0", f"{scale:.3g}: {clipped} of those above 0")
+    texts = (f"{where}activation 0", f"{scale:.3g}: {clipped} of those above 0")
     face = font(12)
     image = Image.new("RGB", (sum(round(face.getlength(text)) for text in texts) + 140 + 24, 18), PAPER)
     draw = ImageDraw.Draw(image)

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from PIL import Image
 
@@ -94,7 +95,7 @@ def examples_of(
     """Each feature on the images asked for, in their order; `scores` are by feature and image.  Words are on the feature's own scale."""
     found = {}
     for feature, group in heats(analysis, subject, step, wanted).items():
-        scale = scale_of(group, look)
+        scale = scales_of(analysis.store, subject.site.stream, group, look).words
         found[feature] = [
             example_of(analysis.store, subject, heat, scores[feature, heat.image], scale) for heat in group
         ]
@@ -115,11 +116,46 @@ def scale_of(heats: Iterable[Heat], look: Look = PLAIN) -> float:
     return heat_scale([heat.values for heat in heats], look.clip_percentile)
 
 
+@dataclass(frozen=True)
+class Scales:
+    """The heat that is drawn hottest over pictures, and on words: one number, but of a joint site, whose tokens are of both kinds."""
+
+    picture: float
+    words: float
+    on_picture: bool = True
+    on_words: bool = True
+    """whether there is heat at all; known of joint sites alone"""
+
+
+def scales_of(store: Store, stream: Stream, heats: Iterable[Heat], look: Look = PLAIN) -> Scales:
+    """The scales of heats that are drawn together; of a joint site image tokens and text tokens have their own."""
+    group = list(heats)
+    if stream != "joint":
+        both = scale_of(group, look)
+        return Scales(both, both)
+    parts = [strata_of(store, stream, heat) for heat in group]
+    image, text = ([pair[place] for pair in parts] for place in (0, 1))
+    active = [any((heat.values > 0).any() for heat in some) for some in (image, text)]
+    return Scales(scale_of(image, look), scale_of(text, look), *active)
+
+
+def strata_of(store: Store, stream: Stream, heat: Heat) -> tuple[Heat, Heat]:
+    """The heat on image tokens, and that on text tokens; positions are still those of the stream."""
+    shown = heat.positions >= {"img": 0, "joint": store.meta.text_tokens, "txt": np.inf}[stream]
+    image, text = (Heat(heat.image, heat.positions[part], heat.values[part]) for part in (shown, ~shown))
+    return image, text
+
+
+def peak_of(heat: Heat) -> float:
+    """The greatest heat; 0 where no token is."""
+    return float(heat.values.max(initial=0.0))
+
+
 def pictures_with_heat(
     store: Store, stream: Stream, examples: Sequence[Example], side: int, look: Look = PLAIN
 ) -> list[tuple[Image.Image, Image.Image]]:
     """Each example's picture, its longer side scaled to `side` pixels, and the same with the heat over it, all on one scale."""
-    scale = scale_of((example.heat for example in examples), look)
+    scale = scales_of(store, stream, (example.heat for example in examples), look).picture
     pairs = []
     for example in examples:
         picture = fitted(picture_of(store, example.heat.image), side)
@@ -140,6 +176,6 @@ def heated(
 ) -> Image.Image:
     """The picture, of any size, with the heat of its image tokens over it."""
     first = store.meta.text_tokens if stream == "joint" else 0  # the joint stream starts with the text
-    shown = heat.positions >= first
-    grid = token_grid(heat.values[shown], heat.positions[shown] - first, store.meta.grid)
+    shown, _ = strata_of(store, stream, heat)
+    grid = token_grid(shown.values, shown.positions - first, store.meta.grid)
     return overlay(picture, grid, scale, smooth=not look.patches)

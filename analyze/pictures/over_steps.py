@@ -18,9 +18,19 @@ from PIL import Image
 from analyze.compare.coactivation import correlations_with
 from analyze.inputs import Analysis, Subject, sigmas
 from analyze.labels.book import LabelBook, name_of
-from analyze.pictures.contact import CELL, TEXT_WIDTH, cautions, prompt_line
-from analyze.pictures.drawing import INK, below, beside, fitted, key_to_colours, lines_of, page, written
-from analyze.pictures.examples import chosen_features, chosen_images, example_of, heated, picture_of, scale_of
+from analyze.pictures.contact import CELL, TEXT_WIDTH, cautions, keys, prompt_line
+from analyze.pictures.drawing import INK, below, beside, fitted, lines_of, page, written
+from analyze.pictures.examples import (
+    Scales,
+    chosen_features,
+    chosen_images,
+    example_of,
+    heated,
+    peak_of,
+    picture_of,
+    scales_of,
+    strata_of,
+)
 from analyze.pictures.heat import Heat, heats
 from analyze.pictures.settings import MIN_IMAGES, SheetSettings
 from analyze.prompts import prompt_text, prompt_texts
@@ -173,19 +183,19 @@ def _sheet(
     book: LabelBook,
 ) -> Image.Image:
     matched, look = settings.matched, settings.look
-    kind = "words" if subject.site.stream == "txt" else "picture"
     sigma = {step: float(np.mean(sigmas(analysis.store, step))) for step in analysis.steps}
     steps = ", ".join(f"step {step}: sigma {value:.3f}" for step, value in sigma.items())
     notes: list[str | Image.Image] = [steps, *cautions(analysis, subject, analysis.steps[0])]
     heat = {column: [found[column.step, column.feature, image][0] for image in images] for column in columns}
-    scales = {column: scale_of(group, look) for column, group in heat.items()}
+    store, stream = analysis.store, subject.site.stream
+    scales = {column: scales_of(store, stream, group, look) for column, group in heat.items()}
     if matched:
         notes += [f"step {c.step}: {name_of(subject, c.feature, book)}, {c.note}" for c in columns]
         notes.append("each feature on its own scale of colours")
     else:
-        whole = scale_of((one for group in heat.values() for one in group), look)
+        whole = scales_of(store, stream, (one for group in heat.values() for one in group), look)
         scales = dict.fromkeys(columns, whole)
-        notes.append(key_to_colours(whole, look.clip_percentile, kind))  # type: ignore[arg-type]
+        notes += keys(whole, stream, look)
     if not images:
         notes.append("active on none of the images at any step")
     reference = next(column for column in columns if column.reference)
@@ -200,24 +210,30 @@ def _line(
     columns: Sequence[Shown],
     image: int,
     found: Mapping[tuple[int, int, int], tuple[Heat, float]],
-    scales: Mapping[Shown, float],
+    scales: Mapping[Shown, Scales],
     settings: SheetSettings,
 ) -> Image.Image:
     """One image: its picture, the overlays of all steps, and below them its prompt, or the prompt at each step where it is read."""
     store, stream = analysis.store, subject.site.stream
+    joint = (
+        stream == "joint"
+    )  # whose image tokens and text tokens have their own figures, as they have their own scales
     parts, lines = [], []
     picture = None if stream == "txt" else fitted(picture_of(store, image), settings.side or CELL)
     if picture is not None:
         parts.append(below([picture, written(f"image {image}", picture.width, 12)]))
     for column in columns:
         heat, score = found[column.step, column.feature, image]
+        on_image, on_text = (peak_of(part) for part in strata_of(store, stream, heat))
         what = f"step {column.step}" + (f" · {column.feature}" if settings.matched else "")
         if picture is not None:
-            over = heated(store, stream, picture, heat, scales[column], settings.look)
-            parts.append(below([over, _named(what, score, picture.width)]))
+            over = heated(store, stream, picture, heat, scales[column].picture, settings.look)
+            parts.append(below([over, _named(what, on_image if joint else score, picture.width)]))
         if stream != "img":
-            example = example_of(store, subject, heat, score, scales[column])
-            lines.append(beside([written(what, 120, 12), prompt_line(example, f"{score:.3g}", TEXT_WIDTH - 124)]))
+            example = example_of(store, subject, heat, on_text if joint else score, scales[column].words)
+            lines.append(
+                beside([written(what, 120, 12), prompt_line(example, f"{example.score:.3g}", TEXT_WIDTH - 124)])
+            )
     if stream == "img":
         lines.append(written(prompt_text(store, image), min(len(parts), PER_LINE) * (parts[0].width + 4), 13))
     elif picture is None:

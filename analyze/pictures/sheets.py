@@ -16,10 +16,11 @@ from tqdm import tqdm
 from analyze.inputs import Analysis, Subject, check_output, open_analysis
 from analyze.labels.book import LabelBook, name_of
 from analyze.pictures import over_steps
-from analyze.pictures.contact import CELL, cautions, prompt_line, sheet
-from analyze.pictures.drawing import fitted, key_to_colours, page, png_bytes
+from analyze.pictures.contact import CELL, cautions, keys, prompt_line, sheet
+from analyze.pictures.drawing import fitted, page, png_bytes
 from analyze.pictures.examples import (
     Example,
+    Scales,
     check_top,
     chosen_features,
     chosen_images,
@@ -29,7 +30,7 @@ from analyze.pictures.examples import (
     heated,
     picture_of,
     refuse_without_pictures,
-    scale_of,
+    scales_of,
 )
 from analyze.pictures.heat import heats
 from analyze.pictures.settings import SheetSettings
@@ -124,11 +125,12 @@ def _overlays(
     for feature, group in heats(analysis, subject, step, wanted).items():
         of_image = {heat.image: heat for heat in group}
         shown = [of_image[image] for image in top[feature]] or group
-        scale, scores = scale_of(shown, settings.look), matrix.scores(feature)
+        scales = scales_of(analysis.store, subject.site.stream, shown, settings.look)
+        scores = matrix.scores(feature)
         for image in images:
             name = f"{subject.name}/step.{step}/feature-{feature}-image-{image}.png"
-            example = example_of(analysis.store, subject, of_image[image], float(scores[image]), scale)
-            yield name, _single(analysis, subject, step, feature, example, scale, settings, book)
+            example = example_of(analysis.store, subject, of_image[image], float(scores[image]), scales.words)
+            yield name, _single(analysis, subject, step, feature, example, scales, settings, book)
 
 
 def _single(
@@ -137,7 +139,7 @@ def _single(
     step: int,
     feature: int,
     example: Example,
-    scale: float,
+    scales: Scales,
     settings: SheetSettings,
     book: LabelBook,
 ) -> Image.Image:
@@ -146,9 +148,9 @@ def _single(
     if stream == "txt":
         title = f"{name_of(subject, feature, book)}, step {step}, image {example.heat.image}"
         notes: list[str | Image.Image] = [*cautions(analysis, subject, step)]
-        notes.append(key_to_colours(scale, look.clip_percentile, "words"))
+        notes += keys(scales, stream, look)
         return page(title, notes, [prompt_line(example, f"{example.score:.3g}")])
     picture = picture_of(store, example.heat.image)
     if settings.side is not None:
         picture = fitted(picture, settings.side)
-    return heated(store, stream, picture, example.heat, scale, look)
+    return heated(store, stream, picture, example.heat, scales.picture, look)

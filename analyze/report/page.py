@@ -1,13 +1,14 @@
 """What the report's page is filled with: plain values, already formatted where wording matters."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from analyze.inputs import Analysis, Subject
+from analyze.pictures.contact import KINDS
 from analyze.pictures.curves import sparkline
 from analyze.pictures.words import percent
 from analyze.prompts import prompt_texts
@@ -86,13 +87,17 @@ def tiles(analysis: Analysis, truth: Truth | None, overview: Sequence[dict[str, 
         more = f"have a feature with AUROC ≥ {truth.threshold:g}" if truth else ""
         if judged > len(overview):  # the truth table is of more dictionaries than this report shows
             more += f" in all {judged} dictionaries judged"
+        more += ", by image tokens" if stream == "joint" else ""
         count = f"{verdict['with_feature']} of {verdict['of']}"
         found.append({"value": count, "name": f"attributes, {STREAM_NAMES[stream]}", "more": more})
     return found
 
 
 def dictionary_rows(analysis: Analysis) -> list[dict[str, Any]]:
-    """One row for each dictionary: what it is, and how good on held-out rows (text: on real tokens, padding beside)."""
+    """One row for each dictionary: what it is, and how good on held-out rows.
+
+    Of text that is on real tokens, padding beside; of joint sites on all tokens, each kind beside.
+    """
     rows = [_overview_row(analysis, subject) for subject in analysis.subjects]
     highest = max((value for row in rows for value in row["fvu_steps"].values()), default=0.0)
     for row in rows:
@@ -105,7 +110,9 @@ def dictionary_rows(analysis: Analysis) -> list[dict[str, Any]]:
 def _overview_row(analysis: Analysis, subject: Subject) -> dict[str, Any]:
     config = subject.outline.config
     measured = subject.outline.metrics or {}
-    main, padding = measured.get("real") or measured, measured.get("padding")
+    joint = subject.site.stream == "joint"
+    main = measured if joint else measured.get("real") or measured
+    padding = None if joint else measured.get("padding")
     alive = np.zeros(subject.n_features, bool)
     densities = []
     for step in analysis.steps:
@@ -136,7 +143,13 @@ def _overview_row(analysis: Analysis, subject: Subject) -> dict[str, Any]:
         "fvu_steps": dict(sorted(steps.items())),
         "density": density_counts(densities),
         "training": training_words(subject),
+        **({"kinds": _fvu_by_kind(measured)} if joint else {}),
     }
+
+
+def _fvu_by_kind(measured: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Of a joint dictionary, the FVU over each kind of token, as name and value; none where nobody measured them apart."""
+    return [(name, _shown(measured[kind].get("fvu"), "{:.3f}")) for kind, name in KINDS.items() if measured.get(kind)]
 
 
 def density_counts(densities: Sequence[Float[np.ndarray, " feature"]]) -> list[list[int]]:
@@ -172,7 +185,7 @@ def truth_view(truth: Truth) -> dict[str, Any]:
     without = {STREAM_NAMES[s]: v["without"] for s, v in truth.table["verdict"].items() if v["without"]}
     untested = {STREAM_NAMES[s]: v["untested"] for s, v in truth.table["verdict"].items() if v["untested"]}
     return {
-        "streams": [{"key": stream, "name": STREAM_NAMES[stream]} for stream in streams],
+        "streams": [{"key": s, "name": STREAM_NAMES[s] + (", image tokens" if s == "joint" else "")} for s in streams],
         "groups": groups,
         "without": without,
         "untested": untested,

@@ -5,6 +5,7 @@
 2. Over images: the feature whose score S tells best (AUROC) whether the attribute is there, for every dictionary and step,
    chosen on one half and scored on the other, with the best F1 of a threshold that is chosen likewise; beside a linear probe
    on the pooled activations (`ceiling` in the files, though a feature may beat it) and a floor (the best channel, pooled as S is).
+   Of a joint site S, probe and floor are those of its image tokens alone: its text tokens hold the words that ask for the attribute.
 3. Over image tokens, where it is known what is where: the same for z at tokens of objects with the attribute against tokens of
    other objects, beside a linear probe on mlp_in and a floor (best raw channel).
 
@@ -29,8 +30,9 @@ from analyze.truth.summary import summary
 from analyze.truth.table import Findings, found_rows
 from analyze.truth.tokens import dictionary_truth, parts_of, token_bounds
 from analyze.truth.writing import printed, write_truth
-from store.errors import NonFiniteError
+from store.errors import NonFiniteError, UsageError
 from store.sites import Stream
+from store.strata import Group
 
 
 def run(settings: TruthSettings) -> dict[str, Any]:
@@ -44,7 +46,12 @@ def run(settings: TruthSettings) -> dict[str, Any]:
     judges = choose_judges(analysis, settings)
     for subject in analysis.subjects:
         for step in analysis.steps:
-            analysis.matrix(subject, step)  # complain about what is missing before anything is computed
+            matrix = analysis.matrix(subject, step)  # complain about what is missing before anything is computed
+            if subject.site.stream == "joint" and "image" not in matrix.kinds:
+                raise UsageError(
+                    f"{matrix.folder} has the scores of image and text tokens only together, as an older Granary made them: delete that "
+                    "folder and run python -m analyze scores again, or leave the site out with --sites"
+                )
     findings = judge(analysis, judges, settings.seed, bool(made.get("padding", False)))
     rows = found_rows(findings)
     said = {name: getattr(settings, name) for name in ("images", "any_picture", "seed", "threshold")}
@@ -106,8 +113,9 @@ def over_images(analysis: Analysis, subject: Subject, step: int, judges: Judges)
 
 def _over_blocks(analysis: Analysis, subject: Subject, step: int, judges: Judges) -> Iterator[Choice]:
     matrix, populations = analysis.matrix(subject, step), judges.populations()
+    kind: Group = "image" if subject.site.stream == "joint" else "all"
     for block in matrix.blocks():
-        scores = np.asarray(matrix.scores(block), np.float32)[judges.images]
+        scores = np.asarray(matrix.scores(block, kind), np.float32)[judges.images]
         if not np.isfinite(scores).all():
             raise NonFiniteError(
                 f"{matrix.folder} holds a NaN or an infinite score: delete that folder and run python -m analyze scores again"

@@ -1,7 +1,7 @@
 """Activations as they are, without a dictionary: pooled over each image, and at labelled tokens, from one read of a site and step."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -85,8 +85,13 @@ def read_raw(
 def _chunks(
     analysis: Analysis, site: Site, step: int, images: Int[np.ndarray, " row"], padding: bool
 ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray, dict[Point, np.ndarray]]]:
-    """Start, stop, and of the counted rows of the images there: image (from start), position, and float32 activations."""
+    """Start, stop, and of the counted rows of the images there: image (from start), position, and float32 activations.
+
+    Of a joint site only its image tokens count, as for the scores that it is judged by.
+    """
     for chunk in counted_chunks(analysis.store, site.stream, step, images, padding):
+        if site.stream == "joint":
+            chunk = replace(chunk, counted=chunk.counted & (chunk.positions >= analysis.store.meta.text_tokens))
         read = analysis.rows.read(site, step, analysis.rows.points, chunk.start, chunk.stop, chunk.rows)
         floats = {point: np.asarray(values, np.float32) for point, values in read.items()}
         yield chunk.start, chunk.stop, chunk.rows[0], chunk.row_positions, floats

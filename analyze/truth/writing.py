@@ -21,6 +21,9 @@ ABOUT = (
     "pos.: images of the scored half that show it; probe: a linear probe (ridge) on the raw activations, which a feature may",
     "beat, for it is fitted on few images: a reference and no bound; floor: the best single channel",
 )
+OF_JOINT = (
+    "joint: judged by its image tokens alone; what a feature does on text tokens is in its table (columns ..._real)"
+)
 NUMBERS = ("step", "image_feature", "token_feature", "channel")
 
 
@@ -51,7 +54,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
 
 def printed(result: Mapping[str, Any], books: Books) -> str:
     """The table for a terminal, 120 columns: one for each stream, every dictionary and step in short, and the verdict."""
-    lines = [_judged_on(result), *ABOUT]
+    lines = [_judged_on(result), *ABOUT, *([OF_JOINT] if "joint" in result["verdict"] else [])]
     for stream in result["verdict"]:
         lines += ["", *_stream_lines(result, stream, books)]
     lines += ["", *_dictionary_lines(result), "", *_without(result), verdict_line(result)]
@@ -155,6 +158,7 @@ def markdown(result: Mapping[str, Any], books: Books) -> str:
         "Positives are the images of the scored half that show the attribute.  The linear probe (ridge) reads the raw activations and is "
         "fitted on few images, so a feature may beat it: it is a reference and no bound.  The floor is the best single channel.",
         "",
+        *([OF_JOINT.capitalize() + ".", ""] if "joint" in result["verdict"] else []),
         "## The best feature of each attribute, over images",
         "",
     ]

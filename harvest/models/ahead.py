@@ -7,10 +7,12 @@ when the store is finished.
 
 import gc
 import json
+import random
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -18,6 +20,7 @@ from tqdm import tqdm
 from harvest.models.embeddings import Ahead, Embeddings, Unit, bytes_of, units_of
 from harvest.models.loading import Frame, load_weights, place
 from harvest.models.model import library_versions, weights_hash
+from harvest.models.pipelines import tokenizers_of
 from harvest.models.text import apart, encode, family_of
 from harvest.settings import HarvestSettings
 from store import layout
@@ -59,7 +62,8 @@ def encode_first(
     """
     pipe = load_weights(settings, frame, meta.dtype, frame.encoders)
     hashes = {part: weights_hash(getattr(pipe, part)) for part in frame.encoders}
-    folder = None if settings.plan or settings.out is None else _folder(settings.out, meta, hashes, alone, device)
+    facts = _facts(frame, meta, hashes, alone, device)
+    folder = None if settings.plan or settings.out is None else _folder(settings.out, facts)
     units = list(dict.fromkeys(_units(settings, meta, texts, alone)))
     source = Ahead(folder)
     guided = apart(family_of(frame.pipe), meta.guidance)
@@ -68,13 +72,16 @@ def encode_first(
     if missing:
         place(pipe, device, settings.offload)
         pipe.transformer = frame.pipe.transformer  # its configuration says how wide a text without an encoder is
-        for done, unit in enumerate(tqdm(missing, unit="unit", desc="encode", disable=settings.plan)):
+        if folder is not None:
+            missing = turned(missing)
+        for unit in tqdm(missing, unit="unit", desc="encode", disable=settings.plan):
             if folder is not None and not source.missing([unit]):
                 continue  # another worker was faster
             embedded = encode(pipe, unit, meta.max_sequence_length)
+            if folder is not None and not size:
+                _check_room(folder, bytes_of(embedded) * len(missing))
+                write_json(folder / "facts.json", facts)
             size = max(size, bytes_of(embedded))
-            if folder is not None and done == 0:
-                _check_room(folder, size * len(missing))
             source.put(unit, embedded)
     del pipe
     gc.collect()
@@ -104,11 +111,24 @@ def _units(settings: HarvestSettings, meta: StoreMeta, texts: Sequence[str], alo
             yield from units_of([texts[i] for i in images[first : first + meta.batch_size]], alone)
 
 
-def _folder(out: Path, meta: StoreMeta, hashes: Mapping[str, str], alone: bool, device: torch.device) -> Path:
-    """The folder of the embeddings that follow from these encoders, dtype, length and machine; what they are is written in it."""
+def turned(units: Sequence[Unit]) -> list[Unit]:
+    """The same, in a circle from a random one on: workers that encode at once then make different ones.  No byte depends on it."""
+    first = random.SystemRandom().randrange(len(units))
+    return [*units[first:], *units[:first]]
+
+
+def _facts(
+    frame: Frame, meta: StoreMeta, hashes: Mapping[str, str], alone: bool, device: torch.device
+) -> dict[str, Any]:
+    """What decides an embedding besides its text: encoders, tokenizers, dtype, length and machine."""
     versions = library_versions()
-    facts = {
+    return {
         "weights_sha256": dict(hashes),
+        "tokenizers_sha256": {
+            name: tokenizer_hash(part)
+            for name in tokenizers_of(family_of(frame.pipe))
+            if (part := getattr(frame.pipe, name)) is not None
+        },
         "dtype": meta.dtype,
         "max_sequence_length": meta.max_sequence_length,
         "alone": alone,
@@ -116,14 +136,26 @@ def _folder(out: Path, meta: StoreMeta, hashes: Mapping[str, str], alone: bool, 
         "threads": torch.get_num_threads(),
         "versions": {name: versions[name] for name in DECIDING},
     }
-    folder = layout.runs_folder(out) / "embeddings" / sha256_bytes(json.dumps(facts, sort_keys=True).encode())[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "facts.json", facts)
-    return folder
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """SHA-256 of what a tokenizer does: its vocabulary and rules, its marks and how it puts a chat, not where it was loaded from."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    if backend is not None:  # left by the last call, and said anew in the next
+        rules |= {"truncation": None, "padding": None}
+    marks = {name: str(mark) for name, mark in tokenizer.special_tokens_map.items()}
+    does = [rules, marks, tokenizer.model_max_length, tokenizer.padding_side, tokenizer.chat_template]
+    return sha256_bytes(json.dumps(does, sort_keys=True).encode())
+
+
+def _folder(out: Path, facts: Mapping[str, Any]) -> Path:
+    """The folder of the embeddings that follow from `facts`; it appears with the first of them."""
+    return layout.runs_folder(out) / "embeddings" / sha256_bytes(json.dumps(facts, sort_keys=True).encode())[:16]
 
 
 def _check_room(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(next(each for each in folder.absolute().parents if each.is_dir())).free
     if needed > free:
         raise GranaryError(
             f"the text embeddings take {human_size(needed)} in {folder}, and {human_size(free)} are free: give --parts to harvest "

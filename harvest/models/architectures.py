@@ -54,6 +54,8 @@ class Architecture:
     streams: Mapping[Stream, Spot]
     parts: tuple[str, ...]
     """components whose weights are hashed"""
+    may_lack: tuple[str, ...] = ()
+    """those of them that a model may come without"""
     embeddings: tuple[str, ...] = ("prompt_embeds", "pooled_prompt_embeds")
     """what the pipeline calls what its text encoders say of prompts"""
     text_before: int = 0
@@ -128,6 +130,7 @@ SD3 = Architecture(
     blocks=MappingProxyType({"double": "transformer_blocks"}),
     streams=MappingProxyType({"img": Spot("double", "ff"), "txt": Spot("double", "ff_context", last_without=True)}),
     parts=("transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae"),
+    may_lack=("text_encoder_3",),
     text_before=77,
     sigma_divisor=1000.0,
     guided_half=True,

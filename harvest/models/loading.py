@@ -13,10 +13,11 @@ from importlib import import_module
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from harvest.models.model import DTYPES, KNOWN_SHAPES, REASON_CHARACTERS, locate_model
-from harvest.models.pipelines import family_in, index_of, json_of, open_pipeline
+from harvest.models.pipelines import family_in, index_of, json_of, open_pipeline, refuse_incomplete
 from harvest.models.quantizing import quantization
 from harvest.quiet import quiet
 from harvest.settings import TINY_FLUX, HarvestSettings
@@ -25,6 +26,10 @@ from store.errors import GranaryError, UsageError
 Offload = Literal["none", "model", "sequential", "group"]
 SIZED = ("transformer", "vae")
 """parts whose sizes decide what is stored"""
+BROKEN = (
+    OSError, ValueError, ImportError, LookupError, ArithmeticError, TypeError, AttributeError, RuntimeError, AssertionError
+)  # fmt: skip
+"""what diffusers and transformers raise at files that are missing, damaged or not theirs"""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ def load_frame(settings: HarvestSettings) -> Frame:
     with _told(name, local):
         index = index_of(name, local, settings.revision)
         family = family_in(index, name)
+        refuse_incomplete(index, family, name, local)
         sized = {part: _sized(name, local, settings.revision, part, index[part]) for part in SIZED}
         encoders = dict.fromkeys(part for part in family.parts if part not in SIZED)
         pipe = open_pipeline(name, local, settings.revision, settings, **sized, **encoders)
@@ -147,7 +153,7 @@ def _told(name: str, local: bool) -> Iterator[None]:
     try:
         with quiet():
             yield
-    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (*BROKEN, SafetensorError) as error:
         if isinstance(error, GranaryError):
             raise
         raise UsageError(_cannot_load(name, local, error)) from None

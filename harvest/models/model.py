@@ -19,6 +19,7 @@ from harvest.models.quantizing import quantized_facts
 from harvest.settings import DEV, SCHNELL, SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, SD35_TURBO, TINY_FLUX, HarvestSettings
 from store.errors import GranaryError, UsageError
 from store.format import StoreMeta
+from store.sizes import many
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
@@ -37,6 +38,8 @@ def choose_device(asked: str | None) -> torch.device:
         raise UsageError("--device cuda: torch sees no CUDA device here; leave --device out to run on the CPU")
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {asked!r}: Granary runs on cpu and cuda")
+    if device.type == "cuda" and (count := torch.cuda.device_count()) <= (device.index or 0):
+        raise UsageError(f"--device {asked}: torch sees {many(count, 'CUDA device')} here, numbered from 0")
     return device
 
 
@@ -112,7 +115,7 @@ class Geometry(Shape):
 
 def geometry_of(shape: Shape, settings: HarvestSettings) -> Geometry:
     """The sizes of a run; `UsageError` for a resolution that is no whole number of tokens."""
-    defaults = defaults_of(settings.model)
+    defaults = defaults_of(settings.model, settings.revision)
     side = settings.resolution or defaults.resolution
     height, width = settings.height or side, settings.width or side
     token = shape.pixels_per_token
@@ -165,8 +168,16 @@ def model_facts(
 
     `known`: hashes of parts that are gone already; `alone`: each prompt was encoded by itself.
     """
-    architecture, hashes = architecture_of(pipe), dict(known or {})
-    hashes |= {name: weights_hash(part) for name in architecture.parts if (part := getattr(pipe, name)) is not None}
+    hashes, parts = dict(known or {}), architecture_of(pipe).parts
+    hashes |= {name: weights_hash(part) for name in parts if (part := getattr(pipe, name)) is not None}
+    return facts_without_weights(pipe, settings, alone) | {
+        "weights_sha256": {name: hashes[name] for name in parts if name in hashes}
+    }
+
+
+def facts_without_weights(pipe: "FluxPipeline", settings: HarvestSettings, alone: bool) -> dict[str, Any]:
+    """The same but for the hashes: what can be said before weights are read."""
+    architecture = architecture_of(pipe)
     left_out = {"quantization_config"}  # said in our words
     config = {k: v for k, v in dict(pipe.transformer.config).items() if not k.startswith("_") and k not in left_out}
     name = (
@@ -174,8 +185,7 @@ def model_facts(
         if settings.model == TINY_FLUX or not Path(settings.model).exists()
         else Path(settings.model).resolve().name
     )
-    parts = {name: hashes[name] for name in architecture.parts if name in hashes}
-    facts = {"id": name, "revision": _revision(settings), "weights_sha256": parts, "transformer": config}
+    facts: dict[str, Any] = {"id": name, "revision": _revision(settings), "weights_sha256": {}, "transformer": config}
     if architecture is not FLUX:
         facts["architecture"] = architecture.name
     if settings.quantize != "none":

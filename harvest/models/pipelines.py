@@ -54,6 +54,38 @@ def family_in(index: Mapping[str, Any], name: str) -> Architecture:
     return row
 
 
+def refuse_incomplete(index: Mapping[str, Any], architecture: Architecture, name: str, local: bool) -> None:
+    """`UsageError` where a model's index lacks a part, or its folder what the index names.
+
+    Without its files transformers makes a tokenizer that knows no word, and says nothing.
+    """
+    for part in (*architecture.parts, *tokenizers_of(architecture), "scheduler"):
+        kind, encoder = index.get(part), part.replace("tokenizer", "text_encoder")
+        lacking = all(index.get(each) in (None, [None, None]) for each in (part, encoder))
+        if lacking and encoder in architecture.may_lack:
+            continue
+        if not (isinstance(kind, list) and len(kind) == 2 and all(isinstance(word, str) for word in kind)):
+            raise UsageError(
+                f"the {MODEL_INDEX} of {name} names no {part} (it says {json.dumps(kind)}), and Granary harvests a "
+                f"{architecture.pipeline} as a whole: add the part, or fetch the model again"
+            )
+        files = [file.name for file in (Path(name) / part).glob("*")] if local else None
+        if files == [] or (files and "tokenizer" in part and not any(map(_is_vocabulary, files))):
+            what = "no vocabulary is" if files else "nothing is"
+            raise UsageError(
+                f"{name} has a {part} by its {MODEL_INDEX}, and {what} in {Path(name) / part}: fetch the model again"
+            )
+
+
+def tokenizers_of(architecture: Architecture) -> tuple[str, ...]:
+    """The components that cut text into tokens: one an encoder."""
+    return tuple(part.replace("text_encoder", "tokenizer") for part in architecture.parts if "text_encoder" in part)
+
+
+def _is_vocabulary(file: str) -> bool:
+    return file == "tokenizer.json" or file.startswith("vocab") or file.endswith((".model", ".tiktoken"))
+
+
 def refuse_unfit(settings: HarvestSettings, architecture: Architecture) -> None:
     """`UsageError` for what is asked of a model whose family does not have it; needs no weights."""
     model, pipeline = settings.model, architecture.pipeline
@@ -118,11 +150,17 @@ def sizes_of(pipe: Any) -> dict[str, Any]:
         raise UsageError(
             f"the CLIP tokenizer of this {SD3.pipeline} has {pipe.tokenizer_max_length} places, expected {SD3.text_before}"
         )
+    width = config.num_attention_heads * config.attention_head_dim
+    if width < 1:
+        raise UsageError(
+            f"the configuration of this {architecture.transformer} has {config.num_attention_heads} attention heads of "
+            f"{config.attention_head_dim} channels: both must be at least 1"
+        )
     # FLUX packs 2 x 2 latents into a token outside its transformer
     patch = config.patch_size if architecture is SD3 else 2
     token = patch * pipe.vae_scale_factor
     return {
-        "d_model": config.num_attention_heads * config.attention_head_dim,
+        "d_model": width,
         "double_blocks": config.num_layers,
         "single_blocks": config.get("num_single_layers", 0),
         "pixels_per_token": token,

@@ -54,20 +54,30 @@ class Disk:
         return cls(folder, shutil.disk_usage(folder).free, about.f_favail if about.f_files else None, about.f_frsize)
 
 
-def announce(plan: Outline, out: Path | None, missing: Sequence[int], measure: bool = True) -> None:
+def announce(
+    plan: Outline, out: Path | None, missing: Sequence[int], measure: bool = True, said: Outline | None = None
+) -> None:
     """Print what the parts `missing` will take, of which `out` may hold others; `GranaryError` when that does not fit.
 
-    With `measure` a batch is drawn and a file is written to tell the time, unless there is little to do.
+    With `measure` a batch is drawn and a file is written to tell the time, unless there is little to do.  `said`: what was
+    announced without that, before prompts were encoded; only what is new is said then.
     """
     meta, volume = plan.meta, volume_of(plan, missing)
     new = bool(missing) and (out is None or not (out / STORE_COMMIT).exists())
+    disk = Disk.of(out) if out is not None else None
+    if said is not None:
+        print("\n".join(_line("", remark) for remark in plan.remarks if remark not in said.remarks))
+        if missing:
+            if disk is not None:
+                refuse_what_does_not_fit(volume, disk, len(missing), new)
+            print(_line("time", _time(plan, volume, disk, missing)), flush=True)
+        return
     print("\n".join(_head(plan, out, missing)), flush=True)
     if not missing:
         return
     print("\n".join(["", *_table(volume, len(missing), new)]))
     if meta.traced is not None and not volume.traced_in(len(missing)):
         print(_line("traces", _no_traces(meta, out)))
-    disk = Disk.of(out) if out is not None else None
     print(_line("memory", _memory(meta)))
     if disk is not None:
         inodes = "" if disk.inodes is None else f" and {disk.inodes:,} inodes"

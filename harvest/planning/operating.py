@@ -15,12 +15,12 @@ from harvest.planning import reserve
 from harvest.planning.budget import Policy, policy_of, varied
 from harvest.planning.device_memory import GIVEN_UP, device_bytes, ways_of, weights_on_device
 from harvest.planning.estimate import duration, spans
-from harvest.planning.parameters import Held, Part, batch_of, held_by_a_batch, parts_of_model
+from harvest.planning.parameters import Held, Part, held_by_a_batch, parts_of_model
 from harvest.planning.plan import Outline
 from harvest.planning.rates import Rates, rates_of
 from harvest.planning.reserve import Reserve
 from harvest.planning.volume import part_bytes
-from harvest.staging import slots_of
+from harvest.staging import batch_of, slots_of
 from store.format import StoreMeta
 from store.sizes import human_size, many
 

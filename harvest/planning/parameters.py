@@ -21,6 +21,7 @@ from harvest.models.published import PUBLISHED, Configuration
 from harvest.planning.live_memory import META, peak_bytes
 from harvest.quiet import quiet
 from harvest.settings import HarvestSettings
+from harvest.staging import batch_of
 from store.errors import UsageError
 from store.format import StoreMeta
 
@@ -66,7 +67,7 @@ class Part:
 
 def parts_of_model(settings: HarvestSettings) -> tuple[Part, ...]:
     """The parts of the pipeline that `settings` name; `UsageError` for a model whose configuration is neither known nor here."""
-    found = PUBLISHED.get(settings.model) or _configurations(settings)
+    found = PUBLISHED.get(settings.model) or configurations_of(settings)
     with quiet(), META:
         return tuple(Part(name, _built(*configuration)) for name, configuration in found.items())
 
@@ -79,17 +80,18 @@ def _built(library: str, kind: str, config: dict[str, Any]) -> nn.Module:
     return module.eval()
 
 
-def _configurations(settings: HarvestSettings) -> dict[str, Configuration]:
+def configurations_of(settings: HarvestSettings) -> dict[str, Configuration]:
+    """{part: library, class, configuration} from the files of a model that is here; `UsageError` where they are not."""
     name, local = locate_model(settings.model)
 
     def read(file: str) -> Any:
         path: Path | str | None = Path(name) / file
-        if not local:
-            from huggingface_hub import try_to_load_from_cache
-
-            cached = try_to_load_from_cache(name, file, revision=settings.revision)
-            path = cached if isinstance(cached, str) else None
         try:
+            if not local:
+                from huggingface_hub import try_to_load_from_cache
+
+                cached = try_to_load_from_cache(name, file, revision=settings.revision)
+                path = cached if isinstance(cached, str) else None
             return None if path is None else json.loads(Path(path).read_bytes())
         except (OSError, ValueError):
             return None
@@ -121,11 +123,6 @@ class Held:
     denoising: int | None
     """None for a family whose transformer cannot be called without its pipeline"""
     decoding: int
-
-
-def batch_of(meta: StoreMeta) -> int:
-    """Images of the largest batch that is drawn: no batch reaches over the end of a part."""
-    return min(meta.batch_size, meta.chunk_images)
 
 
 def held_by_a_batch(parts: tuple[Part, ...], meta: StoreMeta, dtype: str) -> Held:

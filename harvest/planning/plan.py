@@ -1,5 +1,6 @@
 """What a harvest will do, settled before it costs anything: the model, the prompts, and the store's metadata."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from harvest.models.model import (
     Geometry,
     choose_device,
     cpu_threads,
+    facts_without_weights,
     geometry_of,
     is_here,
     library_versions,
@@ -36,6 +38,7 @@ from harvest.models.weights import (
     weights_files,
 )
 from harvest.planning.choosing import choose_sites, reads_text, token_policies
+from harvest.planning.parameters import configurations_of
 from harvest.planning.traced import choose_traced
 from harvest.prompts import DATASET_MAX_CHARACTERS, IMAGES_DEFAULT, PromptSet, is_dataset, load_prompts, source_of
 from harvest.sample import Sampler
@@ -106,10 +109,13 @@ class Plan(Outline):
 def make_outline(settings: HarvestSettings) -> Outline:
     """What `--plan` speaks of: a `Plan`, or, without loading anything, the outline of a published model.
 
-    The latter where its weights are not here, and for `--budget`, which needs none.
+    The latter where its weights are not here, and for `--budget` and `--scale` with a stated rate, which need none.  With
+    `--scale`, `UsageError` for a model that is neither published nor here: nothing is downloaded for it.
     """
     known = not locate_model(settings.model)[1] and settings.model in KNOWN_SHAPES
     needs_none = settings.budget is not None or (settings.scale is not None and settings.images_per_second is not None)
+    if settings.scale is not None and not known:
+        configurations_of(settings)  # which refuses what would have to be downloaded
     if not known or (not needs_none and is_here(settings)):
         return make_plan(settings)
     geometry = geometry_of(KNOWN_SHAPES[settings.model], settings)
@@ -134,13 +140,17 @@ def make_outline(settings: HarvestSettings) -> Outline:
         *remarks_of(settings),
         f"the weights of {settings.model} were not loaded: computing in {dtype} is assumed",
     ]
-    if "txt" in meta.tokens and (settings.text_tokens != "all" or settings.budget is not None):
+    sparse = settings.text_tokens != "all" or settings.budget is not None or settings.scale is not None
+    if sparse and any(stream != "img" for stream in meta.tokens):
         remarks.append(f"the longest prompt is taken to have {longest} text tokens, where only real ones are kept")
     return Outline(settings, meta, geometry, prompts, longest, tuple(remarks))
 
 
-def make_plan(settings: HarvestSettings) -> Plan:
-    """Load the prompts and the model and settle every value that decides a byte of the store."""
+def make_plan(settings: HarvestSettings, accept: Callable[[Outline], object] | None = None) -> Plan:
+    """Load the prompts and the model and settle every value that decides a byte of the store.
+
+    With `--text-encoders first`, `accept` is shown what is known before the prompts are encoded, and may refuse it.
+    """
     device = _device(settings)
     threads = cpu_threads(settings.threads)
     torch.set_num_threads(threads)
@@ -159,18 +169,26 @@ def make_plan(settings: HarvestSettings) -> Plan:
     longest = _longest(frame.pipe, settings, prompts, tokenized, length)
     meta = _meta(settings, geometry, sites, longest, len(prompts.prompts), dtype)
     alone = encoded_alone(settings)
+    meta = replace(
+        meta,
+        threads=threads,
+        device="cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
+        model=facts_without_weights(frame.pipe, settings, alone),
+        scheduler=_scheduler_facts(frame.pipe),
+        prompts=prompts.source,
+        weights={"policy": settings.weights_policy, "files": {}},
+        versions=library_versions(),
+    )
+    remarks = remarks_of(settings) + _cuts(geometry, prompts, tokenized, length)
+    if accept is not None and settings.text_encoders == "first":
+        accept(Outline(settings, meta, geometry, prompts, longest, remarks))
     first = encode_first(settings, frame, meta, texts, alone, device) if settings.text_encoders == "first" else None
     encoded = {} if first is None else dict(first.weights)
     pipe = load_weights(settings, frame, dtype, [part for part in frame.parts if part not in encoded])
     meta = replace(
         meta,
-        threads=threads,
-        device="cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
         model=model_facts(pipe, settings, encoded, alone),
-        scheduler=_scheduler_facts(pipe),
-        prompts=prompts.source,
         weights=_weights_facts(settings, pipe, sites),
-        versions=library_versions(),
         traces=_traces_facts(meta, pipe),
     )
     if settings.pictures == "none" and not geometry.family.vae_always:
@@ -180,7 +198,6 @@ def make_plan(settings: HarvestSettings) -> Plan:
         compile_blocks(pipe.transformer)
     embeddings = first.embeddings if first is not None else _embeddings(pipe, length) if alone else None
     sampler = _sampler(pipe, meta, embeddings)
-    remarks = remarks_of(settings) + _cuts(geometry, prompts, tokenized, length)
     if any(t.policy.startswith("real") for t in meta.tokens.values()) and is_dataset(settings):
         remarks += (
             f"this store can be extended only with prompts of at most {longest} text tokens, the most that it has",
@@ -260,7 +277,7 @@ def chunked(meta: StoreMeta) -> StoreMeta:
 
 
 def _text_length(settings: HarvestSettings) -> int:
-    length = settings.max_sequence_length or defaults_of(settings.model).max_sequence_length
+    length = settings.max_sequence_length or defaults_of(settings.model, settings.revision).max_sequence_length
     if length > MAX_TEXT_TOKENS:
         raise UsageError(f"--max-sequence-length {length}: the pipelines take at most {MAX_TEXT_TOKENS} text tokens")
     return length

@@ -129,10 +129,10 @@ class Hands:
     def _open(self, job: HarvestJob, worker: Worker) -> None:
         from harvest.planning.estimate import announce
         from harvest.planning.plan import make_plan
-        from harvest.remaining import is_extension, missing_parts
+        from harvest.remaining import is_extension, missing_before_encoding, missing_parts
 
         settings, out, said = job.harvest, job.settings.out, io.StringIO()
-        self.plan = make_plan(worker.placed(settings))
+        self.plan = make_plan(worker.placed(settings), lambda outline: missing_before_encoding(job.asked, outline))
         extending = is_extension(job.asked, self.plan)
         chosen = settings.parts_of(self.plan.meta.n_parts)
         missing = tuple(part for part in missing_parts(self.plan, extending) if part in chosen)
@@ -232,8 +232,7 @@ def run_on_cluster(asked: HarvestSettings, settings: HarvestSettings) -> "Summar
             meta = peek(out)
             assert meta is not None
             writer = StoreWriter(out, meta)
-            images = _filled(crew, job, writer, ready.missing)
-            finished = writer.seal()
+            images, finished = _filled(crew, job, writer, ready.missing)
     finally:
         _mark(job).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
@@ -254,9 +253,14 @@ def _mark(job: HarvestJob) -> Path:
     return layout.runs_folder(job.settings.out) / f"{job.run}.dask"
 
 
-def _filled(crew: HarvestCluster, job: HarvestJob, writer: StoreWriter, missing: Sequence[int]) -> int:
-    """Have the missing parts filled, and wait for those that others hold; how many images the workers committed."""
-    images, total = 0, sum(len(writer.meta.part_images(part)) for part in missing)
+def _filled(crew: HarvestCluster, job: HarvestJob, writer: StoreWriter, missing: Sequence[int]) -> tuple[int, bool]:
+    """Have the missing parts filled, wait for those that others hold, and seal; (images the workers committed, whether it is sealed)."""
+    total, ours, finished = sum(len(writer.meta.part_images(part)) for part in missing), set[int](), False
+
+    def committed() -> int:
+        """Images of the parts that were given out and are there: a worker that died has committed some, and could not say so."""
+        return sum(len(writer.meta.part_images(part)) for part in ours if writer.is_committed(part))
+
     with (
         runs.record(job.harvest, total) as note,
         tqdm(total=total, unit="image", desc="harvest", mininterval=0.5, disable=not total) as bar,
@@ -266,16 +270,21 @@ def _filled(crew: HarvestCluster, job: HarvestJob, writer: StoreWriter, missing:
         try:
             while left := [part for part in missing if not writer.is_committed(part)]:
                 free = [part for part in left if writer.leases.holder(part_name(part)) is None]
+                ours = (ours - set(left)) | set(
+                    free
+                )  # what is left and held is somebody else's, or given out again later
                 if not free:
                     bar.set_postfix_str(
                         f"waiting for part {left[0]}, held by {writer.leases.holder(part_name(left[0]))}"
                     )
                     time.sleep(POLL_SECONDS)
-                for done in crew.do(bundles(free, crew.size()), 1):
-                    images += done
+                for _ in crew.do(bundles(free, crew.size()), 1):
+                    pass
+            finished = writer.seal()
         finally:
-            note(images, time.monotonic() - begun, False, {})
-    return images
+            images = committed()
+            note(images, time.monotonic() - begun, finished, {})
+    return images, finished
 
 
 def bundles(parts: Sequence[int], workers: int) -> list[Parts]:

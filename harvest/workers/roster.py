@@ -1,25 +1,31 @@
 """Who fills a store, read from what lies beside it: the workers' own words, and the leases that decide who is alive.
 
 Everything here only reads, so it may be asked of any store by anybody, as often as one likes.  Ages are differences between
-times that one file system gave; the clock of this machine stands in for "now" unless a file is newer than that.
+times that one file system gave; the clock of this machine stands in for "now" unless a file is newer than that.  How far it is
+ahead of the file system's shows when a file is touched between two looks (`Clock`).
 """
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from harvest.workers.progress import State, workers_folder
 from store import layout
 from store.format import part_name
-from store.leases import LEASE_SECONDS, Holding, holdings, is_dead, is_stopped
+from store.leases import LEASE_SECONDS, Holding, holdings, is_dead, is_here, is_stopped
 
 Life = Literal["alive", "stopped", "silent", "dead", "over"]
 HUNG_SECONDS = 300.0
 """a worker that draws, lives, and has drawn nothing for so long is remarked on"""
+MOST = 1e10
+"""no number of a record is greater, seconds and images; one that is was not written by us"""
+COUNTS = ("part_drawn", "images", "drawn")
+SECONDS = ("part_seconds", "seconds", "idle_seconds", "silent_after")
 
 
 @dataclass(frozen=True)
@@ -77,34 +83,56 @@ class Roster:
         return {part for seen in self.workers for part in seen.holds}
 
 
-def roster_of(out: Path, committed: Collection[int]) -> Roster:
-    """Who works or worked on the store at `out`, of which these parts are committed."""
+@dataclass
+class Clock:
+    """The clock of this machine beside the file system's, for somebody who looks again and again."""
+
+    fast: float = 0.0
+    """seconds by which it is ahead, at least: a file that was touched since the last look is older by it than that look"""
+    looked: float = math.inf
+    touched: Mapping[str, float] = field(default_factory=dict)
+
+    def now(self, touched: Mapping[str, float]) -> float:
+        """The file system's time, as far as it can be told from when files were touched; never before the newest of them."""
+        moment = time.time()
+        since = [when for name, when in touched.items() if when > self.touched.get(name, math.inf)]
+        if since:
+            self.fast = max(self.looked - max(since), 0.0)
+        self.looked, self.touched = moment, touched
+        return max(moment - self.fast, *touched.values()) if touched else moment - self.fast
+
+
+def roster_of(out: Path, committed: Collection[int], clock: Clock | None = None) -> Roster:
+    """Who works or worked on the store at `out`, of which these parts are committed; `clock`: that of earlier looks."""
+    clock = clock or Clock()
     leases = holdings(layout.runs_folder(out) / "leases", but={part_name(part) for part in committed})
     records, unreadable = _records(workers_folder(out))
-    clock = time.time()
-    newest = max([clock, *(each.touched for each in leases), *(touched for _, touched in records)])
+    times = {f"lease {each.name}": each.touched for each in leases}
+    newest = clock.now(times | {f"record {_identity(facts)}": touched for facts, touched in records})
     of: dict[tuple[Any, ...], list[Holding]] = {}
     for lease in leases:
         of.setdefault(_identity(lease.about), []).append(lease)
     found = [_seen(facts, touched, of.pop(_identity(facts), []), newest) for facts, touched in records]
     without = of.values()  # leases of a program that keeps no record, such as one of an older version
-    found += [_seen(held[0].about, max(each.touched for each in held), held, newest) for held in without]
-    return Roster(tuple(sorted(found, key=lambda seen: (seen.begun, seen.who))), unreadable, newest - clock)
+    found += [_seen(_named(held[0].about), max(each.touched for each in held), held, newest) for held in without]
+    return Roster(tuple(sorted(found, key=lambda seen: (seen.begun, seen.who))), unreadable, newest - clock.looked)
 
 
 def _seen(facts: Mapping[str, Any], touched: float, leases: list[Holding], now: float) -> Seen:
     begun = touched - _seconds(facts, "seconds")
     heard = now - max([touched, *(lease.touched for lease in leases)])
-    honoured = [lease for lease in leases if now - lease.touched <= lease.seconds and not is_dead(lease.about)]
+    dead, stopped = is_dead(facts), is_stopped(facts)
+    runs = is_here(facts) and not dead and not stopped  # and touches its leases, whatever clocks say
+    honoured = [lease for lease in leases if runs or (now - lease.touched <= lease.seconds and not dead)]
     limit = _seconds(facts, "silent_after") or LEASE_SECONDS
     if facts.get("state") in ("ended", "failed"):
         life: Life = "over"
-    elif is_dead(facts):
+    elif dead:
         life = "dead"
-    elif is_stopped(facts):
+    elif stopped:
         life = "stopped"
     else:
-        life = "alive" if honoured or heard <= limit else "silent"
+        life = "alive" if runs or honoured or heard <= limit else "silent"
     parts = [lease.name.removeprefix("part-") for lease in honoured]
     return Seen(facts, life, max(heard, 0.0), begun, tuple(int(part) for part in parts if part.isdecimal()))
 
@@ -121,11 +149,30 @@ def _records(folder: Path) -> tuple[list[tuple[dict[str, Any], float]], int]:
                 facts = json.loads(file.read_bytes())
             except ValueError:
                 facts = None
-            if isinstance(facts, dict) and facts.get("state") in get_args(State) and isinstance(facts.get("pid"), int):
+            if isinstance(facts, dict) and _is_record(facts):
                 found.append((facts, touched))
             else:
                 unreadable += 1
     return found, unreadable
+
+
+def _is_record(facts: Mapping[str, Any]) -> bool:
+    """Whether somebody wrote this who writes as `Progress.facts` does; what is absent may be."""
+    numbers = [facts.get(name, 0) for name in (*COUNTS, *SECONDS)]
+    numbers += [0 if facts.get(name) is None else facts[name] for name in ("part", "images_per_second")]
+    whole = [facts.get("pid"), *(facts.get(name, 0) for name in COUNTS), facts.get("part") or 0]
+    state = facts.get("state")
+    return (
+        isinstance(state, str)
+        and state in get_args(State)
+        and all(isinstance(number, int | float) and 0 <= number <= MOST for number in numbers)
+        and all(isinstance(number, int) for number in whole)
+    )
+
+
+def _named(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Who wrote a lease, without what else it says: its `seconds` are not those that a worker has run."""
+    return {name: about[name] for name in ("host", "pid", "started", "processes") if name in about}
 
 
 def _identity(about: Mapping[str, Any]) -> tuple[Any, ...]:

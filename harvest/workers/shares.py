@@ -51,8 +51,11 @@ class Worker:
 
     def rest(self, parts: Sequence[int]) -> list[int]:
         """The others of `parts`: the share of the worker after this one from its end, then that of the one after it, around."""
+        shares: dict[int, list[int]] = {}
+        for part in reversed(parts):
+            shares.setdefault(part % self.count, []).append(part)
         others = [other % self.count for other in range(self.index + 1, self.index + self.count)]
-        return [part for other in others for part in reversed(Worker(other, self.count).share(parts))]
+        return [part for other in others for part in shares.get(other, ())]
 
     def placed(self, settings: HarvestSettings, devices: int | None = None) -> HarvestSettings:
         """The settings with the CUDA device that is this worker's, where there are several and `--device` says nothing.
@@ -105,10 +108,8 @@ def _torchrun(environ: Mapping[str, str]) -> Worker | None:
 
 
 def _srun(environ: Mapping[str, str]) -> Worker | None:
-    """The task of a job step; None for a batch script itself, which has the number 0 and is alone."""
-    rank, tasks = _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_NTASKS")
-    step = _number(environ, "SLURM_STEP_NUM_TASKS")
-    count = tasks if step is None else step
+    """The task of a job step; None for a batch script itself, which has the number 0, belongs to no step, and is alone."""
+    rank, count = _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_STEP_NUM_TASKS")
     if rank is None or count is None or count < 2 or not rank < count:
         return None
     return Worker(rank, count, _number(environ, "SLURM_LOCALID"), "srun (SLURM_PROCID)")
@@ -126,7 +127,7 @@ def _array(environ: Mapping[str, str]) -> Worker | None:
 
 def _number(environ: Mapping[str, str], name: str) -> int | None:
     value = environ.get(name, "")
-    return int(value) if value.isascii() and value.isdecimal() else None
+    return int(value) if value.isascii() and value.isdecimal() and len(value) < 10 else None
 
 
 class Staying:
@@ -146,7 +147,10 @@ class Staying:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let another be the one."""
+        self.ends()
+
+    def ends(self) -> None:
+        """Let another be the one: this process has something to draw again, or is done."""
         if self._lease is not None:
             self.leases.give_back(self._lease)
             self._lease = None

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tyro
 
-from harvest.workers.roster import Roster, Seen, roster_of
+from harvest.workers.roster import Clock, Roster, Seen, roster_of
 from store import layout
 from store.errors import ForeignError, UsageError
 from store.files import is_temporary, read_self_checked
@@ -24,6 +24,9 @@ from store.sizes import many
 
 ENDED_SHOWN = 8
 BAR = 32
+SURE_SECONDS = 15.0
+"""two beats of a worker and more: after so long --watch has seen whether silent ones go on"""
+YEAR = 365 * 86_400.0
 COLUMNS = ("worker", "process", "since", "does", "part", "parts", "images", "images/s", "heard of")
 RIGHT = {"parts", "images", "images/s"}
 
@@ -63,6 +66,11 @@ class Look:
         return not self.roster.alive
 
     @property
+    def silent(self) -> tuple[Seen, ...]:
+        """Workers of other machines of which nothing was heard lately, by the clock of this one."""
+        return () if self.sealed else tuple(seen for seen in self.roster.workers if seen.life == "silent")
+
+    @property
     def images(self) -> int:
         """Images that are committed."""
         return 0 if self.meta is None else sum(len(self.meta.part_images(part)) for part in self.committed)
@@ -91,12 +99,13 @@ def run(settings: StatusSettings) -> str:
         text = describe(look(path), settings.all)
         print(text)
         return text
+    clock, begun = Clock(), time.monotonic()
     with contextlib.suppress(KeyboardInterrupt):  # that is how one stops watching
         while True:
-            seen = look(path)
+            seen = look(path, clock)
             text = describe(seen, settings.all)
             print(f"\033[H\033[2J{text}" if sys.stdout.isatty() else f"{text}\n", flush=True)
-            if seen.over:
+            if seen.over and (not seen.silent or time.monotonic() - begun > SURE_SECONDS):
                 break
             time.sleep(settings.every)
     return text
@@ -112,10 +121,13 @@ def folder_of(store: str) -> Path:
     return Path(store)
 
 
-def look(path: Path) -> Look:
-    """A store and its workers as they are now; `ForeignError` or `DamagedError` when there is none that can be used."""
+def look(path: Path, clock: Clock | None = None) -> Look:
+    """A store and its workers as they are now; `ForeignError` or `DamagedError` when there is none that can be used.
+
+    `clock`: what earlier looks have told of this machine's clock.
+    """
     if not (path / layout.ROOT).exists():
-        roster = roster_of(path, ())
+        roster = roster_of(path, (), clock)
         begins = any(seen.facts.get("state") == "loading" or seen.holds for seen in roster.workers)
         if begins and (not path.exists() or _is_empty_of_others(path)):
             return Look(path, None, frozenset(), False, roster)
@@ -128,7 +140,7 @@ def look(path: Path) -> Look:
     if sealed:
         uncommitted(path, meta)  # which says what is missing from a store that is finished
         read_self_checked(path / layout.SEAL, f"Mend it: python -m store repair {path}")
-    return Look(path, meta, committed, sealed, roster_of(path, committed))
+    return Look(path, meta, committed, sealed, roster_of(path, committed, clock))
 
 
 def _is_empty_of_others(path: Path) -> bool:
@@ -190,14 +202,20 @@ def _advice(seen: Look) -> list[str]:
     if not seen.roster.alive:
         if len(seen.committed) == seen.meta.n_parts:
             return [f"all parts are there, and nobody has sealed them yet: {again}"]
+        if seen.silent:
+            ago = duration(min(each.heard for each in seen.silent))
+            return [
+                f"nobody was heard of for {ago} by this machine's clock; where that is ahead of the file system's, --watch "
+                f"shows who goes on. If nobody does: {again}"
+            ]
         return [f"nobody works on it now. Go on: {again}"]
     workers = many(len(seen.roster.alive), "worker")
     if seen.seconds_left is None:
         return [f"{workers}, time left: not known yet"]
-    until = _clock(time.time() + seen.seconds_left)
+    until = f", until {_clock(time.time() + seen.seconds_left)}" if seen.seconds_left < YEAR else ""
     drawing = sum(each.rate is not None for each in seen.roster.alive)
     of = "" if drawing == len(seen.roster.alive) else f", {drawing} of them drawing"
-    return [f"{workers}{of}, {_rate(seen.rate)} images/s, time left {duration(seen.seconds_left)}, until {until}"]
+    return [f"{workers}{of}, {_rate(seen.rate)} images/s, time left {duration(seen.seconds_left)}{until}"]
 
 
 def _shown(roster: Roster, every: bool) -> tuple[list[Seen], list[Seen]]:
@@ -268,7 +286,7 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _count(parts: str) -> int:
     """How many numbers `0-3,7` names; 0 for what is no such text."""
-    found = [re.fullmatch(r"(\d+)(?:-(\d+))?", word) for word in parts.split(",")]
+    found = [re.fullmatch(r"(\d{1,12})(?:-(\d{1,12}))?", word) for word in parts.split(",")]
     return sum(int(match[2] or match[1]) - int(match[1]) + 1 for match in found if match is not None)
 
 
@@ -283,7 +301,9 @@ def _clock(moment: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`9 s`, `3 min 04 s`, `2 h 05 min`, `3 days 4 h`"""
+    """`9 s`, `3 min 04 s`, `2 h 05 min`, `3 days 4 h`, `more than a year`"""
+    if seconds >= YEAR:
+        return "more than a year"
     whole = round(seconds)
     for size, unit, smaller, of in ((86_400, "days", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
         if whole >= (2 if unit == "days" else 1) * size:
