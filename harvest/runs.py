@@ -175,17 +175,18 @@ def record(settings: HarvestSettings, images: int) -> Iterator[Callable[[int, fl
     write_json(file, facts)
 
     def note(done: int, seconds: float, finished: bool, waiting: Mapping[str, Any]) -> None:
-        rate = done / seconds if seconds else None
-        write_json(
-            file,
-            {
-                **facts,
-                "images_done": done,
-                "seconds": seconds,
-                "images_per_second": rate,
-                "store_finished": finished,
-                "waiting": waiting,
-            },
-        )
+        drawn = seconds - waiting.get("others", 0.0)  # while others drew
+        rate = done / drawn if drawn > 0 else None
+        figures = {
+            "images_done": done,
+            "seconds": seconds,
+            "images_per_second": rate,
+            "store_finished": finished,
+            "waiting": waiting,
+        }
+        try:
+            write_json(file, {**facts, **figures})
+        except OSError as error:  # a full disk: what ended the run says so, and a store that is whole needs no figures
+            print(f"note: {file} lacks the figures of this run: {error.strerror}", flush=True)
 
     yield note

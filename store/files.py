@@ -43,8 +43,10 @@ def publish(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         fsync_file(temporary)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(path)  # which a full disk does not say
         raise
     fsync_folder(path.parent)
 

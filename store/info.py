@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import tyro
 
 from store import open_store
@@ -14,9 +15,9 @@ from store.places import place_of
 from store.reader import Store
 from store.shards import is_pack, open_pack
 from store.sites import Point, Stream
-from store.sizes import human_size
+from store.sizes import human_size, picture_size
 from store.statistics import Statistics
-from store.strata import STRATA_STREAMS
+from store.strata import STRATA_STREAMS, TEXT_COLUMNS, RealText
 
 COLUMNS = 5
 STRATA_NAMES: dict[Stream, str] = {"txt": "text", "img": "image"}
@@ -46,7 +47,7 @@ def describe(store: Store) -> str:
     """The text of `info`: model, prompts, geometry, size, and a line of statistics for every site."""
     meta = store.meta
     images = sum(len(meta.part_images(part)) for part in store.committed_parts)
-    grid = f"{meta.grid[0]} x {meta.grid[1]} tokens of {meta.pixels_per_token} pixels"
+    grid = f"{meta.grid[1]} x {meta.grid[0]} tokens of {meta.pixels_per_token} pixels"
     state = (
         f"finished, id {store.id}"
         if store.finished
@@ -56,7 +57,7 @@ def describe(store: Store) -> str:
     facts = [
         ("store", f"{store.path} (format {meta.format_version}), {state}"),
         ("model", model_line(store.meta.model)),
-        ("images", f"{images} of {meta.height}x{meta.width} pixels ({grid}), pictures: {meta.pictures}"),
+        ("images", f"{images} of {picture_size(meta.width, meta.height)} ({grid}), pictures: {meta.pictures}"),
         (
             "prompts",
             f"{meta.prompts.get('source')}, {meta.prompts.get('count')} prompts, "
@@ -68,6 +69,7 @@ def describe(store: Store) -> str:
             f"steps kept: {', '.join(map(str, meta.steps))}{_sigmas(store)}",
         ),
         ("tokens", ", ".join(f"{stream}: {kept.text}" for stream, kept in meta.tokens.items())),
+        *([("text", said)] if (said := _text(store)) else []),
         ("numbers", f"d_model {meta.d_model}, computed in {meta.dtype} on {meta.device}, stored as {_stored(store)}"),
         ("targets", _targets(store)),
         *([("traces", _traces(store))] if store.traced is not None else []),
@@ -131,6 +133,24 @@ def _traces(store: Store) -> str:
     errors += " (resid repeats the model's own additions: 0 in float32)" if errors else ""
     replay = f"; replayed with relative errors of at most: {errors}" if errors else ", none committed yet"
     return f"{store.traced.text()}{', ' + human_size(store.trace_bytes) if errors else ''}{replay}"
+
+
+def _text(store: Store) -> str:
+    """How many text tokens of an image are real, and how many real ones and how much padding is kept at a step; empty without text."""
+    meta = store.meta
+    policy = next((meta.tokens[stream] for stream in ("txt", "joint") if stream in meta.tokens), None)
+    if policy is None or not store.committed_parts:
+        return ""
+    real = RealText.of(store.prompt_columns(*TEXT_COLUMNS)).count(meta.text_tokens)
+    if policy.strata is not None:
+        policy = policy.strata[0]
+    padding = meta.text_tokens - real
+    if policy.policy.startswith("real+"):
+        padding = np.minimum(padding, int(policy.policy.removeprefix("real+")))
+    return (
+        f"of {meta.text_tokens} tokens an image {real.mean():.1f} are real ({real.min()} to {real.max()}), the others padding; "
+        f"kept at a step: {real.sum():,} real, {padding.sum():,} padding"
+    )
 
 
 def _guided(meta: StoreMeta) -> str:

@@ -2,14 +2,15 @@
 
 1. A lease is a file `STORE.runs/leases/NAME.GENERATION.json`, made by exclusive creation: one process alone succeeds.
 2. Whoever holds it keeps touching it.  One that was not touched for a minute, or as long as it says itself, by the clock
-   of the file system, or whose process is dead on this machine, or that was given back, may be followed by the next
-   generation, made the same way.
+   of the file system, or as long before that clock comes to its time, or whose process is dead on this machine, or that
+   was given back, may be followed by the next generation, made the same way.
 3. The holder of the highest generation holds the part.  Every rename of a file of the part checks again that there is no
    higher one, so a process that was stopped for an hour finds that it has lost the part, and commits nothing.
 
-A process frozen between that last check and its rename can still rename; the file that it then puts in place holds the same
-bytes as its successor's, because a part's bytes depend on nothing but the settings (with `--allow-mixed` they may differ:
-then `verify` finds the file damaged).
+A process frozen between that last check and its rename can still rename, a whole file of its own and never its
+successor's, because each lease names its temporary files by a token.  The file that it then puts in place holds the same
+bytes, because a part's bytes depend on nothing but the settings (with `--allow-mixed` they may differ: then `verify`
+finds the file damaged).
 """
 
 import contextlib
@@ -43,6 +44,13 @@ class Lease:
 
     def __init__(self, file: Path, name: str, generation: int, token: str, seconds: float) -> None:
         self.file, self.name, self.generation, self._token, self.seconds = file, name, generation, token, seconds
+        before = (_about(_file(file.parent, name, number)) for number in range(1, generation))
+        self.tag = token
+        """names the temporary files written under this lease, so that nobody who lost one ever touches those of another"""
+        tags = (about.get("tag", about.get("token")) for about in before)
+        numbers = map(str, range(1, generation + 1))  # by which older versions of Granary named theirs
+        self.followed = (*(each for each in tags if isinstance(each, str) and each.isalnum()), *numbers)
+        """the tags of those that held it before: what they left half-written may be removed"""
 
     def check(self) -> None:
         """`LostLeaseError` unless this process still holds it."""
@@ -66,7 +74,7 @@ class Lease:
         temporary = self.file.with_suffix(".tmp")
         with contextlib.suppress(OSError):
             try:
-                temporary.write_text(json.dumps({"released": True}))
+                temporary.write_text(json.dumps({"released": True, "tag": self.tag}))
                 temporary.replace(self.file)
             except OSError:  # a full disk: to be older than a lease can be takes no room
                 temporary.unlink(missing_ok=True)
@@ -101,8 +109,9 @@ class Leases:
                 opened.write(json.dumps({"token": token, "seconds": self.seconds, **myself()}))
         except FileExistsError:
             return None
-        except OSError:  # a full disk: an empty file would keep everybody waiting
+        except OSError as error:  # a full disk: an empty file would keep everybody waiting
             file.unlink(missing_ok=True)
+            error.filename = error.filename or str(file)
             raise
         if _highest(self.folder, name) != generation + 1:  # the folder was cleared meanwhile, and others began anew
             file.unlink(missing_ok=True)
@@ -158,7 +167,8 @@ class Leases:
         if about.get("released") or is_dead(about):
             return True
         try:
-            return self._now() - file.stat().st_mtime > _seconds(about)
+            age = self._now() - file.stat().st_mtime
+            return abs(age) > _seconds(about)  # a clock that was set back leaves times to come, which nobody alive gave
         except FileNotFoundError:
             return False  # cleared meanwhile: look again
 
@@ -214,7 +224,7 @@ class Holding:
 def holdings(folder: Path, but: Collection[str] = ()) -> list[Holding]:
     """The leases that were taken and not given back, in the order of their names, without those named `but`; writes nothing."""
     highest: dict[str, int] = {}
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for file in folder.iterdir():
             name, _, generation = file.stem.rpartition(".")
             if file.suffix == ".json" and generation.isdecimal() and name not in but:
@@ -251,22 +261,19 @@ def is_dead(about: Mapping[str, Any]) -> bool:
 
 
 def is_here(about: Mapping[str, Any]) -> bool:
-    """Whether who wrote `myself` is, or was, a process of this machine: then `is_dead` knows."""
+    """Whether who wrote `myself` is, or was, a process of this machine, and not hidden from us: then `is_dead` knows."""
     here = _processes()
     if here is None or about.get("processes") != here:
         return False
-    return isinstance(about.get("pid"), int) and isinstance(
-        about.get("started"), str
-    )  # a damaged file may say anything
+    pid = about.get("pid")  # a damaged file may say anything
+    return isinstance(pid, int) and isinstance(about.get("started"), str) and not _is_hidden(pid)
 
 
 def is_stopped(about: Mapping[str, Any]) -> bool:
     """Whether who wrote `myself` is a process of this machine that was stopped, as Ctrl-Z and SIGSTOP do."""
     if not is_here(about) or is_dead(about):
         return False
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{about['pid']}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
-    return False
+    return _stat(about["pid"])[:1] in (["T"], ["t"])
 
 
 def _processes() -> str | None:
@@ -281,8 +288,26 @@ def _processes() -> str | None:
 
 def _started(pid: int) -> str | None:
     """When a process began, in ticks since boot, so that a number used again is not taken for it; None when there is none."""
+    fields = _stat(pid)
+    return None if not fields or fields[0] in "ZX" else fields[19]
+
+
+def _stat(pid: int) -> list[str]:
+    """What /proc says of a process, from its state on; nothing where there is none, or none that we may see."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]
+        return []
+
+
+def _is_hidden(pid: int) -> bool:
+    """Whether a process is there of which /proc says nothing: another user's, where it is mounted with `hidepid`."""
+    if _stat(pid):
+        return False
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):  # there is none, or none can have that number
+        pass
+    return False

@@ -1,14 +1,17 @@
 """What lies at a path before anything is written there: nothing, this run, the same run begun elsewhere, or something else."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from store import layout
-from store.errors import DamagedError, ForeignError, UsageError
+from store.errors import DamagedError, ForeignError, MismatchError, UsageError
 from store.files import is_temporary, json_bytes
-from store.format import StoreMeta
+from store.format import StoreMeta, part_name
+from store.leases import Leases
 from store.places import Place, place_of
 
 OURS = {layout.CARD, "activations", "tokens", "prompts", "images", "statistics", "traces", "weights", "commits"}
@@ -116,6 +119,20 @@ def refuse_extension(path: Path, meta: StoreMeta, allow_mixed: bool = False) -> 
 def is_short(found: StoreMeta, meta: StoreMeta) -> bool:
     """Whether the last part of a store becomes longer when the store does."""
     return bool(found.n_images % found.chunk_images) and meta.n_images != found.n_images
+
+
+@contextmanager
+def holding_short_part(path: Path, meta: StoreMeta, leases: Leases) -> Iterator[None]:
+    """Keep others from writing a last part that is short while the store becomes longer."""
+    found = peek(path)
+    if found is None or not is_short(found, meta):
+        yield
+        return
+    name = part_name(found.n_parts - 1)
+    with leases.held(name, wait=False) as lease:
+        if lease is None:
+            raise MismatchError(f"{name} of {path} is being written by {leases.holder(name)}: extend when it has ended")
+        yield
 
 
 def _is_ours(path: Path) -> bool:

@@ -1,8 +1,7 @@
 """Reads a store, alone: no model, no dataset, no repeated arguments, from a folder or from anything that fsspec reaches.
 
-Opening checks the metadata against the record of creation, and that against the seal.  A commit is checked when it is
-first needed; a chunk must be committed, and have its length and its CRC-32C; a table or a weights file its SHA-256.  No
-folder is ever listed: names follow from the metadata.
+Opening checks the metadata against the record of creation, and that against the seal.  A commit is checked when first needed; a chunk
+is committed and has its length and CRC-32C; a table or weights file its SHA-256.  No folder is listed: names follow from the metadata.
 """
 
 import io
@@ -41,6 +40,7 @@ from store.places import Place, place_of
 from store.sites import Point, Site, Stream
 from store.sizes import human_size
 from store.statistics import Statistics, merged
+from store.strata import OPTIONAL_COLUMNS
 from store.trace_reading import TraceReader
 
 TABLES_KEPT, COMMITS_KEPT, REMOTE_THREADS = 8, 64, 8
@@ -146,7 +146,7 @@ class Store(TraceReader):
     def committed_parts(self) -> tuple[int, ...]:
         """The parts that are there: all of a finished store; of another one, those whose commit is there now."""
         parts = range(self.meta.n_parts)
-        if self._seal is not None:
+        if self.finished:
             return tuple(parts)
         with ThreadPoolExecutor(self._threads) as pool:
             there = list(pool.map(lambda part: self.place.exists(layout.part_commit(part)), parts))
@@ -224,8 +224,7 @@ class Store(TraceReader):
         """Activations (image, kept token, d_model) of images `start` to `stop`, in the logical dtype.
 
         With `out`, contiguous and of their shape and dtype, they are read into it: whole chunks without another copy.
-        Errors: `UsageError` for a site, step or point that the store does not have, `UnfinishedError`
-        for a part not harvested yet, `DamagedError` naming the file and the remedy.
+        Errors: `UsageError` for what the store does not have, `UnfinishedError` for a part that is not there yet, `DamagedError`.
         """
         if site not in self.sites:
             raise UsageError(f"{self.path} has no site {site}; it has {', '.join(self.meta.sites)}")
@@ -260,8 +259,9 @@ class Store(TraceReader):
         return self._prompts
 
     def prompt_columns(self, *names: str, if_there: bool = False) -> pa.Table:
-        """The named columns of `prompts()`, `if_there` those that there are; the texts of all images are never held at once."""
-        return self._joined_prompts(lambda t: t.select([n for n in names if not if_there or n in t.column_names]))
+        """The named columns of `prompts()`; of OPTIONAL_COLUMNS, or `if_there` of all, those that there are.  No others are held."""
+        sure = set() if if_there else {*names}.difference(OPTIONAL_COLUMNS)
+        return self._joined_prompts(lambda t: t.select([n for n in names if n in sure or n in t.column_names]))
 
     @cached_property
     def _prompts(self) -> pa.Table:

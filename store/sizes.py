@@ -34,6 +34,12 @@ def human_size(size: float | int) -> str:
     return f"{float(f'{size / UNITS[unit]:.3g}'):g} {unit}"
 
 
+def picture_size(width: int, height: int, times: str = "x") -> str:
+    """`64x64 pixels`, `48x32 pixels (width x height)`: width first everywhere, and said where the two differ."""
+    which = "" if width == height else f" (width {times.strip()} height)"
+    return f"{width}{times}{height} pixels{which}"
+
+
 def many(count: int, what: str) -> str:
     """`1 shard`, `1,234 shards`"""
     return f"{count:,} {what}{'' if count == 1 else 's'}"

@@ -16,6 +16,7 @@ that a row of a single-stream block is the same token as a row of the double-str
 
 import hashlib
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -36,7 +37,7 @@ def image_policy(text: str, total: int) -> StreamTokens:
 
 
 def text_policy(text: str, total: int, longest: int) -> StreamTokens:
-    """`all`, `real` or `real+N`; `longest` is the greatest text_length of the prompts at hand."""
+    """`all`, `real` or `real+N`; `longest` is the greatest number of real tokens of the prompts at hand."""
     if text == "all":
         return StreamTokens("all", total, total)
     match = re.fullmatch(r"real(?:\+(\d+))?", text)
@@ -55,27 +56,37 @@ def joint_policy(text: StreamTokens, image: StreamTokens) -> StreamTokens:
 
 
 def kept_positions(
-    policy: StreamTokens, seed: int, image: int, step: int, stream: Stream, text_length: int
+    policy: StreamTokens,
+    seed: int,
+    image: int,
+    step: int,
+    stream: Stream,
+    text_length: int,
+    text_padding: Sequence[int] = (),
 ) -> np.ndarray:
     """The kept positions, int32, ascending, `policy.kept` slots; unused slots are -1, and last of their stratum.
 
     Slots stay empty only for text, where prompts differ in length: at the end, or in the middle of a joint sequence.
+    `text_padding` are the positions before `text_length` that hold padding.
     """
     slots = np.full(policy.kept, EMPTY_TOKEN, dtype=np.int32)
     if policy.policy == "all":
         return np.arange(policy.total, dtype=np.int32)
     if policy.strata is not None:
         text, image_tokens = policy.strata
-        slots[: text.kept] = kept_positions(text, seed, image, step, "txt", text_length)
+        slots[: text.kept] = kept_positions(text, seed, image, step, "txt", text_length, text_padding)
         slots[text.kept :] = text.total + kept_positions(image_tokens, seed, image, step, "img", text_length)
         return slots
     if policy.policy == "sample":
         slots[:] = _draw(policy.total, policy.kept, seed, image, step, stream)
         return slots
-    real = min(text_length, policy.total)
-    extra = min(int(policy.policy.removeprefix("real+")), policy.total - real)
-    slots[:real] = np.arange(real)
-    slots[real : real + extra] = real + _draw(policy.total - real, extra, seed, image, step, stream)
+    is_real = np.arange(policy.total) < text_length
+    is_real[list(text_padding)] = False
+    padding = np.flatnonzero(~is_real)
+    extra = min(int(policy.policy.removeprefix("real+")), len(padding))
+    is_kept = is_real
+    is_kept[padding[_draw(len(padding), extra, seed, image, step, stream)]] = True
+    slots[: is_kept.sum()] = np.flatnonzero(is_kept)
     return slots
 
 

@@ -49,7 +49,7 @@ from store.format import (
 )
 from store.leases import Lease, Leases
 from store.metadata import documents
-from store.opening import is_short, peek, refuse_extension, refuse_other, uncommitted
+from store.opening import holding_short_part, peek, refuse_extension, refuse_other, uncommitted
 from store.sites import Point, Site, Stream
 from store.spent import Spent
 from store.statistics import Statistics, array_statistics, joint_statistics, statistics_bytes
@@ -127,7 +127,7 @@ class StoreWriter:
         """
         refuse_extension(path, meta, allow_mixed)
         leases = Leases(layout.runs_folder(path) / "leases")
-        with leases.held("create", wait=True) as lease, _short_part(path, meta, leases):
+        with leases.held("create", wait=True) as lease, holding_short_part(path, meta, leases):
             assert lease is not None
             writer = cls(path, *refuse_extension(path, meta, allow_mixed))  # again, now that nobody else can extend
             if begin is not None:
@@ -150,7 +150,8 @@ class StoreWriter:
         folders = {(self.path / name).parent for name in (*files, *part_files(meta, 0), layout.STORE_COMMIT)}
         if meta.weights_held:
             folders.add(self.path / "weights")
-        for folder in (self.path / "commits", *sorted(folders)):  # first what shows that the folder is ours
+        real = Path(os.path.realpath(self.path))  # a link may lead to what is not there yet
+        for folder in (real / "commits", *sorted(folders)):  # first what shows that the folder is ours
             folder.mkdir(parents=True, exist_ok=True)
         entries: dict[str, dict[str, Any]] = {}
 
@@ -161,7 +162,7 @@ class StoreWriter:
         for name in meta.weights_held:  # one at a time: together they may be gigabytes
             assert weights is not None
             entries[f"weights/{name}"] = self._put(f"weights/{name}", (weights(name),), lease)
-        for folder in sorted({self.path, self.path.parent, *folders, *(f.parent for f in folders)}):
+        for folder in sorted({self.path, real.parent, *folders, *(f.parent for f in folders)}):
             fsync_folder(folder)
         record = self_checked({"files": dict(sorted(entries.items())), "origin": meta.origin, "parts": meta.n_parts})
         self._put(layout.STORE_COMMIT, (json_bytes(record),), lease)
@@ -332,9 +333,9 @@ class StoreWriter:
     def _put(self, name: str, pieces: Pieces, lease: Lease) -> dict[str, Any]:
         """Publish a file under a lease, and its length and SHA-256; the caller syncs the folder."""
         path = self.path / name
-        for generation in range(1, lease.generation + 1):  # what a process that lost the part left half-written
-            temporary_of(path, str(generation)).unlink(missing_ok=True)
-        temporary = temporary_of(path, str(lease.generation))
+        for tag in (*lease.followed, lease.tag):  # what a process that lost the part left half-written
+            temporary_of(path, tag).unlink(missing_ok=True)
+        temporary = temporary_of(path, lease.tag)
         path.parent.mkdir(parents=True, exist_ok=True)  # a copy may have left out empty folders
         with self.spent.on("encode"):
             digest, length = hashlib.sha256(), 0
@@ -372,20 +373,6 @@ def sealed(path: Path, meta: StoreMeta) -> dict[str, Any]:
             raise DamagedError(f"{path / name} belongs to another run: python -m store repair {path}")
         commits[Path(name).stem] = sha256_bytes(data)
     return self_checked({"commits": commits})
-
-
-@contextmanager
-def _short_part(path: Path, meta: StoreMeta, leases: Leases) -> Iterator[None]:
-    """Keep others from writing a last part that is short while the store becomes longer."""
-    found = peek(path)
-    if found is None or not is_short(found, meta):
-        yield
-        return
-    name = part_name(found.n_parts - 1)
-    with leases.held(name, wait=False) as lease:
-        if lease is None:
-            raise MismatchError(f"{name} of {path} is being written by {leases.holder(name)}: extend when it has ended")
-        yield
 
 
 def _all_of(jobs: Sequence[Callable[[], None]]) -> None:

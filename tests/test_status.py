@@ -11,15 +11,18 @@ from typing import Any
 import pytest
 
 import store.leases
+from harvest import HarvestSettings, runs
 from harvest.__main__ import COMMANDS
+from harvest.workers import roster
 from harvest.workers.progress import Progress, workers_folder
 from harvest.workers.roster import Clock
 from harvest.workers.shares import Worker
 from harvest.workers.status import describe, duration, look
 from store.command import program
 from store.errors import ForeignError
+from store.files import write_json
 from store.format import part_name
-from store.layout import SEAL, part_commit, runs_folder
+from store.layout import SEAL, STORE_COMMIT, part_commit, runs_folder
 from store.writer import StoreWriter
 from tests.small_store import SmallStore
 from tests.test_leases import a_lease, parts_of, tiny_meta
@@ -217,11 +220,39 @@ def test_records_that_cannot_be_read_are_counted_and_the_many_that_ended_are_one
         a_worker(path, pid, age=1000 - pid, state="ended", images=4)
     for name, content in (("a", ""), ("b", "[1]"), ("c", '{"state": "drawing"}')):
         (workers_folder(path) / f"{name}.json").write_text(content)
+    (workers_folder(path) / "d.json").mkdir()
     text = describe(look(path))
     assert "and 4 workers that ended or went before, with 16 images (--all shows them)" in text
-    assert "3 records beside the store cannot be read" in text
+    assert "4 records beside the store cannot be read" in text
     assert sum("/9" in line for line in text.splitlines()) == 8
     assert sum("/9" in line for line in describe(look(path), every=True).splitlines()) == 12
+
+
+def test_leases_that_cannot_be_read_do_not_say_that_nobody_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = begun(tmp_path / "s").path
+    (runs_folder(path) / "leases").rename(tmp_path / "away")
+    (runs_folder(path) / "leases").touch()
+    assert "nobody works on it now" in describe(look(path))  # a file holds no leases
+
+    def refused(folder: Path, **_: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(roster, "holdings", refused)  # for root everything can be read
+    text = describe(look(path))
+    assert "3 of 8 parts" in text
+    assert f"who works on it cannot be seen: {runs_folder(path) / 'leases'}: Permission denied" in text
+
+
+def test_an_extension_that_did_not_end_is_not_a_store_that_only_lacks_its_seal(tmp_path: Path) -> None:
+    path = begun(tmp_path / "s", 3, 3).path
+    assert "all parts are there, and nobody has sealed them yet" in describe(look(path))
+    (path / STORE_COMMIT).unlink()  # killed before it wrote the metadata of the longer store
+    text = describe(look(path))
+    assert f"its creation, or its extension, did not end. Go on: python -m harvest --resume {path}" in text
+    a_worker(path, 0, state="loading")
+    assert "1 worker, time left: not known yet; the store is being made or extended" in describe(look(path))
 
 
 def test_a_clock_that_is_ahead_is_told_from_workers_that_are_gone(
@@ -313,6 +344,27 @@ def test_a_run_that_is_refused_leaves_no_record_and_one_that_failed_says_why(tmp
     assert (record["state"], record["said"]) == ("failed", "later")
 
 
+def test_a_worker_that_a_full_disk_ended_says_so_in_the_room_that_its_record_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"), Progress.of(tmp_path / "s", Worker()) as progress:
+        progress.ready("cpu")
+        with runs.record(HarvestSettings(out=tmp_path / "s"), 4) as note:
+            monkeypatch.setattr(Path, "write_text", full)
+            monkeypatch.setattr(Path, "write_bytes", full)
+            try:
+                write_json(tmp_path / "x.json", {})
+            finally:
+                note(0, 1.0, False, {})  # which says no word louder than the error itself
+    monkeypatch.undo()
+    (record,) = [json.loads(file.read_text()) for file in workers_folder(tmp_path / "s").glob("*.json")]
+    assert record["state"] == "failed"
+    assert record["said"] == f"[Errno 28] No space left on device: '{tmp_path / 'x.json'}'"
+
+
 def test_a_worker_without_a_part_is_silent_when_its_record_is_older_than_it_says(tmp_path: Path) -> None:
     writer = begun(tmp_path / "s")
     a_worker(writer.path, 0, age=20, state="loading")
@@ -331,6 +383,10 @@ def test_a_rate_is_that_of_the_last_minutes() -> None:
     assert progress.rate() == pytest.approx(12 / (last - first))
     progress.draws(-12)
     assert (progress.drawn, progress.part_drawn) == (12, 0)
+    rate = progress.rate()
+    for _ in range(3):  # it says each second what it waits for
+        progress.waits("waiting for part 2")
+    assert progress.rate() == rate
 
 
 def test_durations_read_as_one_says_them() -> None:

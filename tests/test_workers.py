@@ -87,6 +87,8 @@ def test_a_worker_takes_the_device_of_its_number_where_it_sees_several() -> None
     asked = settings()
     assert Worker(5, 8, local=1).placed(asked, devices=4).device == "cuda:1"
     assert Worker(5, 8, local=5).placed(asked, devices=4).device == "cuda:1"
+    assert Worker(5, 8, local=1).placed(settings(device="cuda"), devices=4).device == "cuda:1"
+    assert Worker(5, 8, local=1).placed(settings(device="cuda:3"), devices=4).device == "cuda:3"
     for alone in (
         Worker(5, 8, local=1).placed(asked, 1),
         Worker(5, 8, local=1).placed(asked, 0),

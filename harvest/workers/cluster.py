@@ -10,6 +10,7 @@
 
 import contextlib
 import io
+import os
 import pickle
 import threading
 import time
@@ -92,7 +93,8 @@ class Begun:
 def job_of(asked: HarvestSettings, settings: HarvestSettings) -> HarvestJob:
     """The job of a run, its paths absolute."""
     assert settings.out is not None
-    out, local = settings.out.absolute(), settings.dask_workers()
+    out = Path(os.path.realpath(settings.out))  # a link may lead elsewhere where the worker is
+    local = settings.dask_workers()
     prompts = None if settings.prompts is None else _absolute(settings.prompts)
     model = settings.model if settings.model == TINY_FLUX else _absolute(settings.model)
     whole = replace(settings, out=out, dask=None, prompts=prompts, model=model)
@@ -190,6 +192,8 @@ class HarvestCluster(ClusterCrew):
     work: Callable[..., Any] = staticmethod(work)
     end: Callable[..., None] = staticmethod(end)
     spare = "Give a smaller --batch-size"
+    alone = "say --dask local:N to work with N processes of this machine"
+    shared = "the store's folder must lie"
 
     def __init__(self, job: HarvestJob) -> None:
         super().__init__(job, lambda _count: None, lambda _task: 0)

@@ -7,6 +7,7 @@ the harvest.  Who may fill a part is the leases' affair alone.
 
 import contextlib
 import json
+import os
 import shutil
 import threading
 import time
@@ -137,7 +138,7 @@ class Progress:
         """Nothing is left but what others hold."""
         with self._lock:
             before, self.state, self.part, self.said = self.state, "waiting", None, said
-            self._known = self._measured()
+            self._known = self.rate()
             self._recent.clear()  # and a rate begins anew
         if before != "waiting":
             self._write()
@@ -193,6 +194,15 @@ class Progress:
                 temporary.replace(self.file)
             except OSError:  # a full disk
                 temporary.unlink(missing_ok=True)
+                if self._stop.is_set():
+                    self._write_over()
+
+    def _write_over(self) -> None:
+        """Say the last word in the room that the file has already, where there is no more: JSON may end in blanks."""
+        assert self.file is not None
+        with self.file.open("r+b") as file:
+            room = os.fstat(file.fileno()).st_size
+            file.write(json.dumps(self.facts()).encode().ljust(room))
 
 
 def _may_be_refused(folder: Path) -> bool:

@@ -72,6 +72,8 @@ class Roster:
     """records that say nothing"""
     ahead: float
     """seconds by which the newest file is ahead of this machine's clock"""
+    refused: str = ""
+    """why the leases cannot be read; empty where they can"""
 
     @property
     def alive(self) -> tuple[Seen, ...]:
@@ -105,7 +107,11 @@ class Clock:
 def roster_of(out: Path, committed: Collection[int], clock: Clock | None = None) -> Roster:
     """Who works or worked on the store at `out`, of which these parts are committed; `clock`: that of earlier looks."""
     clock = clock or Clock()
-    leases = holdings(layout.runs_folder(out) / "leases", but={part_name(part) for part in committed})
+    folder, leases, refused = layout.runs_folder(out) / "leases", list[Holding](), ""
+    try:
+        leases = holdings(folder, but={part_name(part) for part in committed})
+    except OSError as error:
+        refused = f"{folder}: {error.strerror}"
     records, unreadable = _records(workers_folder(out))
     times = {f"lease {each.name}": each.touched for each in leases}
     newest = clock.now(times | {f"record {_identity(facts)}": touched for facts, touched in records})
@@ -115,7 +121,8 @@ def roster_of(out: Path, committed: Collection[int], clock: Clock | None = None)
     found = [_seen(facts, touched, of.pop(_identity(facts), []), newest) for facts, touched in records]
     without = of.values()  # leases of a program that keeps no record, such as one of an older version
     found += [_seen(_named(held[0].about), max(each.touched for each in held), held, newest) for held in without]
-    return Roster(tuple(sorted(found, key=lambda seen: (seen.begun, seen.who))), unreadable, newest - clock.looked)
+    workers = tuple(sorted(found, key=lambda seen: (seen.begun, seen.who)))
+    return Roster(workers, unreadable, newest - clock.looked, refused)
 
 
 def _seen(facts: Mapping[str, Any], touched: float, leases: list[Holding], now: float) -> Seen:
@@ -144,11 +151,13 @@ def _records(folder: Path) -> tuple[list[tuple[dict[str, Any], float]], int]:
         if file.name.startswith("."):
             continue
         with contextlib.suppress(FileNotFoundError):
-            touched = file.stat().st_mtime
+            touched, facts = 0.0, None
             try:
-                facts = json.loads(file.read_bytes())
-            except ValueError:
-                facts = None
+                touched, facts = file.stat().st_mtime, json.loads(file.read_bytes())
+            except FileNotFoundError:
+                raise
+            except (ValueError, RecursionError, OSError):  # damaged, no file, or another user's alone
+                pass
             if isinstance(facts, dict) and _is_record(facts):
                 found.append((facts, touched))
             else:

@@ -58,11 +58,11 @@ class Worker:
         return [part for other in others for part in shares.get(other, ())]
 
     def placed(self, settings: HarvestSettings, devices: int | None = None) -> HarvestSettings:
-        """The settings with the CUDA device that is this worker's, where there are several and `--device` says nothing.
+        """The settings with the CUDA device that is this worker's, where there are several and `--device` names none of them.
 
         What is kept beside the store are the settings without it, for another worker goes on on another device.
         """
-        if settings.device is not None or self.local is None:
+        if settings.device not in (None, "cuda") or self.local is None:
             return settings
         if devices is None:
             import torch

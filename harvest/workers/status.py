@@ -59,6 +59,8 @@ class Look:
     committed: frozenset[int]
     sealed: bool
     roster: Roster
+    created: bool = True
+    """whether its creation, or its extension, has ended"""
 
     @property
     def over(self) -> bool:
@@ -140,7 +142,8 @@ def look(path: Path, clock: Clock | None = None) -> Look:
     if sealed:
         uncommitted(path, meta)  # which says what is missing from a store that is finished
         read_self_checked(path / layout.SEAL, f"Mend it: python -m store repair {path}")
-    return Look(path, meta, committed, sealed, roster_of(path, committed, clock))
+    created = sealed or (path / layout.STORE_COMMIT).exists()
+    return Look(path, meta, committed, sealed, roster_of(path, committed, clock), created)
 
 
 def _is_empty_of_others(path: Path) -> bool:
@@ -200,6 +203,10 @@ def _advice(seen: Look) -> list[str]:
         return []
     again = f"python -m harvest --resume {seen.path}"
     if not seen.roster.alive:
+        if seen.roster.refused:
+            return [f"who works on it cannot be seen: {seen.roster.refused}"]
+        if not seen.created:
+            return [f"its creation, or its extension, did not end. Go on: {again}"]
         if len(seen.committed) == seen.meta.n_parts:
             return [f"all parts are there, and nobody has sealed them yet: {again}"]
         if seen.silent:
@@ -211,7 +218,9 @@ def _advice(seen: Look) -> list[str]:
         return [f"nobody works on it now. Go on: {again}"]
     workers = many(len(seen.roster.alive), "worker")
     if seen.seconds_left is None:
-        return [f"{workers}, time left: not known yet"]
+        return [
+            f"{workers}, time left: not known yet" + ("" if seen.created else "; the store is being made or extended")
+        ]
     until = f", until {_clock(time.time() + seen.seconds_left)}" if seen.seconds_left < YEAR else ""
     drawing = sum(each.rate is not None for each in seen.roster.alive)
     of = "" if drawing == len(seen.roster.alive) else f", {drawing} of them drawing"

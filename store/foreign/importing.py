@@ -32,6 +32,7 @@ from store.format import StoreMeta, to_float32
 from store.opening import refuse_other, uncommitted
 from store.sites import Stream
 from store.sizes import human_size
+from store.strata import RealText
 from store.tokens import kept_positions
 from store.writer import Part, StoreWriter
 
@@ -97,12 +98,12 @@ def read_part(plan: ImportPlan, part: int, advance: Callable[[int], object] = la
     meta = plan.meta
     images = meta.part_images(part)
     prompts = prompt_rows(plan.prompts, images, meta.seeds_per_prompt, plan.text_tokens, plan.sigmas, plan.scheduled)
-    lengths = prompts["text_length"].to_pylist()
+    text = RealText.of(prompts)
     positions: dict[tuple[Stream, int], np.ndarray] = {
         (stream, step): np.stack(
             [
-                kept_positions(meta.tokens[stream], meta.seed, image, step, stream, length)
-                for image, length in zip(images, lengths, strict=True)
+                kept_positions(meta.tokens[stream], meta.seed, image, step, stream, *text.of_image(row))
+                for row, image in enumerate(images)
             ]
         )
         for stream in meta.streams

@@ -23,6 +23,7 @@ from store.foreign.sources import STREAMS, Key, Source, dtypes_of, facts_of, ope
 from store.format import StoreDtype, StoreMeta, StreamTokens, carrier_of, chunk_images, part_files
 from store.sites import Stream
 from store.sizes import human_size
+from store.strata import RealText
 from store.tokens import image_policy, joint_policy, text_policy
 
 LIBRARIES = ("numpy", "ml_dtypes", "numcodecs", "pyarrow", "safetensors")
@@ -237,11 +238,11 @@ def _policies(
     settings: ImportSettings, tokens: dict[Stream, int], text_tokens: int, prompts: pa.Table
 ) -> dict[Stream, StreamTokens]:
     """What is kept of each stream; of a joint sequence what is kept of its text and of its image."""
-    lengths = prompts["text_length"].to_pylist() if "text_length" in prompts.column_names else []
+    real = RealText.of(prompts).count(text_tokens).tolist() if "text_length" in prompts.column_names else []
     image_tokens = tokens.get("img", tokens.get("joint", 0) - text_tokens)
     made: dict[Stream, Callable[[], StreamTokens]] = {
         "img": lambda: image_policy(settings.tokens, image_tokens),
-        "txt": lambda: text_policy(settings.text_tokens, text_tokens, max(lengths, default=text_tokens)),
+        "txt": lambda: text_policy(settings.text_tokens, text_tokens, max(real, default=text_tokens)),
         "joint": lambda: joint_policy(made["txt"](), made["img"]()),
     }
     return {stream: made[stream]() for stream in STREAMS if stream in tokens}

@@ -1,7 +1,7 @@
 """The prompts that imported activations were drawn from: a table with one row a prompt, or texts that say that none are known.
 
 A file is text, one prompt a line, or CSV, JSON Lines or Parquet with a column `prompt`, and perhaps `seed`, `text_length`,
-`text_ids` and `text_pieces`, which mean what they mean in a store.  Its other columns are kept as they are: numbers and
+`text_padding`, `text_ids` and `text_pieces`, which mean what they mean in a store.  Its other columns are kept as they are: numbers and
 text, anything else as JSON text.
 """
 
@@ -19,11 +19,13 @@ import pyarrow.parquet as pq
 
 from store.errors import UsageError
 from store.split import split_of
+from store.strata import TEXT_COLUMNS
 
 TAKEN: dict[str, pa.DataType] = {
     "prompt": pa.string(),
     "seed": pa.int64(),
     "text_length": pa.int32(),
+    "text_padding": pa.list_(pa.int32()),
     "text_ids": pa.list_(pa.int32()),
     "text_pieces": pa.list_(pa.string()),
 }
@@ -83,6 +85,7 @@ def prompt_rows(
         if name in chosen.column_names
         else pa.array(missing[name] * len(images), TAKEN[name])
         for name in TAKEN
+        if name in missing or name in chosen.column_names
     }
     drawn_before = pa.array([image % repeats for image in images], pa.int64())
     texts = found["prompt"].to_pylist()
@@ -93,7 +96,7 @@ def prompt_rows(
         "split": pa.array([split_of(text) for text in texts], pa.string()),
         "text_ids": found["text_ids"],
         "text_pieces": found["text_pieces"],
-        "text_length": found["text_length"],
+        **{name: found[name] for name in TEXT_COLUMNS if name in found},
         "sigma": pa.array([sigmas] * len(images), pa.list_(pa.float32())),
         "scheduler_sigma": pa.array([scheduled] * len(images), pa.list_(pa.float32())),
     }

@@ -38,7 +38,7 @@ class ImportSettings:
     tokens: str = "all"
     """all image tokens, or how many to draw for each image and step"""
     text_tokens: str = "all"
-    """all text tokens, only the real ones, or real+N; real is what text_length of the prompt file says"""
+    """all text tokens, only the real ones, or real+N; real is what text_length of the prompt file says, but for text_padding"""
     store_dtype: StoreDtype | None = None
     """what activations are written in; default: 16-bit values as they are, bfloat16 for wider ones"""
     codec: Codec = "none"

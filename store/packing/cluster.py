@@ -131,6 +131,10 @@ class ClusterCrew(Crew):
     end: Callable[..., None] = staticmethod(end)
     spare = "Give less --memory"
     """what to do when workers have too little"""
+    alone = "leave --scheduler out to work on this machine"
+    """what to do where there is no scheduler"""
+    shared = "store, --out and --scratch must lie"
+    """what all workers must see"""
 
     def __init__(self, job: Any, progress: Progress, cost: Any) -> None:
         self.job, self._progress, self._cost = job, progress, cost
@@ -176,8 +180,7 @@ class ClusterCrew(Crew):
         except (OSError, ValueError) as error:
             said = f"{type(error).__name__}: {error}".split("\n")[0]
             raise UnreachableError(
-                f"no dask scheduler answers at {settings.scheduler} ({said}): start one with dask scheduler, or leave "
-                "--scheduler out to work on this machine"
+                f"no dask scheduler answers at {settings.scheduler} ({said}): start one with dask scheduler, or {self.alone}"
             ) from None
         self._closing.append(client)
         self.client = client
@@ -243,8 +246,8 @@ class ClusterCrew(Crew):
                 if found["files"][mark] != digest:
                     there = "does not see" if found["files"][mark] is None else "sees another file at"
                     raise MismatchError(
-                        f"worker {address} {there} {mark}: store, --out and --scratch must lie on a file system that "
-                        "all workers share, under the same paths"
+                        f"worker {address} {there} {mark}: {self.shared} on a file system that all workers "
+                        "share, under the same paths"
                     )
 
     def do(self, tasks: Sequence[Any], lanes: int) -> Iterator[Any]:

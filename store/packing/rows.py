@@ -14,21 +14,21 @@ from store.reader import Store
 from store.shuffle import Permutation, round_keys
 from store.sites import Stream
 from store.split import Split
-from store.strata import CODE_COLUMNS, CODES, Group, codes_of, kinds_of
+from store.strata import CODE_COLUMNS, CODES, TEXT_COLUMNS, Group, RealText, codes_of, kinds_of
 
 
 class Rows:
     """The rows of a stream, without their activations."""
 
     def __init__(self, store: Store, stream: Stream, split: Split, seed: int) -> None:
-        table = store.prompt_columns("split", "sigma", "text_length")
+        table = store.prompt_columns("split", "sigma", *TEXT_COLUMNS)
         chosen = np.array([found == split for found in table.column("split").to_pylist()], dtype=bool)
         self.store, self.stream, self.steps = store, stream, store.steps
         self.image = np.flatnonzero(chosen).astype(np.int32)
         """the images of the split, ascending; a *place* is an index into it"""
         sigma = np.array(table.column("sigma").combine_chunks().flatten(), np.float32)
         self.sigma = sigma.reshape(len(chosen), -1)[chosen][:, list(self.steps)]
-        self.text_length = np.array(table.column("text_length"), np.int32)[chosen]
+        self.text = RealText.of(table)[chosen]
         self.kept, self.text_total = store.meta.tokens[stream].kept, store.meta.text_tokens
         self.starts: np.ndarray | None = None
         """(place * steps + step) -> the rank of its first row, and at the end how many rows there are; None where all slots are kept"""
@@ -39,7 +39,7 @@ class Rows:
             self._count()
         elif stream != "img":
             text = min(self.text_total, self.kept)
-            real = np.minimum(self.text_length, text)
+            real = self.text.count(text)
             every = {"real": real, "padding": text - real, "image": np.full_like(real, self.kept - text)}
             self.of_kind[:] = np.stack([every[kind] for kind in self.kinds], axis=1)[:, None]
         slots = len(self.image) * len(self.steps)
@@ -56,20 +56,20 @@ class Rows:
         for chunk in range(self.store.meta.n_parts):
             first, last = self.places(chunk)
             for index in range(len(self.steps) if first < last else 0):
-                tokens, lengths = self._slots(chunk, index), self.text_length[first:last, None]
-                self.of_kind[first:last, index] = self._by_kind(tokens, lengths)
+                self.of_kind[first:last, index] = self._by_kind(first, self._slots(chunk, index))
         counts = self.of_kind.sum(axis=2, dtype=np.int64)
         self.starts = np.concatenate([[0], np.cumsum(counts.reshape(-1))])
 
-    def _by_kind(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Tokens (image, slot) counted by kind, (image, kind); `lengths` (image, 1) are the real ones of the text."""
-        codes = np.where(tokens >= 0, self._codes(tokens, lengths), len(CODES))
+    def _by_kind(self, first: int, tokens: np.ndarray) -> np.ndarray:
+        """Tokens (place, slot) of the places from `first` on, counted by kind, (place, kind)."""
+        codes = np.where(tokens >= 0, self._slot_codes(first, tokens), len(CODES))
         return np.stack([(codes == CODES[kind]).sum(axis=1) for kind in self.kinds], axis=1)
 
-    def _codes(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        return codes_of(
-            self.stream, np.broadcast_to(tokens, np.broadcast(tokens, lengths).shape), lengths, self.text_total
-        )
+    def _slot_codes(self, first: int, tokens: np.ndarray) -> np.ndarray:
+        return self._codes(np.arange(first, first + len(tokens))[:, None], tokens)
+
+    def _codes(self, place: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        return codes_of(self.stream, tokens, self.text.at(place, tokens), self.text_total)
 
     def places(self, chunk: int) -> tuple[int, int]:
         """First and last + 1 of the places that a chunk of images holds."""
@@ -111,7 +111,7 @@ class Rows:
             )
         within = np.arange(kept.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         ranks = np.repeat(starts, counts) + within
-        codes = self._codes(tokens, self.text_length[first:last, None])[kept] if self.stream != "img" else None
+        codes = self._slot_codes(first, tokens)[kept] if self.stream != "img" else None
         return Unit(first, kept, tokens[kept], self.permutation(ranks), codes)
 
     def provenance(self, first: int, tokens: np.ndarray) -> dict[str, np.ndarray]:
@@ -126,7 +126,7 @@ class Rows:
             "token": tokens.astype(np.int32, copy=False),
         }
         if self.stream in CODE_COLUMNS:
-            columns[CODE_COLUMNS[self.stream]] = self._codes(tokens, self.text_length[place])
+            columns[CODE_COLUMNS[self.stream]] = self._codes(place, tokens)
         return columns
 
     def count(self, step_index: int, group: Group) -> int:
@@ -146,8 +146,8 @@ class Rows:
     @cached_property
     def nbytes(self) -> int:
         """Bytes that are held for the length of the packing."""
-        arrays = (self.image, self.sigma, self.text_length, self.of_kind, self.starts, self.unit_rows)
-        return sum(array.nbytes for array in arrays if array is not None)
+        arrays = (self.image, self.sigma, self.of_kind, self.starts, self.unit_rows)
+        return self.text.nbytes + sum(array.nbytes for array in arrays if array is not None)
 
 
 class Unit:

@@ -26,6 +26,7 @@ from store.reader import Store
 from store.sharing.cargo import Batch, Cargo, File
 from store.sharing.selection import Selection
 from store.sites import POINTS
+from store.strata import OPTIONAL_COLUMNS
 from store.tables import table_bytes
 from store.traces import TRACE_STREAMS, in_activations, parse_trace_file, trace_file, trace_files
 
@@ -168,7 +169,8 @@ class Subset(Cargo):
 
     def _prompts(self, table: pa.Table) -> pa.Table:
         if not self.selection.prompts:
-            table = table.select([name for name in table.column_names if name in KEPT_WITHOUT_PROMPTS])
+            kept = {*KEPT_WITHOUT_PROMPTS, *OPTIONAL_COLUMNS}
+            table = table.select([name for name in table.column_names if name in kept])
         return self._shifted(table, "image")
 
     def _pictures(self, table: pa.Table) -> pa.Table:
