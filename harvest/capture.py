@@ -111,18 +111,25 @@ def capture(
                 f"the transformer ran without computing {missing[0]} where it can be read: nothing was captured"
             )
 
+    apart: Callable[[Any], Any] = outside(transformer)
     with ExitStack() as hooks:
         hooks.callback(transformer.register_forward_pre_hook(receive_sigma, with_kwargs=True).remove)
         for site in sites:
-            _install(hooks, transformer, architecture, site, receive, guided)
+            _install(hooks, transformer, architecture, site, receive, guided, apart)
         hooks.callback(transformer.register_forward_hook(check).remove)
         yield captured
 
 
 def _install(
-    hooks: ExitStack, transformer: nn.Module, architecture: Architecture, site: Site, keep: Keep, guided: bool
+    hooks: ExitStack,
+    transformer: nn.Module,
+    architecture: Architecture,
+    site: Site,
+    keep: Keep,
+    guided: bool,
+    apart: Callable[[Any], Any],
 ) -> None:
-    """The hooks of one site."""
+    """The hooks of one site; `apart` keeps them out of compiled code."""
     spot: Spot = architecture.spot(site)
     reads = architecture.module(transformer, site, spot.reads)
 
@@ -135,7 +142,7 @@ def _install(
         if not spot.fused:
             rows("mlp_out", output)
 
-    hooks.callback(reads.register_forward_hook(outside(transformer, receive)).remove)
+    hooks.callback(reads.register_forward_hook(apart(receive)).remove)
     if spot.hidden is None or spot.writes is None:
         return
     writes, what = architecture.module(transformer, site, spot.writes), f"the output layer of {site}"
@@ -145,7 +152,7 @@ def _install(
         rows("mlp_out", output, lambda hidden: product(writes, hidden, what))
 
     hidden = architecture.module(transformer, site, spot.hidden)
-    hooks.callback(hidden.register_forward_hook(outside(transformer, receive_hidden)).remove)
+    hooks.callback(hidden.register_forward_hook(apart(receive_hidden)).remove)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from PIL import Image
 
 from harvest.capture import Captured
 from harvest.planning.plan import Plan
+from harvest.quiet import quiet
 from harvest.rows import picture_table, prompt_table, truth_of
 from harvest.staging import Staging
 from harvest.tiny_flux.scenes import PIXELS
@@ -37,8 +38,9 @@ def fill_part(
         with Staging(plan.meta) as own:
             return fill_part(plan, part, advance, keep_trace, own)
     if keep_trace is None:
-        return _Filler(plan, part, None, staging).fill(advance)
-    with TraceWriter(keep_trace) as traces:
+        with quiet():
+            return _Filler(plan, part, None, staging).fill(advance)
+    with quiet(), TraceWriter(keep_trace, staging.waiting.waited_for_trace) as traces:
         content = _Filler(plan, part, traces, staging).fill(advance)
     return replace(content, traces=traces.entries)
 
@@ -114,5 +116,7 @@ class _Filler:
         return partial(picture_table, self.images, kept, self.meta.pictures) if kept else None
 
     def _positions(self, image: int, step: int, stream: Stream) -> np.ndarray:
-        length = len(self.plan.tokenized[image].ids)
-        return kept_positions(self.meta.tokens[stream], self.meta.seed, image, step, stream, length)
+        text = self.plan.tokenized[image]
+        return kept_positions(
+            self.meta.tokens[stream], self.meta.seed, image, step, stream, len(text.ids), text.padding or ()
+        )

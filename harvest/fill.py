@@ -11,7 +11,8 @@
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from harvest.planning.rehearse import rehearse
 from harvest.remaining import is_extension, missing_before_encoding, missing_parts
 from harvest.settings import HarvestSettings
 from harvest.staging import Staging
-from harvest.waiting import Waiting
+from harvest.waiting import TENTH, Waiting
 from harvest.workers.progress import Progress
 from harvest.workers.shares import Staying, Worker, greeted, is_finished, nothing_to_do
 from store.errors import LostLeaseError
@@ -78,14 +79,14 @@ def _run(asked: HarvestSettings, settings: HarvestSettings, worker: Worker, prog
 
     def accept(outline: Outline) -> None:
         missing = _chosen(settings, outline, missing_before_encoding(asked, outline))
-        announce(outline, out, worker.share(missing) or missing, measure=False)
+        announce(outline, out, missing, worker.share(missing), measure=False)
         said.append(outline)
 
     plan = make_plan(worker.placed(settings), accept)
     extending = is_extension(asked, plan)
     missing = _chosen(settings, plan, missing_parts(plan, extending))
     share = worker.share(missing)
-    announce(plan, out, share or missing, said=said[0] if said else None)
+    announce(plan, out, missing, share, said=said[0] if said else None)
 
     def begin(meta: StoreMeta) -> None:
         runs.keep_settings(settings, meta, extending)
@@ -120,23 +121,38 @@ def _chosen(settings: HarvestSettings, plan: Outline, missing: Sequence[int]) ->
 
 
 def _closing(summary: Summary, writer: StoreWriter, replay: Mapping[str, float]) -> str:
-    rate = f" in {summary.seconds:.1f} s ({summary.images / summary.seconds:.1f} images/s)" if summary.images else ""
-    if summary.finished:
-        state = f"finished: {writer.meta.n_images} images"
-    else:
-        missing = writer.missing()
-        held = [part for part in missing if writer.leases.holder(part_name(part)) is not None]
-        state = f"not finished: {len(missing)} of {writer.meta.n_parts} parts are still missing" + (
-            f", all held by others, who go on. See them: python -m harvest status {summary.store}"
-            if held == missing
-            else f". Go on: python -m harvest --resume {summary.store}"
-        )
+    rate, others = "", summary.waiting.others
+    if summary.images:
+        beside = f" beside {others:.1f} s of waiting for others" if others >= TENTH else ""
+        speed = summary.images / max(summary.seconds - others, 1e-9)
+        rate = f" in {summary.seconds:.1f} s ({speed:.1f} images/s{beside})"
+    state = _state(summary, writer)
     errors = ", ".join(f"{name} {error:.2g}" for name, error in sorted(replay.items()))
     traces = f"traces are replayed with relative errors of at most: {errors}\n" if errors else ""
     waited = f"{summary.waiting.said()}\n" if summary.images else ""
     return (
         f"{summary.store}: {summary.images} images harvested{rate}; the store is {state}.\n{traces}{waited}"
         f"Look at it: python -m store info {summary.store}"
+    )
+
+
+def _state(summary: Summary, writer: StoreWriter) -> str:
+    """What the store is now: finished, or what is missing and whose turn it is."""
+    count, missing = writer.meta.n_images, writer.missing()
+    if summary.finished:
+        return f"finished: {count} images"
+    if not missing:  # others put in what this process found missing a moment ago
+        if is_finished(summary.store):
+            return f"finished: {count} images, the last of them by others"
+        return (
+            f"whole, its last parts by others, who seal it: {count} images. "
+            f"If they do not: python -m harvest --resume {summary.store}"
+        )
+    held = [part for part in missing if writer.leases.holder(part_name(part)) is not None]
+    return f"not finished: {len(missing)} of {writer.meta.n_parts} parts are still missing" + (
+        f", all held by others, who go on. See them: python -m harvest status {summary.store}"
+        if held == missing
+        else f". Go on: python -m harvest --resume {summary.store}"
     )
 
 
@@ -210,8 +226,11 @@ class _Line:
                     job = pool.submit(self._write, part, content, lease)
                     self._writing = part, job, self.waiting.threads.seconds()
                     del content  # or the part would stay in memory while the one after the next is drawn
-            finally:  # a part that is being written is finished; one that is being drawn is dropped
+            finally:  # a part that is being written is finished and counted; one that is being drawn is dropped
                 pool.shutdown(wait=True)
+                if self._writing is not None:
+                    with suppress(Exception):  # what brought us here is what is said
+                        self._written()
                 for part in list(self._leases):
                     self._give_back(part)
         return self.images
@@ -223,7 +242,7 @@ class _Line:
             traced = self.plan.meta.traced is not None
             keep_trace = partial(self.writer.put_trace, lease) if traced else None
             with self.waiting.drawing():
-                return fill_part(self.plan, part, self._advance, keep_trace, staging)
+                return fill_part(self.plan, part, self._drawn, keep_trace, staging)
         except torch.OutOfMemoryError as error:
             raise too_large(self.plan.meta, self.plan.meta.batch_size, error) from None
         except LostLeaseError as error:
@@ -241,11 +260,17 @@ class _Line:
         """Wait for the part that is being written; `last`: nothing is left to draw meanwhile."""
         if self._writing is None:
             return
-        part, job, before = self._writing
-        self._writing = None
+        _, job, before = self._writing
+        with self.waiting.for_writing(before, last):
+            wait((job,))  # Ctrl-C here: `fill` waits on, for the part's files are under its lease until they are there
+        self._written()
+
+    def _written(self) -> None:
+        """Count the part whose writing has ended, or have it drawn again where it was lost; raises what went wrong."""
+        assert self._writing is not None
+        (part, job, _), self._writing = self._writing, None
         try:
-            with self.waiting.for_writing(before, last):
-                job.result()
+            job.result()
             self.images += self._count(part)
         except LostLeaseError as error:
             self.bar.write(str(error))
@@ -269,7 +294,8 @@ class _Line:
         said = f"waiting for part {part}, held by {holder}"
         self.progress.waits(said)
         self.bar.set_postfix_str(said)
-        time.sleep(WAIT_SECONDS)
+        with self.waiting.for_others():
+            time.sleep(WAIT_SECONDS)
         return 0
 
     def _expect(self, part: int, ours: bool) -> None:
@@ -277,6 +303,14 @@ class _Line:
         if (part in self._counted) != ours:
             self._counted ^= {part}
             self.bar.total += self._count(part) if ours else -self._count(part)
+
+    def _drawn(self, count: int) -> None:
+        """A batch is drawn; raises what went wrong meanwhile with the part before: the rest of this one would be for nothing."""
+        self._advance(count)
+        job = None if self._writing is None else self._writing[1]
+        error = job.exception() if job is not None and job.done() else None
+        if error is not None and not isinstance(error, LostLeaseError):  # that one is drawn again, after this one
+            raise error
 
     def _advance(self, count: int) -> None:
         self.bar.update(count)

@@ -1,15 +1,19 @@
 """How values leave the device that a model runs on: the one place that knows streams, events and pinned memory.
 
-A lane has two ends.  `send` is called in the model's thread as a step ends and must not wait; `move` is called in the staging's
-thread and may.  What is staged is (site, image, kept token, d_model), in the dtype that the model computes in.
+    Direct   the model runs on the CPU: nothing travels; a hook converts the rows of its site into the part's arrays, while they
+             are in the cores' caches, with the model's own threads
+    Ring     it runs elsewhere: rows are staged there, (site, image, kept token, d_model), in the dtype that the model computes
+             in; as a step ends they are converted there, and one copy to pinned memory begins on a side stream
 
-    Direct   the model runs on the CPU: `move` converts from the staged buffer into the part's arrays, with nothing between
-    Ring     it runs elsewhere: `send` converts there and puts one copy to pinned memory on a side stream; `move` waits for it
+A ring has two ends.  `send` is called in the model's thread as a step ends and must not wait; `move` is called in the staging's
+thread and may.  `Cuda` is all of CUDA that a ring needs; tests put another in its place.  `Traffic` lets a few slots go round
+between the two threads.  A device computes behind the thread that asks it to: that thread standing still is no loss as long as the
+device has something to do, so only the time after that counts as waiting.
 
-`Cuda` is all of CUDA that a ring needs; tests put another in its place.  `Traffic` lets a few slots go round between the two
-threads.  This file needs torch and nothing else, so that `bench/gpu_staging.py` can run it where there is no more.
+This file needs torch and nothing else, so that `bench/gpu_staging.py` can run it where there is no more.
 """
 
+import contextlib
 import queue
 import threading
 import time
@@ -20,6 +24,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+LOOK_SECONDS = 0.001
+"""between two looks whether a device still computes, while the model's thread stands still"""
+
 
 @dataclass
 class Piece:
@@ -28,9 +35,9 @@ class Piece:
     staged: Tensor
     """where hooks put kept rows"""
     stored: Tensor
-    """the same in the store's dtype, on the same device; `staged` itself where nothing is converted or a CPU converts later"""
+    """the same in the store's dtype, on the same device; `staged` itself where nothing is converted"""
     landed: Tensor
-    """the same on the host; `staged` itself on a CPU"""
+    """the same on the host"""
 
 
 @dataclass
@@ -42,23 +49,6 @@ class Slot:
     """what says that the copies are done"""
 
 
-@runtime_checkable
-class Lane(Protocol):
-    """The way from staged buffers to arrays on the host."""
-
-    def piece(self, shape: tuple[int, ...], computed: torch.dtype, stored: torch.dtype) -> Piece:
-        """Buffers for what is staged; made once a slot."""
-
-    def send(self, slot: Slot, count: int) -> dict[Any, Tensor]:
-        """Send the first `count` images of each piece off; rounding errors (site,) by piece, where they are made here."""
-
-    def arrive(self, slot: Slot) -> None:
-        """Wait until what was sent is there."""
-
-    def move(self, piece: Piece, into: Tensor) -> Tensor | None:
-        """Move a piece that arrived into (site, image, kept token, d_model) of the store's dtype; errors, where they are made here."""
-
-
 class Traffic:
     """A few slots that go round: the model's thread takes one and sends it off, a thread of this one moves what arrives."""
 
@@ -68,12 +58,14 @@ class Traffic:
         move: Callable[[Slot, Any], None],
         waited: Callable[[float], None],
         drop: Callable[[Slot], None] = lambda _slot: None,
+        idle: Callable[[], bool] = lambda: True,
     ) -> None:
-        """`move(slot, load)` is called in the thread for what was sent; `waited(seconds)` when the model's thread stood still.
+        """`move(slot, load)` is called in the thread for what was sent; `waited(seconds)` when the model stood still.
 
-        When a move has failed, the rest is dropped; `drop(slot)` waits until nothing is written into its buffers any more.
+        `idle()` says whether the device has computed all that it was asked for: until then nothing stands still.  When a move
+        has failed, the rest is dropped; `drop(slot)` waits until nothing is written into its buffers any more.
         """
-        self._unmade, self._move_one, self._waited, self._drop = slots, move, waited, drop
+        self._unmade, self._move_one, self._waited, self._drop, self._idle = slots, move, waited, drop, idle
         self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         self._sent: queue.Queue[tuple[Slot, Any] | None] = queue.Queue()
         self._error: BaseException | None = None
@@ -84,10 +76,18 @@ class Traffic:
         if self._unmade and self._free.empty():
             self._unmade -= 1
             return Slot()
+        slot = self._next_free()
+        self._check()
+        return slot
+
+    def _next_free(self) -> Slot:
+        """The next slot that is free; the time from when the device has nothing to do is counted as waiting."""
+        while not self._idle():
+            with contextlib.suppress(queue.Empty):
+                return self._free.get(timeout=LOOK_SECONDS)
         begun = time.perf_counter()
         slot = self._free.get()
         self._waited(time.perf_counter() - begun)
-        self._check()
         return slot
 
     def send(self, slot: Slot, load: Any) -> None:
@@ -136,25 +136,19 @@ class Traffic:
 
 
 class Direct:
-    """From a CPU's memory into its memory."""
+    """Within a CPU's memory."""
 
-    def piece(self, shape: tuple[int, ...], computed: torch.dtype, stored: torch.dtype) -> Piece:
-        """See `Lane`."""
-        staged = torch.empty(shape, dtype=computed)
-        return Piece(staged, staged, staged)
+    def put(self, into: Tensor, values: Tensor, some_empty: bool = True) -> float | None:
+        """Convert a site's `values` (image, kept token, d_model) into the part's array.
 
-    def send(self, slot: Slot, count: int) -> dict[Any, Tensor]:
-        """See `Lane`."""
-        return {}
-
-    def arrive(self, slot: Slot) -> None:
-        """See `Lane`."""
-
-    def move(self, piece: Piece, into: Tensor) -> Tensor | None:
-        """See `Lane`."""
-        staged = piece.staged[:, : into.shape[1]]
-        into.copy_(staged)
-        return squared_errors(into, staged)
+        The sum of squared rounding errors, of which `squared_errors` says more; None for equal dtypes.  `some_empty`: there may be
+        slots of NaN, which count nothing; without any, a plain sum gives the same bits sooner.
+        """
+        into.copy_(values)
+        if into.dtype == values.dtype:
+            return None
+        lost = into.to(torch.float32, copy=True).sub_(values).square_()
+        return float(lost.nansum(dtype=torch.float64) if some_empty else lost.sum(dtype=torch.float64))
 
 
 @runtime_checkable
@@ -173,21 +167,31 @@ class Port(Protocol):
     def wait(self, copied: Any) -> None:
         """Wait for a `copy`; nothing else that the device does is waited for."""
 
+    def mark(self) -> Any:
+        """What `passed` asks about: all that the device was asked to compute so far."""
+
+    def passed(self, mark: Any) -> bool:
+        """Whether the device has computed all of that; does not wait."""
+
 
 class Ring:
-    """From a device through pinned memory."""
+    """From staged buffers on a device, through pinned memory, into arrays on the host."""
 
     def __init__(self, port: Port) -> None:
         self.port = port
+        self._computed: Any = None
 
     def piece(self, shape: tuple[int, ...], computed: torch.dtype, stored: torch.dtype) -> Piece:
-        """See `Lane`."""
+        """Buffers for what is staged; made once a slot."""
         staged = self.port.on_device(shape, computed)
         converted = staged if stored == computed else self.port.on_device(shape, stored)
         return Piece(staged, converted, self.port.pinned(shape, stored))
 
     def send(self, slot: Slot, count: int) -> dict[Any, Tensor]:
-        """See `Lane`.  Whole buffers are copied, for they lie in one piece; of a short batch the end is not used."""
+        """Send the first `count` images of each piece off; rounding errors (site,) by piece, where values are rounded.
+
+        Whole buffers are copied, for they lie in one piece; of a short batch the end is not used.
+        """
         errors = {}
         for where, piece in slot.pieces.items():
             if piece.stored is not piece.staged:
@@ -195,17 +199,21 @@ class Ring:
                 lost = squared_errors(piece.stored[:, :count], piece.staged[:, :count])
                 assert lost is not None
                 errors[where] = lost
+        self._computed = self.port.mark()
         slot.arrived = self.port.copy([(piece.stored, piece.landed) for piece in slot.pieces.values()])
         return errors
 
+    def idle(self) -> bool:
+        """Whether the device has computed everything up to the last `send`."""
+        return self._computed is None or self.port.passed(self._computed)
+
     def arrive(self, slot: Slot) -> None:
-        """See `Lane`."""
+        """Wait until what was sent is there."""
         self.port.wait(slot.arrived)
 
-    def move(self, piece: Piece, into: Tensor) -> Tensor | None:
-        """See `Lane`."""
+    def move(self, piece: Piece, into: Tensor) -> None:
+        """Move a piece that arrived into (site, image, kept token, d_model) of the store's dtype."""
         into.copy_(piece.landed[:, : into.shape[1]])
-        return None
 
 
 class Cuda:
@@ -236,23 +244,36 @@ class Cuda:
         """See `Port`."""
         copied.synchronize()
 
+    def mark(self) -> "torch.cuda.Event":
+        """See `Port`."""
+        computed: torch.cuda.Event = torch.cuda.current_stream(self.device).record_event()
+        return computed
 
-def select_into(target: Tensor, source: Tensor, index: Tensor | None, then: Callable[[Tensor], Tensor] | None) -> None:
-    """Put the rows of `source` (image, token, width) at `index` (image, kept token) into `target` (image, kept token, d_model).
+    def passed(self, mark: "torch.cuda.Event") -> bool:
+        """See `Port`."""
+        return bool(mark.query())  # type: ignore[no-untyped-call]
 
-    `index` counts the rows of the batch laid flat, so that whole rows are copied, and from all images at once; None: all rows.
-    They go through `then` on the way, where it is given.
+
+def chosen(source: Tensor, index: Tensor | None, then: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """The rows of `source` (image, token, width) at `index` (image, kept token), put through `then` where it is given.
+
+    `index` counts the rows of the batch laid flat, so that whole rows are copied, and from all images at once; None: all rows, and
+    the model's own memory where they go through nothing.
     """
     if index is not None:
-        flat = source.flatten(0, 1)
-        if then is None:
-            torch.index_select(flat, 0, index.flatten(), out=target.flatten(0, 1))
-            return
-        source = flat.index_select(0, index.flatten()).view(*index.shape, -1)
-    target.copy_(source if then is None else then(source))
+        source = source.flatten(0, 1).index_select(0, index.flatten()).view(*index.shape, -1)
+    return source if then is None else then(source)
 
 
-def lane_of(device: torch.device) -> Lane:
+def select_into(target: Tensor, source: Tensor, index: Tensor | None, then: Callable[[Tensor], Tensor] | None) -> None:
+    """Put what `chosen` gives into `target` (image, kept token, d_model)."""
+    if index is not None and then is None:
+        torch.index_select(source.flatten(0, 1), 0, index.flatten(), out=target.flatten(0, 1))
+    else:
+        target.copy_(chosen(source, index, then))
+
+
+def lane_of(device: torch.device) -> Direct | Ring:
     """The lane from a device."""
     return Direct() if device.type == "cpu" else Ring(Cuda(device))
 
@@ -268,6 +289,6 @@ def squared_errors(stored: Tensor, exact: Tensor) -> Tensor | None:
     sums = torch.empty(len(stored), dtype=torch.float64, device=stored.device)
     lost = torch.empty_like(stored[0], dtype=torch.float32)  # one for all: fresh memory is slower than arithmetic
     for place, (rounded, whole) in enumerate(zip(stored, exact, strict=True)):
-        torch.sub(rounded, whole, out=lost)
+        lost.copy_(rounded).sub_(whole)  # both exact, and faster than a difference of two dtypes
         sums[place] = lost.square_().nansum(dtype=torch.float64)
     return sums

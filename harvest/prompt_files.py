@@ -18,9 +18,10 @@ import pyarrow.parquet as pq
 
 from harvest.tiny_flux import scenes
 from store.errors import UsageError
+from store.strata import TEXT_COLUMNS
 
 OWN_COLUMNS = frozenset(
-    ["image", "prompt", "seed", "split", "text_ids", "text_pieces", "text_length", "sigma", "scheduler_sigma", "truth"]
+    ["image", "prompt", "seed", "split", "text_ids", "text_pieces", *TEXT_COLUMNS, "sigma", "scheduler_sigma", "truth"]
 )
 """Columns that the store fills itself; a prompt file's own columns of these names are not taken over."""
 TABLE_SUFFIXES = {".csv", ".tsv", ".jsonl", ".parquet"}

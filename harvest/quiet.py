@@ -7,6 +7,7 @@ Errors are still shown.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import ERROR
 
 from transformers.utils import logging as transformers_logging
 
@@ -14,21 +15,19 @@ from transformers.utils import logging as transformers_logging
 @contextmanager
 def quiet() -> Iterator[None]:
     """While the context lasts, transformers and diffusers log errors only and draw no bars."""
-    transformers_before, bars_before = (
-        transformers_logging.get_verbosity(),
-        transformers_logging.is_progress_bar_enabled(),
-    )
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     from diffusers.utils import logging as diffusers_logging
 
-    diffusers_before = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
+    bars_before = transformers_logging.is_progress_bar_enabled()
+    levels = {each: each.get_verbosity() for each in (transformers_logging, diffusers_logging)}
+    for each, level in levels.items():
+        if level != ERROR:  # a level that is set makes every logger forget what it knows: not once a batch
+            each.set_verbosity(ERROR)
+        each.disable_progress_bar()
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(transformers_before)
         if bars_before:
             transformers_logging.enable_progress_bar()
-        diffusers_logging.set_verbosity(diffusers_before)
+        for each, level in levels.items():
+            if level != ERROR:
+                each.set_verbosity(level)

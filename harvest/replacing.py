@@ -90,14 +90,14 @@ def replace(transformer: nn.Module, changes: Mapping[tuple[Site, Part], Sequence
             raise UsageError("the transformer must be called with timestep= by name while its MLPs are replaced")
         received.receive(kwargs["timestep"], replacement.step)
 
+    apart: Callable[[Any], Any] = outside(transformer)
     with ExitStack() as hooks:
         if wanted:
             hooks.callback(transformer.register_forward_pre_hook(receive_sigma, with_kwargs=True).remove)
         for (site, part), found in wanted.items():
             hook = _mlp_hook if part == "mlp" else _attention_hook
             module = mlp_of(transformer, site) if part == "mlp" else _block(transformer, site).attn
-            apart = outside(transformer, hook(site, found, replacement, received))
-            hooks.callback(module.register_forward_hook(apart).remove)
+            hooks.callback(module.register_forward_hook(apart(hook(site, found, replacement, received))).remove)
         yield replacement
 
 

@@ -45,6 +45,7 @@ def prompt_table(
         "text_ids": pa.array([w.ids for w in words], pa.list_(pa.int32())),
         "text_pieces": pa.array([w.pieces for w in words], pa.list_(pa.string())),
         "text_length": pa.array([len(w.ids) for w in words], pa.int32()),
+        **_padding(words),
         "sigma": pa.array(list(sigma), pa.list_(pa.float32())),
         "scheduler_sigma": pa.array(list(scheduler_sigma), pa.list_(pa.float32())),
     }
@@ -54,6 +55,12 @@ def prompt_table(
         values = [p.columns.get(name) for p in chosen]
         columns[name] = pa.array([str(v) if type_ == pa.string() and v is not None else v for v in values], type_)
     return pa.table(columns)
+
+
+def _padding(words: Sequence[Tokenized]) -> dict[str, pa.Array]:
+    """The column of padding before `text_length`; none of a model whose texts never have any there."""
+    found = [w.padding for w in words if w.padding is not None]
+    return {"text_padding": pa.array(found, pa.list_(pa.int32()))} if found else {}
 
 
 def picture_table(images: range, pictures: Sequence[Image.Image], form: str) -> pa.Table:

@@ -8,6 +8,7 @@ step it was.
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,11 @@ from torch import Tensor
 from harvest.capture import Captured, Keep, capture
 from harvest.models.architectures import Architecture
 from harvest.models.embeddings import Embedded, Embeddings
-from harvest.models.loading import without_gradients
+from harvest.models.loading import moves_weights, without_gradients
 from harvest.models.text import UNCONDITIONAL, encode, family_of, is_guided
 from harvest.replacing import Replacement
 from harvest.tracing import Tracer, tracing
-from store.errors import UsageError
+from store.errors import GranaryError, UsageError
 from store.sites import Site
 
 
@@ -63,6 +64,11 @@ class Sampler:
     def guided(self) -> bool:
         """Whether classifier-free guidance doubles the transformer's batch."""
         return is_guided(self.architecture, self.guidance)
+
+    @cached_property
+    def _moved(self) -> bool:
+        """Whether the pipeline is offloaded: a sampler is made when that is settled."""
+        return moves_weights(self.pipe)
 
     def draw(
         self,
@@ -105,7 +111,11 @@ class Sampler:
 
         given = self._given(prompts, embeddings)
         traces = nullcontext() if tracer is None else tracing(transformer, tracer)
-        with capture(transformer, self.sites, keep, self.guided) as captured, traces, without_gradients(self.pipe):
+        with (
+            capture(transformer, self.sites, keep, self.guided) as captured,
+            traces,
+            without_gradients(self.pipe, self._moved),
+        ):
             output = self.pipe(
                 **given,
                 height=self.height,
@@ -116,6 +126,11 @@ class Sampler:
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
                 output_type="pil" if self.pictures else "latent",
                 callback_on_step_end=step_ended,
+            )
+        if len(sigmas) != self.num_inference_steps:
+            raise GranaryError(
+                f"the pipeline ended {len(sigmas)} steps where {self.num_inference_steps} were asked for, so that what was kept of a "
+                f"step may be another's: its {type(self.pipe.scheduler).__name__} divides them otherwise; nothing was written of this part"
             )
         scheduled = self.pipe.scheduler.sigmas[: self.num_inference_steps].float().cpu().numpy()
         return Drawn(
@@ -138,7 +153,7 @@ class Sampler:
         return given
 
     def _encoded(self, prompts: Sequence[str]) -> Embedded:
-        return encode(self.pipe, prompts, self.max_sequence_length)
+        return encode(self.pipe, prompts, self.max_sequence_length, self._moved)
 
     def _unconditional(self) -> Embedded:
         """The empty prompt, encoded by itself and once, so that it does not depend on the batch."""

@@ -251,7 +251,10 @@ class HarvestSettings:
 
     def parts_of(self, count: int) -> set[int]:
         """Those of `count` parts that `--parts` names."""
-        return set(parse_numbers(self.parts, count, "part"))
+        try:
+            return set(parse_numbers(self.parts, count, "part"))
+        except UsageError as error:
+            raise UsageError(f"--parts {self.parts}: {error}") from None
 
     def dask_workers(self) -> int | None:
         """N of `--dask local:N`; None for the address of a scheduler."""

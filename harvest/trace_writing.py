@@ -3,6 +3,7 @@
 One block waits at most, so the tensors of two are ever held: a slow disk slows the model, and fills no memory.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,13 +35,13 @@ class BlockTrace:
 class TraceWriter:
     """Writes the traces of a part through `keep`, in the order in which they come; everything is written when its context ends.
 
-    What `keep` raises is raised by the next `put`, or when the context ends.
+    What `keep` raises is raised by the next `put`, or when the context ends.  `waited` is told the seconds that either stood still.
     """
 
-    def __init__(self, keep: KeepTrace) -> None:
+    def __init__(self, keep: KeepTrace, waited: Callable[[float], None] = lambda _seconds: None) -> None:
         self.entries: dict[str, dict[str, Any]] = {}
         """file -> its entry in the commit; whole after the context"""
-        self._keep = keep
+        self._keep, self._waited = keep, waited
         self._pool = ThreadPoolExecutor(1, "traces")
         self._writing: Future[None] | None = None
 
@@ -55,14 +56,20 @@ class TraceWriter:
     def __exit__(
         self, kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
+        begun = time.perf_counter()
         self._pool.shutdown(wait=True)  # nothing is renamed any more once the lease may be given back
+        self._waited(time.perf_counter() - begun)
         if kind is None:
             self._settle()
 
     def _settle(self) -> None:
         writing, self._writing = self._writing, None
         if writing is not None:
-            writing.result()
+            begun = time.perf_counter()
+            try:
+                writing.result()
+            finally:
+                self._waited(time.perf_counter() - begun)
 
     def _write(self, traces: Sequence[BlockTrace]) -> None:
         for each in traces:

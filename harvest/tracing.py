@@ -77,18 +77,20 @@ def tracing(transformer: nn.Module, tracer: Tracer) -> Iterator[None]:
         tracer.sigma = kwargs["timestep"].detach().float().tolist()
 
     assert tracer.meta.traced is not None
+    apart: Callable[[Any], Any] = outside(transformer)
     with ExitStack() as hooks:
         hooks.callback(transformer.register_forward_pre_hook(receive_sigma, with_kwargs=True).remove)
         for block in tracer.meta.traced.blocks:
-            _BlockTracer(transformer, block, tracer).install(hooks)
+            _BlockTracer(transformer, block, tracer, apart).install(hooks)
         yield
 
 
 class _BlockTracer:
     """The hooks of one block."""
 
-    def __init__(self, transformer: nn.Module, block: int, tracer: Tracer) -> None:
-        self.transformer, self.block, self.tracer = transformer, block, tracer
+    def __init__(self, transformer: nn.Module, block: int, tracer: Tracer, apart: Callable[[Any], Any]) -> None:
+        """`apart` keeps a hook out of compiled code."""
+        self.block, self.tracer, self._apart = block, tracer, apart
         blocks: Any = transformer.transformer_blocks
         self.module: Any = blocks[block]
         """a FluxTransformerBlock"""
@@ -113,9 +115,6 @@ class _BlockTracer:
                 hooks.callback(module.register_forward_hook(self._apart(receive)).remove)
         hooks.callback(attention.register_forward_hook(self._apart(self._attended), with_kwargs=True).remove)
         hooks.callback(self.module.register_forward_hook(self._apart(self._ends)).remove)
-
-    def _apart(self, hook: Any) -> Any:
-        return outside(self.transformer, hook)
 
     def _enters(self, stream: Stream) -> Any:
         def receive(norm: Any, inputs: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:

@@ -1,8 +1,14 @@
-"""Who waited for whom in a harvest: the model for a free slot, for the encoding or for the disk.
+"""Who waited for whom in a harvest: the model for a free slot, for the encoding, for the disk or for other workers.
 
 The model, the copies, and the writing of the part before go on at the same time, so the seconds of each tell little: what
-counts is how long the model stood still, and for whom.  It waits at two places only: for a free slot of the staging (`copy`), and
-for the part before, whose writing is shared out to `encode` and `disk` as the writer's threads spent their time on it.
+counts is how long the model stood still, and for whom.  It waits at four places only:
+
+    for a free slot of the staging, with nothing left to compute                          `copy`
+    for the part before, shared out as the writer's threads spent their time on it        `encode`, `disk`
+    for the traces of the block before, which are written as they come (`--trace`)        `disk`
+    for parts that others hold, when nothing else is left to do (`--wait`)                `others`
+
+The last of these is no part of a harvest's rate: a worker that draws nothing is not slow.
 """
 
 import time
@@ -15,6 +21,8 @@ from store.spent import Spent
 
 NOTED = 0.01
 """a share of the time below which nobody speaks of waiting"""
+TENTH = 0.05
+"""seconds that are less than a tenth when they are rounded"""
 ADVICE = {
     "copy": "the copies from the device to the host, or the host's memory, are what limits",
     "encode": "more cores, or --codec none, would help",
@@ -36,26 +44,41 @@ class Waiting:
     """standing still for writes, fsyncs and renames of the part before"""
     last: float = 0.0
     """writing the last part, when nothing was left to draw"""
+    others: float = 0.0
+    """waiting for parts that others held, when nothing else was left"""
     threads: Spent = field(default_factory=Spent)
     """seconds that threads spent: `copy`, `encode`, `disk`; those of several add up"""
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """All of it but what others were waited for."""
         return self.model + self.copy + self.encode + self.disk + self.last
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """Count the time inside for the model, what it waits for copies apart."""
-        begun, waited = time.perf_counter(), self.copy
+        """Count the time inside for the model, what it waits for copies and for traces apart."""
+        begun, waited = time.perf_counter(), self.copy + self.disk
         try:
             yield
         finally:
-            self.model += time.perf_counter() - begun - (self.copy - waited)
+            self.model += time.perf_counter() - begun - (self.copy + self.disk - waited)
 
     def waited_for_copy(self, seconds: float) -> None:
-        """Count seconds that the model's thread stood still for a copy."""
+        """Count seconds that the model stood still for a copy."""
         self.copy += seconds
+
+    def waited_for_trace(self, seconds: float) -> None:
+        """Count seconds that the model's thread stood still for a trace that was being written."""
+        self.disk += seconds
+
+    @contextmanager
+    def for_others(self) -> Iterator[None]:
+        """Count the time inside as waiting for other workers."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.others += time.perf_counter() - begun
 
     @contextmanager
     def for_writing(self, before: Mapping[str, float], last: bool) -> Iterator[None]:
@@ -82,6 +105,8 @@ class Waiting:
         waited = sum(waits.values())
         each = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in waits.items())
         said = f"the model drew for {self.model:.1f} s and waited {waited:.1f} s ({each}); the last part took {self.last:.1f} s more"
+        if self.others >= TENTH:
+            said += f", and {self.others:.1f} s went by until others were done with the parts that they held"
         worst = max(waits, key=lambda name: waits[name])
         running = self.model + waited
         if waited < NOTED * running or not running:
@@ -96,5 +121,6 @@ class Waiting:
             "model": self.model,
             "waited": {name: getattr(self, name) for name in ADVICE},
             "last_part": self.last,
+            "others": self.others,
             "threads": self.threads.seconds(),
         }

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from harvest.capture import Rows, select_tokens
-from harvest.lanes import Direct, Lane, Ring, Traffic, lane_of, squared_errors
+from harvest.lanes import Direct, Ring, Traffic, lane_of, squared_errors
 from harvest.planning.live_memory import peak_bytes
 from harvest.staging import Staging, as_tensor, slot_bytes, slots_of
 from harvest.waiting import Waiting
+from store.errors import GranaryError
 from store.format import StoreMeta, StreamTokens
 from store.tokens import kept_positions
 from tests.small_store import small_meta
@@ -42,6 +43,12 @@ class Late:
         self.waited += 1
         for source, target in copied:
             target.copy_(source)
+
+    def mark(self) -> int:
+        return self.begun
+
+    def passed(self, mark: int) -> bool:
+        return mark < self.begun  # when its copy has begun
 
 
 def meta_of(few: bool = True, **options: Any) -> StoreMeta:
@@ -75,7 +82,11 @@ def model_values(meta: StoreMeta, width: int, dtype: torch.dtype = torch.float32
 
 
 def staged(
-    meta: StoreMeta, values: dict[Any, Tensor], lane: Lane | None, project: Tensor | None = None, parts: int = 1
+    meta: StoreMeta,
+    values: dict[Any, Tensor],
+    lane: Direct | Ring | None,
+    project: Tensor | None = None,
+    parts: int = 1,
 ) -> tuple[Any, Any]:
     """What comes out of a staging that the values go through as a model computes them, the last time."""
     then = None if project is None else (lambda rows: rows @ project)
@@ -114,7 +125,7 @@ def plainly(meta: StoreMeta, values: dict[Any, Tensor], project: Tensor | None, 
     return arrays, errors
 
 
-LANES: dict[str, Callable[[], Lane]] = {"direct": Direct, "ring": lambda: Ring(Late())}
+LANES: dict[str, Callable[[], Direct | Ring]] = {"direct": Direct, "ring": lambda: Ring(Late())}
 
 
 @pytest.mark.parametrize("lane", LANES)
@@ -130,6 +141,28 @@ def test_what_arrives_is_a_plain_selection_and_conversion(lane: str, few: bool, 
         assert array.dtype == meta.carrier.logical and array.flags.c_contiguous
         np.testing.assert_array_equal(as_tensor(array).float().numpy(), expected[key].float().numpy())
         assert errors[key] == pytest.approx(lost[key], rel=1e-6) and (store_dtype != "float32") == (errors[key] > 0)
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("few", [True, False])
+def test_a_store_that_is_wider_than_the_model_computes_holds_its_values_exactly(lane: str, few: bool) -> None:
+    meta = meta_of(few, store_dtype="float32")
+    values = model_values(meta, meta.d_model, torch.bfloat16)
+    arrays, errors = staged(meta, values, LANES[lane]())
+    for key, expected in plainly(meta, values, None, torch.float32)[0].items():
+        np.testing.assert_array_equal(arrays[key], expected.numpy())
+    assert set(errors.values()) == {0.0}
+
+
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("images", [1, 7, 64])
+def test_errors_on_a_cpu_have_the_bits_of_those_on_a_device(few: bool, images: int) -> None:
+    exact = torch.randn(images, 65, 128, generator=torch.Generator().manual_seed(0))
+    if few:
+        exact[:, 3] = float("nan")
+    into = torch.empty_like(exact, dtype=torch.bfloat16)
+    found = Direct().put(into, exact, few)
+    assert [found] == squared_errors(into[None], exact[None]).tolist()  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("lane", LANES)
@@ -212,6 +245,70 @@ def test_the_model_waits_for_a_free_slot_and_it_is_counted() -> None:
     assert moved == taken == [0, 1, 2, 3, 4] and sum(waited) >= 0.05
 
 
+@pytest.mark.parametrize("looks", [0, 5])
+def test_standing_still_while_the_device_computes_is_not_waiting_and_afterwards_it_is(looks: int) -> None:
+    gate, waited, looked = threading.Event(), list[float](), list[bool]()
+
+    def idle() -> bool:
+        """For so many looks the device computes; then a slot is free, or, with no such look, a little later."""
+        looked.append(True)
+        if len(looked) == looks or not looks:
+            threading.Timer(0.0 if looks else 0.05, gate.set).start()
+        return not looks
+
+    def move(*_: object) -> None:
+        gate.wait(60)
+
+    traffic = Traffic(1, move, waited.append, idle=idle)
+    traffic.send(traffic.take(), None)
+    traffic.take()
+    traffic.close()
+    assert (sum(waited) == 0 and len(looked) >= looks) if looks else sum(waited) >= 0.04
+
+
+def test_a_ring_is_idle_when_all_that_was_asked_before_its_last_copy_is_computed() -> None:
+    port = Late()
+    ring, slot = Ring(port), Traffic(1, lambda *_: None, lambda _: None).take()
+    slot.pieces["img"] = ring.piece((1, 2, 3, 4), torch.float32, torch.float32)
+    assert ring.idle()
+    ring.send(slot, 2)
+    assert ring._computed == 0 and ring.idle()
+    port.begun = 0
+    assert not ring.idle()
+    meta = meta_of()
+    with Staging(meta, lane=ring) as staging:
+        assert staging._traffic._idle() is False
+
+
+def test_memory_that_cannot_be_pinned_is_one_message_and_what_is_reserved_is_made_once() -> None:
+    class Full(Late):
+        def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            raise RuntimeError("CUDA error: out of memory\nCompile with")
+
+    class Counting(Late):
+        made = 0
+
+        def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            self.made += 1
+            return super().pinned(shape, dtype)
+
+    meta = meta_of()
+    values = model_values(meta, meta.d_model)
+    with pytest.raises(
+        GranaryError, match=r"of pinned memory, for what 2 steps .* CUDA error: out of memory\. Use a smaller"
+    ):
+        staged(meta, values, Ring(Full()))
+    port = Counting()
+    with Staging(meta, lane=Ring(port)) as staging:
+        staging.reserve(torch.device("cpu"))
+        assert port.made == 2 * len(meta.streams) * len(meta.points)
+        rows = Rows(values[meta.site_objects[0], 0, "mlp_in"][: meta.batch_size])
+        staging.begin(IMAGES, positions_of(meta))
+        staging.batch(0, meta.batch_size)
+        staging.keep(meta.site_objects[0], "mlp_in", rows)
+        assert port.made == 2 * len(meta.streams) * len(meta.points)
+
+
 def test_what_goes_wrong_on_the_way_is_raised_where_the_model_runs_and_the_thread_ends() -> None:
     def move(_slot: Any, number: int) -> None:
         raise OSError(f"no room for {number}")
@@ -251,7 +348,7 @@ def test_there_are_two_slots_unless_they_would_fill_the_memory(monkeypatch: pyte
     monkeypatch.setattr("harvest.staging.MOST_BYTES", 2 * slot_bytes(meta) - 1)
     assert slots_of(meta) == 1
     values = model_values(meta, meta.d_model)
-    for key, array in staged(meta, values, Direct())[0].items():
+    for key, array in staged(meta, values, Ring(Late()))[0].items():
         expected = plainly(meta, values, None, torch.bfloat16)[0][key]
         np.testing.assert_array_equal(array.astype(np.float32), expected.float().numpy())
 

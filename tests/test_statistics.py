@@ -177,12 +177,13 @@ def test_the_cost_of_a_store_dtype_is_that_against_the_values_that_the_model_com
 def test_a_value_beyond_float16_stops_the_harvest_with_site_step_and_prompt(
     exact: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def great(target: torch.Tensor, *rows: Any) -> None:
-        select(target, *rows)
-        target[1] *= 1e7
+    def great(*rows: Any) -> torch.Tensor:
+        values: torch.Tensor = choose(*rows).clone()
+        values[1] *= 1e7
+        return values
 
-    select = staging.select_into
-    monkeypatch.setattr(staging, "select_into", great)
+    choose = staging.chosen
+    monkeypatch.setattr(staging, "chosen", great)
     words = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
     out = tmp_path / "store"
     assert program("harvest", COMMANDS, [*words, "--store-dtype=float16", f"--out={out}"], default="harvest") == 1

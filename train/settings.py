@@ -185,7 +185,8 @@ class TrainSettings:
     @property
     def runs(self) -> Path:
         """`OUT.runs`, the folder beside OUT with what is said of a run and not of a dictionary."""
-        out = self.out.resolve() if self.out.name in ("", "..") else self.out  # `--out .` has a name, too
+        nameless = self.out.name in ("", "..")  # `--out .` has a name, too, and a link names what it leads to
+        out = self.out.resolve() if nameless or self.out.is_symlink() else self.out
         return out.with_name(out.name + ".runs")
 
     def choices(self) -> dict[str, tuple[Any, ...]]:

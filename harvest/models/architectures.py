@@ -60,6 +60,8 @@ class Architecture:
     """what the pipeline calls what its text encoders say of prompts"""
     text_before: int = 0
     """places of the text sequence before those that --max-sequence-length counts: CLIP's 77 of SD3"""
+    gives_sigmas: bool = True
+    """the pipeline hands its scheduler the noise levels, and how far they shift, itself"""
     vae_always: bool = False
     """the pipeline needs its VAE for latents, too"""
     sigma_divisor: float = 1.0
@@ -132,6 +134,7 @@ SD3 = Architecture(
     parts=("transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae"),
     may_lack=("text_encoder_3",),
     text_before=77,
+    gives_sigmas=False,
     sigma_divisor=1000.0,
     guided_half=True,
 )

@@ -43,9 +43,8 @@ def is_compiled(transformer: nn.Module) -> bool:
     return any(module._compiled_call_impl is not None for module in transformer.modules())
 
 
-def outside(transformer: nn.Module, hook: Hook) -> Hook:
-    """The hook as it is to be registered: never part of compiled code."""
+def outside(transformer: nn.Module) -> Callable[[Hook], Hook]:
+    """What makes a hook one that is never part of compiled code; asked once for all hooks, for it looks at every module."""
     if not is_compiled(transformer):
-        return hook  # what follows imports the compiler, which takes seconds
-    apart: Hook = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
-    return apart
+        return lambda hook: hook  # what else is done imports the compiler, which takes seconds
+    return lambda hook: torch.compiler.disable(hook)  # type: ignore[no-any-return, no-untyped-call]

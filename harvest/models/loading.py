@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from harvest.models.model import DTYPES, KNOWN_SHAPES, REASON_CHARACTERS, locate_model
-from harvest.models.pipelines import family_in, index_of, json_of, open_pipeline, refuse_incomplete
+from harvest.models.pipelines import family_in, index_of, json_of, open_pipeline, refuse_incomplete, refuse_scheduler
 from harvest.models.quantizing import quantization
 from harvest.quiet import quiet
 from harvest.settings import TINY_FLUX, HarvestSettings
@@ -59,6 +59,7 @@ def load_frame(settings: HarvestSettings) -> Frame:
         sized = {part: _sized(name, local, settings.revision, part, index[part]) for part in SIZED}
         encoders = dict.fromkeys(part for part in family.parts if part not in SIZED)
         pipe = open_pipeline(name, local, settings.revision, settings, **sized, **encoders)
+        refuse_scheduler(pipe, family)
     return Frame(pipe, tuple(part for part in family.parts if tuple(index.get(part) or (None, None)) != (None, None)))
 
 
@@ -129,13 +130,20 @@ def _group(pipe: Any, device: torch.device) -> None:
             )
 
 
-def without_gradients(pipe: Any) -> AbstractContextManager[Any]:
-    """`torch.inference_mode`, or `torch.no_grad` where offloading puts weights in place: a tensor made in the former is no parameter."""
+def moves_weights(pipe: Any) -> bool:
+    """Whether offloading puts its weights in place while it computes; found by a look at every module."""
     from diffusers.hooks.group_offloading import _is_group_offload_enabled
 
     parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-    moved = getattr(pipe, "_offload_device", None) is not None or any(map(_is_group_offload_enabled, parts))
-    return torch.no_grad() if moved else torch.inference_mode()
+    return getattr(pipe, "_offload_device", None) is not None or any(map(_is_group_offload_enabled, parts))
+
+
+def without_gradients(pipe: Any, moved: bool | None = None) -> AbstractContextManager[Any]:
+    """`torch.inference_mode`, or `torch.no_grad` where weights are moved: a tensor made in the former is no parameter.
+
+    `moved`: what `moves_weights` says of the pipeline, where it is known.
+    """
+    return torch.no_grad() if (moves_weights(pipe) if moved is None else moved) else torch.inference_mode()
 
 
 def check_offload(offload: Offload, device: torch.device) -> None:

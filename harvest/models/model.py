@@ -19,7 +19,7 @@ from harvest.models.quantizing import quantized_facts
 from harvest.settings import DEV, SCHNELL, SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, SD35_TURBO, TINY_FLUX, HarvestSettings
 from store.errors import GranaryError, UsageError
 from store.format import StoreMeta
-from store.sizes import many
+from store.sizes import many, picture_size
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
@@ -121,11 +121,11 @@ def geometry_of(shape: Shape, settings: HarvestSettings) -> Geometry:
     token = shape.pixels_per_token
     if height % token or width % token:
         raise UsageError(
-            f"{height}x{width} pixels is no whole number of tokens: height and width must be multiples of {token}"
+            f"{picture_size(width, height)} is no whole number of tokens: height and width must be multiples of {token}"
         )
     if shape.longest_side is not None and max(height, width) > shape.longest_side:
         raise UsageError(
-            f"{height}x{width} pixels: {settings.model} knows positions up to {shape.longest_side} pixels a side"
+            f"{picture_size(width, height)}: {settings.model} knows positions up to {shape.longest_side} pixels a side"
         )
     return Geometry(**asdict(shape), height=height, width=width)
 
@@ -235,6 +235,12 @@ def cpu_threads(asked: int | None) -> int:
 def too_large(meta: StoreMeta, images: int, error: torch.OutOfMemoryError) -> GranaryError:
     """What to say when a batch does not fit into the device's memory."""
     return GranaryError(
-        f"a batch of {images} images does not fit on {meta.device}: {str(error).splitlines()[0]} "
+        f"a batch of {images} images does not fit on {meta.device}: {first_line(error)} "
         f"Use a smaller --batch-size than {meta.batch_size}."
     )
+
+
+def first_line(error: Exception) -> str:
+    """What a library says is wrong, as a sentence: its first line, with a full stop."""
+    words = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
+    return f"{words}."

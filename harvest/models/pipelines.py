@@ -6,6 +6,7 @@ read; and SD3 may come without its T5 encoder, whose places the pipeline then fi
 
 import json
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,29 @@ def open_pipeline(name: str, local: bool, revision: str | None, settings: Harves
     lacking = {part: None for part, value in index.items() if value == [None, None] and part not in OPTIONAL}
     pipeline = getattr(diffusers, architecture.pipeline)
     return pipeline.from_pretrained(name, revision=revision, local_files_only=local, **{**lacking, **options})
+
+
+def refuse_scheduler(pipe: Any, architecture: Architecture) -> None:
+    """`UsageError` for a scheduler under which a denoising step is not one pass of the transformer, or that its pipeline cannot drive."""
+    scheduler = pipe.scheduler
+    name, order = type(scheduler).__name__, getattr(scheduler, "order", 1)
+    remedy = "give a folder whose scheduler is a FlowMatchEulerDiscreteScheduler, as the published models have it"
+    if order != 1:
+        raise UsageError(
+            f"the scheduler of this {architecture.pipeline} is a {name} of order {order}: it runs the transformer more than once a "
+            f"step, and what is kept of step k would not be step k's; {remedy}"
+        )
+    config, takes = scheduler.config, signature(scheduler.set_timesteps).parameters
+    if architecture.gives_sigmas:
+        needed = {"mu"} | (set() if config.get("use_flow_sigmas") else {"sigmas"})
+    else:
+        needed = {"mu"} if config.get("use_dynamic_shifting") else set()
+    lacking = sorted(needed - set(takes)) + ([] if hasattr(scheduler, "sigmas") else ["sigmas of its own"])
+    if lacking:
+        raise UsageError(
+            f"the scheduler of this {architecture.pipeline} is a {name}, and that knows no {' and no '.join(lacking)}, by which "
+            f"noise levels are set and kept; {remedy}"
+        )
 
 
 def sizes_of(pipe: Any) -> dict[str, Any]:

@@ -74,3 +74,6 @@ PUBLISHED: dict[str, dict[str, Configuration]] = {
     SD35_TURBO: _sd3(38, 192, (), "rms_norm"),
 }
 """model -> part of its pipeline -> what it is"""
+
+FILES_IN = {SCHNELL: "bfloat16", DEV: "bfloat16", SD3_MEDIUM: "float16"}
+"""model -> dtype of the files of all its parts, where it is known"""

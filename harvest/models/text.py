@@ -3,7 +3,7 @@
 No model here masks its padding, so the store keeps the ids of the text tokens and the number of real ones with every prompt:
 
     FLUX.1   T5's tokens
-    SD3      the places of CLIP's two encoders, which are always all there, and T5's tokens after them
+    SD3      the places of CLIP's two encoders, which are always all there, padding too, and T5's tokens after them
     FLUX.2   the chat that the prompt is put into, in Qwen's tokens
 """
 
@@ -28,13 +28,20 @@ START, PADDING, LINE_END = "⟨start⟩", "·", "↵"
 
 @dataclass(frozen=True)
 class Tokenized:
-    """The real text tokens of a prompt (end mark included, padding not), and whether T5 (Qwen) or CLIP had to cut it."""
+    """The text tokens of a prompt up to its last real one (end mark included), and whether T5 (Qwen) or CLIP had to cut it."""
 
     ids: tuple[int, ...]
     pieces: tuple[str, ...]
     """in T5's spelling"""
     cut: bool
     clip_cut: bool
+    padding: tuple[int, ...] | None = None
+    """the places of `ids` that hold padding; None of models whose texts never have any there"""
+
+    @property
+    def real(self) -> int:
+        """How many tokens are real."""
+        return len(self.ids) - len(self.padding or ())
 
 
 def family_of(pipe: Any) -> Architecture:
@@ -47,7 +54,7 @@ def family_of(pipe: Any) -> Architecture:
 
 
 def tokenize(pipe: Any, prompts: Sequence[str], max_sequence_length: int) -> list[Tokenized]:
-    """The real text tokens of each prompt at this text length.  Equal prompts are tokenized once."""
+    """The text tokens of each prompt at this text length.  Equal prompts are tokenized once."""
     one = _TOKENIZE[family_of(pipe).name]
     known = {prompt: one(pipe, prompt, max_sequence_length) for prompt in dict.fromkeys(prompts)}
     return [known[prompt] for prompt in prompts]
@@ -60,11 +67,20 @@ def longest_of(pipe: Any, prompts: Sequence[str], max_sequence_length: int) -> i
     row = family_of(pipe)
     if row is FLUX2:
         return max(len(_chat_ids(pipe, prompt, max_sequence_length)) for prompt in dict.fromkeys(prompts))
-    t5 = pipe.tokenizer_3 if row is SD3 else pipe.tokenizer_2
-    before = pipe.tokenizer_max_length if row is SD3 else 0
-    if t5 is None:
-        return int(before)
-    return int(before + max(map(len, t5(list(prompts), truncation=True, max_length=max_sequence_length).input_ids)))
+    if row is SD3:
+        clips, t5 = (pipe.tokenizer, pipe.tokenizer_2), pipe.tokenizer_3
+        of_clip = [
+            max(pair)
+            for pair in zip(*(_lengths(clip, prompts, pipe.tokenizer_max_length) for clip in clips), strict=True)
+        ]
+        of_t5 = _lengths(t5, prompts, max_sequence_length) if t5 is not None else [0] * len(prompts)
+        return max(map(sum, zip(of_clip, of_t5, strict=True)))
+    return max(_lengths(pipe.tokenizer_2, prompts, max_sequence_length))
+
+
+def _lengths(tokenizer: Any, prompts: Sequence[str], most: int) -> list[int]:
+    """Tokens of each prompt, padding not counted, cut at `most`."""
+    return [len(ids) for ids in tokenizer(list(prompts), truncation=True, max_length=most).input_ids]
 
 
 def _flux(pipe: Any, prompt: str, length: int) -> Tokenized:
@@ -73,24 +89,33 @@ def _flux(pipe: Any, prompt: str, length: int) -> Tokenized:
 
 
 def _sd3(pipe: Any, prompt: str, length: int) -> Tokenized:
-    """CLIP's places, padding and all: the transformer is given each of them.  T5's may be missing as a whole."""
-    clip = pipe.tokenizer
-    places = clip(prompt, truncation=True, max_length=pipe.tokenizer_max_length, padding="max_length").input_ids
+    """CLIP's places, padding and all: the transformer is given each of them.  T5's may be missing as a whole.
+
+    Both encoders of CLIP have the same places, their channels side by side: one is real where either has a token, be it the end mark.
+    """
+    clip, most = pipe.tokenizer, pipe.tokenizer_max_length
+    places = clip(prompt, truncation=True, max_length=most, padding="max_length").input_ids
+    real, other = (_lengths(each, [prompt], most)[0] for each in (clip, pipe.tokenizer_2))
     ids, pieces, cut = ((), (), False) if pipe.tokenizer_3 is None else _t5(pipe.tokenizer_3, prompt, length)
-    return Tokenized((*places, *ids), (*_clip_pieces(clip, places), *pieces), cut, _clip_cuts(pipe, prompt))
+    return Tokenized(
+        (*places, *ids),
+        (*_clip_pieces(clip, places[:real]), *[PADDING] * (most - real), *pieces),
+        cut,
+        _clip_cuts(pipe, prompt),
+        tuple(range(max(real, other), most)),
+    )
 
 
 def _clip_pieces(clip: Any, ids: Sequence[int]) -> list[str]:
     """CLIP's pieces spelled as T5 spells its own: CLIP marks where a word ends, T5 where one begins."""
-    end = list(ids).index(clip.eos_token_id) if clip.eos_token_id in ids else len(ids)
     pieces, begins = [], True
-    for piece in clip.convert_ids_to_tokens(ids[:end]):
-        if piece == clip.bos_token:
-            pieces.append(START)
+    for piece in clip.convert_ids_to_tokens(ids):
+        if piece in (clip.bos_token, clip.eos_token):
+            pieces.append(START if piece == clip.bos_token else T5_END)
         else:
             pieces.append(BEGINS * begins + clip.convert_tokens_to_string([piece.removesuffix(CLIP_ENDS)]))
             begins = piece.endswith(CLIP_ENDS)
-    return [*pieces, *[T5_END][: len(ids) - end], *[PADDING] * (len(ids) - end - 1)]
+    return pieces
 
 
 def _flux2(pipe: Any, prompt: str, length: int) -> Tokenized:
@@ -156,15 +181,18 @@ def apart(architecture: Architecture, guidance: float) -> tuple[tuple[str, ...],
     return ((UNCONDITIONAL,),) if is_guided(architecture, guidance) else ()
 
 
-def encode(pipe: Any, prompts: Sequence[str], max_sequence_length: int) -> tuple[Tensor, ...]:
+def encode(
+    pipe: Any, prompts: Sequence[str], max_sequence_length: int, moved: bool | None = None
+) -> tuple[Tensor, ...]:
     """What the pipeline takes of the prompts, in the order of `Architecture.embeddings`; a row a prompt.
 
-    FLUX.1 and SD3: (prompt_embeds, pooled_prompt_embeds).  FLUX.2: (prompt_embeds,).  The pipeline would log a warning for each
-    prompt that CLIP cuts at 77 tokens; we count those once, in `tokenize`, and the summary says how many there were.
+    FLUX.1 and SD3: (prompt_embeds, pooled_prompt_embeds).  FLUX.2: (prompt_embeds,).  `moved`: as `without_gradients` takes it.
+    The pipeline would log a warning for each prompt that CLIP cuts at 77 tokens; we count those once, in `tokenize`, and the
+    summary says how many there were.
     """
     row = family_of(pipe)
     asked: dict[str, Any] = {"device": pipe._execution_device, "max_sequence_length": max_sequence_length}
-    with quiet(), without_gradients(pipe):
+    with quiet(), without_gradients(pipe, moved):
         if row is SD3:
             embeds, _, pooled, _ = pipe.encode_prompt(
                 list(prompts), None, None, do_classifier_free_guidance=False, **asked

@@ -12,7 +12,7 @@ from harvest.planning.plan import Outline, chunked
 from harvest.planning.traced import FEWER
 from store.format import StoreDtype, StoreMeta, StreamTokens, Targets
 from store.sites import POINTS, Stream
-from store.sizes import human_size, parse_size
+from store.sizes import human_size, parse_size, picture_size
 
 PARTS_OF_TOKENS = (4, 8, 16, 32)
 """of the image tokens, so many times fewer: 256, 128, 64 and 32 of 1024"""
@@ -121,7 +121,7 @@ def _head(meta: StoreMeta, budget: int) -> list[str]:
     sites = ", ".join(f"{stream}_{spans(numbers)}" for stream, numbers in layers.items())
     first = meta.sites[0]
     return [
-        f"what fits into {human_size(budget)}: {meta.model['id']}, {meta.height}x{meta.width} pixels, sites {sites}, "
+        f"what fits into {human_size(budget)}: {meta.model['id']}, {picture_size(meta.width, meta.height)}, sites {sites}, "
         f"steps {spans(meta.steps)}, pictures {meta.pictures}"
         + (f", traces of {meta.traced.text()}" if meta.traced is not None else ""),
         f"images, and in brackets rows to train on at {first} and every other {meta.streams[0]} site",

@@ -14,7 +14,8 @@ KIND_OF: dict[Stream, Kind] = {"img": "double", "txt": "double", "joint": "singl
 def asked_layers(settings: HarvestSettings) -> dict[Kind, str]:
     """{kind: numbers and ranges, or all} of `--layers double:0-15,single:0-3`: a kind holds until the next; without one, double.
 
-    `UsageError` for a kind that there is not, and for one that `--streams` leaves nothing to be read of; needs no model.
+    `UsageError` for a kind that there is not, for one that `--streams` leaves nothing to be read of, and for single blocks whose
+    output matrix `--quantize` leaves no numbers of; needs no model.
     """
     text, found, kind = settings.layers.strip(), dict[Kind, list[str]](), "double"
     for word in text.split(","):
@@ -38,7 +39,20 @@ def asked_layers(settings: HarvestSettings) -> dict[Kind, str]:
             raise UsageError(
                 f"--streams {settings.streams}: {stream} is read in {kind} blocks: name some, --layers {kind}:all"
             )
+    if settings.quantize == "int8" and "single" in layers:
+        raise UsageError(
+            "--quantize int8 rounds activations too, so that what an MLP adds in a single-stream block does not follow from a matrix: "
+            "leave the single blocks out of --layers, or choose nf4, int8wo or float8wo"
+        )
     return layers
+
+
+def asked_numbers(flag: str, text: str, count: int, what: str) -> tuple[int, ...]:
+    """The numbers that a flag names, below `count`; `UsageError` with the flag's name."""
+    try:
+        return parse_numbers(text, count, what)
+    except UsageError as error:
+        raise UsageError(f"{flag} {text}: {error}") from None
 
 
 def asked_streams(settings: HarvestSettings, kinds: tuple[Kind, ...]) -> tuple[Stream, ...]:

@@ -1,10 +1,10 @@
-"""What the memory of a device must hold, by `--offload`, `--quantize` and `--text-encoders`.
+"""What the memory of a device must hold, and that of its host of weights, by `--offload`, `--quantize` and `--text-encoders`.
 
 A batch is drawn in three phases: prompts are encoded, the transformer denoises, the VAE decodes.  In each phase some weights are
 on the device, and the batch holds something beside them; the device must hold the greatest sum of the three.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from harvest.models.model import DTYPES
@@ -84,6 +84,41 @@ def weights_on_device(way: Way, parts: Sequence[Part], dtype: str) -> Phases:
     rest = transformer.parameters - sum(blocks)
     at_once = max((sum(pair) for pair in zip(blocks, [*blocks[1:], 0], strict=True)), default=0)
     return Phases(layers.encoding, size * (rest + at_once), layers.decoding)
+
+
+@dataclass(frozen=True)
+class HostWeights:
+    """Bytes of weights in the RAM beside a device."""
+
+    loading: int
+    """at the height of loading, without mapped pages of files, which the system takes back"""
+    drawing: int
+    """while images are drawn"""
+
+
+def weights_on_host(way: Way, parts: Sequence[Part], dtype: str, mapped: Collection[str]) -> HostWeights:
+    """Weights in RAM; `mapped` names the parts whose files are in the dtype that is computed in, and are not copied for loading."""
+
+    def whole(part: Part) -> int:
+        return part.weights(dtype, way.quantize if part.name == "transformer" else "none")
+
+    def copied(part: Part) -> int:
+        quantised = part.name == "transformer" and way.quantize != "none"
+        return whole(part) if quantised or part.name not in mapped else 0
+
+    encoders = [part for part in parts if part.name.startswith("text_encoder")]
+    others = [part for part in parts if part not in encoders]
+    turns = [encoders, others] if way.text_encoders == "first" else [list(parts)]
+    loading = max(sum(map(copied, turn)) for turn in turns)
+    if way.offload == "none":
+        return HostWeights(loading, 0)
+    staying = sum(map(whole, turns[-1]))
+    if way.offload == "group":  # all blocks are pinned before the first of them lets its own memory go
+        transformer = next(part for part in parts if part.name == "transformer")
+        pinned, size = transformer.pinned(dtype), DTYPES[dtype].itemsize
+        staying += pinned - size * sum(transformer.blocks)
+        loading = max(loading, sum(map(copied, turns[-1])) + pinned)
+    return HostWeights(loading, staying)
 
 
 def dequantised(way: Way, parts: Sequence[Part], dtype: str) -> int:

@@ -17,14 +17,14 @@ import numpy as np
 from harvest.planning.measure import bytes_a_second, seconds_a_batch
 from harvest.planning.plan import Outline, Plan
 from harvest.planning.traced import FEWER
-from harvest.planning.volume import Volume, part_bytes
-from harvest.staging import slot_bytes, slots_of
+from harvest.planning.volume import Volume, part_bytes, pinned_bytes
+from harvest.staging import slots_of
 from store.errors import GranaryError
 from store.format import StoreMeta
 from store.layout import STORE_COMMIT, part_commit
 from store.sites import Stream
 from store.sites import spans as spans
-from store.sizes import human_size, many
+from store.sizes import human_size, many, picture_size
 
 FEW_BATCHES = 16
 """a harvest of fewer batches is not timed beforehand unless `--plan` asks: that would take longer than it tells"""
@@ -46,7 +46,7 @@ class Disk:
     @classmethod
     def of(cls, out: Path) -> "Disk":
         """The disk that `out` lies on, or will lie on."""
-        path = out.absolute()
+        path = Path(os.path.realpath(out))  # a link may lead to another disk, and to what is not there yet
         folder = next(each for each in (path, *path.parents) if each.is_dir())
         if folder == path and path.parent.stat().st_dev == path.stat().st_dev:
             folder = path.parent  # where a file may be written that is none of the store's
@@ -55,21 +55,30 @@ class Disk:
 
 
 def announce(
-    plan: Outline, out: Path | None, missing: Sequence[int], measure: bool = True, said: Outline | None = None
+    plan: Outline,
+    out: Path | None,
+    missing: Sequence[int],
+    share: Sequence[int] = (),
+    measure: bool = True,
+    said: Outline | None = None,
 ) -> None:
     """Print what the parts `missing` will take, of which `out` may hold others; `GranaryError` when that does not fit.
 
-    With `measure` a batch is drawn and a file is written to tell the time, unless there is little to do.  `said`: what was
-    announced without that, before prompts were encoded; only what is new is said then.
+    `share`: those of them that this worker begins with, where there are others: what they take is said, and all that is missing
+    has to fit, for the others write to the same disk.  With `measure` a batch is drawn and a file is written to tell the time,
+    unless there is little to do.  `said`: what was announced without that, before prompts were encoded; only what is new is
+    said then.
     """
-    meta, volume = plan.meta, volume_of(plan, missing)
+    meta, every = plan.meta, missing
+    missing = share or missing
+    volume = volume_of(plan, missing)
     new = bool(missing) and (out is None or not (out / STORE_COMMIT).exists())
     disk = Disk.of(out) if out is not None else None
     if said is not None:
         print("\n".join(_line("", remark) for remark in plan.remarks if remark not in said.remarks))
         if missing:
             if disk is not None:
-                refuse_what_does_not_fit(volume, disk, len(missing), new)
+                _refuse(plan, every, missing, disk, new)
             print(_line("time", _time(plan, volume, disk, missing)), flush=True)
         return
     print("\n".join(_head(plan, out, missing)), flush=True)
@@ -82,8 +91,25 @@ def announce(
     if disk is not None:
         inodes = "" if disk.inodes is None else f" and {disk.inodes:,} inodes"
         print(_line("disk", f"{human_size(disk.free)}{inodes} are free at {disk.folder}"), flush=True)
-        refuse_what_does_not_fit(volume, disk, len(missing), new)
+        if len(missing) < len(every):
+            needed = volume_of(plan, every).on_disk(len(every), new, disk.block)
+            print(_line("", f"all {len(every):,} missing parts, of all workers, take {human_size(needed)}"), flush=True)
+        _refuse(plan, every, missing, disk, new)
     print(_line("time", _time(plan, volume, disk, missing) if measure else "not measured"), flush=True)
+
+
+def _refuse(plan: Outline, every: Sequence[int], share: Sequence[int], disk: Disk, new: bool) -> None:
+    """`GranaryError` when what is missing does not fit; that says how much of it is a worker's `share`, where it has one."""
+    try:
+        refuse_what_does_not_fit(volume_of(plan, every), disk, len(every), new)
+    except GranaryError as error:
+        if len(share) == len(every):
+            raise
+        own = human_size(volume_of(plan, share).on_disk(len(share), new, disk.block))
+        whose = f"{own} of it in the {many(len(share), 'part')} that this worker begins with"
+        raise GranaryError(
+            f"{error}. That is for all {len(every):,} missing parts, {whose}; the others write there too"
+        ) from None
 
 
 def volume_of(plan: Outline, parts: Sequence[int] | None = None) -> Volume:
@@ -130,7 +156,7 @@ def _head(plan: Outline, out: Path | None, missing: Sequence[int]) -> list[str]:
         f"harvest {meta.model['id']}" + ("" if out is None else f" -> {out}"),
         _line(
             "images",
-            f"{meta.n_images:,} of {meta.height}x{meta.width} pixels in {meta.num_inference_steps} "
+            f"{meta.n_images:,} of {picture_size(meta.width, meta.height)} in {meta.num_inference_steps} "
             f"step{'s' * (meta.num_inference_steps > 1)} (kept: {spans(meta.steps)})"
             f"{f', guidance {meta.guidance:g}' if meta.guidance else ''}; {prompts}",
         ),
@@ -217,12 +243,12 @@ def _kept(meta: StoreMeta, stream: Stream) -> str:
 
 
 def _memory(meta: StoreMeta) -> str:
-    part = part_bytes(meta)
-    slots = slots_of(meta)
-    staging = slots * slot_bytes(meta)
+    part, slots = part_bytes(meta), slots_of(meta)
+    staging = 0 if meta.device == "cpu" else pinned_bytes(meta)
+    slotted = f", and {human_size(staging)}, pinned, for what {many(slots, 'step')} of a batch keep{'s' * (slots == 1)}"
     text = (
-        f"{human_size(2 * part)} for two parts of {human_size(part)}, one being drawn and one being written, and "
-        f"{human_size(staging)} for what {many(slots, 'step')} of a batch keep{'s' * (slots == 1)}, beside the model"
+        f"{human_size(2 * part)} for two parts of {human_size(part)}, one being drawn and one being written"
+        f"{slotted if staging else ''}, beside the model"
     )
     available = _available_memory()
     if available is None or 2 * part + staging < available:

@@ -15,6 +15,7 @@ import torch
 
 from harvest.models.model import too_large
 from harvest.planning.plan import Plan
+from harvest.staging import Staging
 
 WARM_SECONDS = 1.5
 """a first batch that took less than this says more about warming up than about the next one: it is drawn again"""
@@ -35,9 +36,11 @@ def seconds_a_batch(plan: Plan, first_image: int) -> tuple[float, int]:
         batches = replace(batches, sampler=replace(plan.sampler, embeddings=plan.sampler.embeddings.loosely()))
     index = first_image // size
     try:
-        seconds = _timed(lambda: fill_part(batches, index))
-        if seconds < WARM_SECONDS:
-            seconds = min(seconds, _timed(lambda: fill_part(batches, index)))
+        with Staging(batches.meta) as staging:
+            staging.reserve(plan.sampler.pipe._execution_device)  # once a harvest, and pinning gigabytes takes seconds
+            seconds = _timed(lambda: fill_part(batches, index, None, None, staging))
+            if seconds < WARM_SECONDS:
+                seconds = min(seconds, _timed(lambda: fill_part(batches, index, None, None, staging)))
     except torch.OutOfMemoryError as error:
         raise too_large(plan.meta, size, error) from None
     return seconds, len(batches.meta.part_images(index))

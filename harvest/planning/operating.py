@@ -5,7 +5,7 @@
 3. Time follows from a rate only: one that was stated, or that of a batch that is drawn now.  Without one it is unknown.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from textwrap import wrap
 from typing import Any
@@ -13,16 +13,16 @@ from typing import Any
 from harvest.models.model import DTYPES
 from harvest.planning import reserve
 from harvest.planning.budget import Policy, policy_of, varied
-from harvest.planning.device_memory import GIVEN_UP, device_bytes, ways_of, weights_on_device
+from harvest.planning.device_memory import GIVEN_UP, Way, device_bytes, ways_of, weights_on_device, weights_on_host
 from harvest.planning.estimate import duration, spans
-from harvest.planning.parameters import Held, Part, held_by_a_batch, parts_of_model
+from harvest.planning.parameters import Held, Part, file_dtypes, held_by_a_batch, parts_of_model
 from harvest.planning.plan import Outline
 from harvest.planning.rates import Rates, rates_of
 from harvest.planning.reserve import Reserve
-from harvest.planning.volume import part_bytes
+from harvest.planning.volume import PICTURE_BYTES_A_PIXEL, part_bytes
 from harvest.staging import batch_of, slots_of
 from store.format import StoreMeta
-from store.sizes import human_size, many
+from store.sizes import human_size, many, picture_size
 
 SPARSE = 16
 """the sparse columns keep one image token in so many: 64 of 1024"""
@@ -136,7 +136,7 @@ def _head(plan: Outline, columns: Sequence[Column], parts: Sequence[Part]) -> li
     guidance = f", guidance {meta.guidance:g}" if meta.guidance else ""
     lines = [
         f"what to reserve for {meta.model['id']}: {'; '.join(f'{n:,}' for n in plan.settings.scales)} prompts",
-        f"  drawing   {meta.height}x{meta.width} pixels in {many(meta.num_inference_steps, 'step')} (kept: {spans(meta.steps)})"
+        f"  drawing   {picture_size(meta.width, meta.height)} in {many(meta.num_inference_steps, 'step')} (kept: {spans(meta.steps)})"
         f"{guidance}, {many(meta.seeds_per_prompt, 'image')} a prompt, at most {meta.batch_size} a batch, in {meta.dtype}",
         f"  sites     {names}: {len(meta.sites)} of {meta.d_model:,} channels; pictures {meta.pictures}",
     ]
@@ -169,7 +169,10 @@ def _disk(reserved: Sequence[Sequence[Reserve]], parts: Sequence[Part]) -> Table
 
     kinds: dict[str, Callable[[Reserve], str]] = {
         "store, activations": lambda each: human_size(each.by_kind["activations"]),
-        "store, all else": lambda each: human_size(each.store - each.by_kind["activations"]),
+        **({} if meta.traced is None else {"store, traces": lambda each: human_size(each.by_kind["traces"])}),
+        "store, all else": lambda each: human_size(
+            each.store - each.by_kind["activations"] - each.by_kind.get("traces", 0)
+        ),
         "store, files and folders": lambda each: f"{each.inodes:,}",
         "packs, at most": lambda each: human_size(each.packs),
         "packs, scratch": lambda each: human_size(each.scratch),
@@ -185,11 +188,22 @@ def _disk(reserved: Sequence[Sequence[Reserve]], parts: Sequence[Part]) -> Table
         f"{sum(s.stream == stream for s in meta.site_objects)} x {t.kept}" for stream, t in meta.tokens.items()
     )
     parameters = reserve.parameters_of(meta.d_model)
+    zstd = "; --codec zstd compresses them, which is not foreseen: sizes are before it" if meta.codec == "zstd" else ""
+    pictures = (
+        f"pictures at {PICTURE_BYTES_A_PIXEL[meta.pictures]:g} B a pixel ({meta.pictures}), "
+        if meta.pictures != "none"
+        else ""
+    )
+    copied = "where targets are recomputed" if settings.weights != "copy" else "(--weights copy)"
+    matrices = f"and MLP matrices once {copied}" + (
+        "" if meta.traced is None else ", and attention matrices of traced blocks"
+    )
+    traces = [] if meta.traced is None else [("store, traces", f"{meta.traced.text()}, however many prompts there are")]
     why = (
         ("store, activations", f"images x {many(len(meta.steps), 'step')} x ({kept} rows, in {LETTERS[0]}) x "
-         f"{len(meta.points)} points x {meta.row_bytes:,} B, the last part filled up"),
-        ("store, all else", "pictures at 0.35 B a pixel (webp), prompts, kept tokens, statistics, checksums, and MLP matrices once "
-         "where targets are recomputed; estimated"),
+         f"{len(meta.points)} points x {meta.row_bytes:,} B, the last part filled up{zstd}"),
+        *traces,
+        ("store, all else", f"{pictures}prompts, kept tokens, statistics, checksums, {matrices}; estimated"),
         ("store, files and folders", "a file for each site, step, point and part, and a few; a part is a power of two of images "
          "(4 to 64) whose largest file is near 24 MiB"),
         ("packs, at most", "the kept rows of train and val, shuffled, with 14 or 15 B of provenance each; fp8 is widened to bfloat16; text "
@@ -204,34 +218,50 @@ def _disk(reserved: Sequence[Sequence[Reserve]], parts: Sequence[Part]) -> Table
     return Table("disk", _letters(reserved[0]), tuple(rows), why)
 
 
-def _host(reserved: Sequence[Sequence[Reserve]], parts: Sequence[Part], held: Sequence[Held], cuda: bool) -> Table:
+def _host(reserved: Sequence[Sequence[Reserve]], parts: tuple[Part, ...], held: Sequence[Held], cuda: bool) -> Table:
     metas = [each.meta for each in reserved[-1]]
     settings, dtype = reserved[0][0].outline.settings, metas[0].dtype
-    weights = sum(part.weights(dtype) for part in parts)
-    batch = [0 if cuda else max(each.encoding, each.denoising or 0, each.decoding) for each in held]
+    way, kept = Way(settings.offload, settings.quantize, settings.text_encoders), file_dtypes(settings, parts)
+    mapped = [name for name, files_in in kept.items() if files_in == dtype]
+    weights = weights_on_host(way, parts, dtype, mapped)
+    here = weights.drawing if cuda else sum(part.weights(dtype) for part in parts)
     rows: dict[str, list[int]] = {
         "two parts": [reserve.host_parts(meta) for meta in metas],
         "staging": [reserve.staging_on_host(meta, cuda) for meta in metas],
-        "weights": [weights if not cuda or settings.offload != "none" else 0 for _ in metas],
+        "weights": [here for _ in metas],
     }
     if not cuda:
-        rows["a batch"] = batch
+        rows["a batch"] = [max(each.encoding, each.denoising or 0, each.decoding) for each in held]
     rows["pictures"] = [2 * 3 * m.height * m.width * m.chunk_images * (m.pictures != "none") for m in metas]
     rows["Python"] = [PYTHON for _ in metas]
-    rows["in all"] = [sum(each) for each in zip(*rows.values(), strict=True)]
+    drawing = [sum(each) for each in zip(*rows.values(), strict=True)]
+    if cuda:
+        rows |= {"drawing": drawing, "loading": [weights.loading + PYTHON for _ in metas]}
+    rows["in all"] = [max(each) for each in zip(drawing, rows.get("loading", drawing), strict=True)]
     packs = {f"pack of {row[0].prompts:,} prompts": [each.pack_knows for each in row] for row in reserved}
     at_once = f"{slots_of(metas[0])} slots" if slots_of(metas[0]) > 1 else "one slot"
     why = [
         ("two parts", f"one is drawn while one is written: 2 x {human_size(part_bytes(metas[0]))} in {LETTERS[0]} "
          "(images a part x rows x steps x points x channels), however many prompts there are"),
-        ("staging", f"what one step of a batch keeps, {at_once} of it in {LETTERS[0]}, "
-         + ("pinned, in the store's dtype" if cuda else "as computed")),
+        ("staging", f"what one step of a batch keeps, {at_once} of it in {LETTERS[0]}, in the store's dtype and "
+         "pinned: torch rounds each buffer (a slot, stream and point) up to a power of two" if cuda else
+         "what a hook chooses and converts: a batch's kept rows of the largest site, as computed and in float32"),
     ]  # fmt: skip
-    on_host = f"all parts in {dtype}; --offload keeps them here" if cuda else f"all parts in {dtype}"
-    free = "files are mapped while they are loaded and go to the device; with --offload all of them stay here: "
-    why.append(("weights", f"{free}{human_size(weights)}" if cuda and settings.offload == "none" else on_host))
-    if not cuda:
-        why.append(("a batch", "the greatest of encoding, denoising and decoding, as the modules hold it"))
+    if cuda:
+        stays, grouped = (
+            weights_on_host(Way(o, "none", way.text_encoders), parts, dtype, mapped) for o in ("model", "group")
+        )
+        why += [
+            ("weights", f"none where they are on the device; with --offload they stay here, {human_size(stays.drawing)}, and "
+             f"with --offload group {human_size(grouped.drawing)}: it pins each matrix of the transformer's blocks, rounded up likewise"),
+            ("loading", f"Python, and weights until they are on the device: {_loading(kept, dtype)}"),
+            ("in all", "the greater of drawing, which is the sum of the rows above it, and loading"),
+        ]  # fmt: skip
+    else:
+        why += [
+            ("weights", f"all parts in {dtype}"),
+            ("a batch", "the greatest of encoding, denoising and decoding, as the modules hold it"),
+        ]
     why += [
         ("pictures", "3 B a pixel of the images of two parts"),
         ("Python", "torch, diffusers and transformers as they are imported, about"),
@@ -240,6 +270,25 @@ def _host(reserved: Sequence[Sequence[Reserve]], parts: Sequence[Part], held: Se
     ]  # fmt: skip
     cells = {name: tuple(map(human_size, values)) for name, values in {**rows, **packs}.items()}
     return Table("memory of a worker (RAM)", _letters(metas), tuple(cells.items()), tuple(why))
+
+
+def _loading(kept: Mapping[str, str | None], dtype: str) -> str:
+    """Which parts are converted while they are loaded, and lie in RAM until they are on the device, and which are not."""
+    kinds = {
+        kind: [name for name, files_in in kept.items() if files_in == kind] for kind in dict.fromkeys(kept.values())
+    }
+    said = []
+    for kind, names in kinds.items():
+        of = f"the files of {' and '.join(names)}" if len(kinds) > 1 else "the files"
+        if kind == dtype:
+            said.append(f"{of} are in {dtype}, and mapped: no memory of the process")
+        elif kind is None:
+            said.append(
+                f"which dtype {of} are in is not known from here; counted as if it were another than {dtype}, so that all are converted"
+            )
+        else:
+            said.append(f"{of} are in {'several dtypes' if kind == 'mixed' else kind}, and converted to {dtype}")
+    return "; ".join(said)
 
 
 def _device(plan: Outline, columns: Sequence[Column], parts: Sequence[Part], held: Sequence[Held]) -> Table:

@@ -5,6 +5,7 @@ of a folder or of the hub's cache.  Nothing is loaded and nothing downloaded.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from torch import nn
 
 from harvest.models.model import DTYPES, locate_model
 from harvest.models.pipelines import MODEL_INDEX
-from harvest.models.published import PUBLISHED, Configuration
+from harvest.models.published import FILES_IN, PUBLISHED, Configuration
 from harvest.planning.live_memory import META, peak_bytes
+from harvest.planning.volume import as_pinned
 from harvest.quiet import quiet
 from harvest.settings import HarvestSettings
 from harvest.staging import batch_of
@@ -27,6 +29,10 @@ from store.format import StoreMeta
 
 QUANTISED_BITS = {"nf4": 4 + 32 / 64, "int8": 8.0, "int8wo": 8.0, "float8wo": 8.0}
 """bits of a weight of a linear layer: nf4 has a float32 scale for 64 weights; the scales of the others, one a row, are few"""
+WEIGHTS_FILE = re.compile(r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors")
+"""the name of a file that is loaded when no variant is asked for"""
+FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+"""as safetensors calls them"""
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,12 @@ class Part:
         lists = [child for child in self.module.children() if isinstance(child, nn.ModuleList)]
         return [sum(p.numel() for p in block.parameters()) for each in lists for block in each]
 
+    def pinned(self, dtype: str) -> int:
+        """Bytes that group offloading pins: each matrix of the blocks by itself, in memory of its own."""
+        lists = [child for child in self.module.children() if isinstance(child, nn.ModuleList)]
+        size = DTYPES[dtype].itemsize
+        return sum(as_pinned(p.numel() * size) for each in lists for block in each for p in block.parameters())
+
 
 def parts_of_model(settings: HarvestSettings) -> tuple[Part, ...]:
     """The parts of the pipeline that `settings` name; `UsageError` for a model whose configuration is neither known nor here."""
@@ -80,19 +92,50 @@ def _built(library: str, kind: str, config: dict[str, Any]) -> nn.Module:
     return module.eval()
 
 
+def file_dtypes(settings: HarvestSettings, parts: tuple[Part, ...]) -> dict[str, str | None]:
+    """{part: dtype of its files' tensors, `mixed` for several, None where they are neither here nor known}."""
+    name, local = locate_model(settings.model)
+    found: dict[str, str | None] = {}
+    for part in parts:
+        config = _path_of(name, local, settings.revision, f"{part.name}/config.json")
+        files = [] if config is None or not config.exists() else sorted(config.parent.iterdir())
+        held = {dtype for file in files if WEIGHTS_FILE.fullmatch(file.name) for dtype in _dtypes_in(file)}
+        found[part.name] = "mixed" if len(held) > 1 else next(iter(held), FILES_IN.get(settings.model))
+    return found
+
+
+def _dtypes_in(file: Path) -> set[str]:
+    """The floating-point dtypes of a safetensors file, by its header; none of one that cannot be read."""
+    try:
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        kinds = {each["dtype"] for name, each in header.items() if name != "__metadata__"}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError):
+        return set()
+    return {FLOATS[kind] for kind in kinds if kind in FLOATS}
+
+
+def _path_of(name: str, local: bool, revision: str | None, file: str) -> Path | None:
+    """A file of a folder, or of the hub's cache; None where it is not there."""
+    if local:
+        return Path(name) / file
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        cached = try_to_load_from_cache(name, file, revision=revision)
+    except ValueError:
+        return None
+    return Path(cached) if isinstance(cached, str) else None
+
+
 def configurations_of(settings: HarvestSettings) -> dict[str, Configuration]:
     """{part: library, class, configuration} from the files of a model that is here; `UsageError` where they are not."""
     name, local = locate_model(settings.model)
 
     def read(file: str) -> Any:
-        path: Path | str | None = Path(name) / file
+        path = _path_of(name, local, settings.revision, file)
         try:
-            if not local:
-                from huggingface_hub import try_to_load_from_cache
-
-                cached = try_to_load_from_cache(name, file, revision=settings.revision)
-                path = cached if isinstance(cached, str) else None
-            return None if path is None else json.loads(Path(path).read_bytes())
+            return None if path is None else json.loads(path.read_bytes())
         except (OSError, ValueError):
             return None
 

@@ -37,15 +37,16 @@ from harvest.models.weights import (
     weights_bytes,
     weights_files,
 )
-from harvest.planning.choosing import choose_sites, reads_text, token_policies
+from harvest.planning.choosing import asked_layers, asked_numbers, choose_sites, reads_text, token_policies
 from harvest.planning.parameters import configurations_of
 from harvest.planning.traced import choose_traced
 from harvest.prompts import DATASET_MAX_CHARACTERS, IMAGES_DEFAULT, PromptSet, is_dataset, load_prompts, source_of
 from harvest.sample import Sampler
 from harvest.settings import HarvestSettings
+from harvest.tiny_flux.scenes import PIXELS
 from store.errors import UsageError
 from store.format import CARRIERS, StoreDtype, StoreMeta, chunk_images
-from store.sites import POINTS, Point, Site, parse_numbers
+from store.sites import POINTS, Point, Site
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
@@ -65,7 +66,7 @@ class Outline:
     prompts: PromptSet | None
     """None where they are far away and were not fetched"""
     longest: int
-    """text tokens of the longest prompt of the source"""
+    """real text tokens of the prompt of the source with the most"""
     remarks: tuple[str, ...]
     """what the user should know besides"""
 
@@ -131,13 +132,14 @@ def make_outline(settings: HarvestSettings) -> Outline:
         source, images = prompts.source, len(prompts.prompts)
         characters = max(map(len, prompts.candidates_for_longest()))
     length = _text_length(settings)
-    longest = geometry.family.text_before + min(characters // CHARACTERS_A_TOKEN + 1, length)
+    longest = sum(min(characters // CHARACTERS_A_TOKEN + 1, places) for places in (geometry.family.text_before, length))
     dtype = settings.dtype or "bfloat16"
     sites = choose_sites(settings, geometry, geometry.family)
     meta = _meta(settings, geometry, sites, longest, images, dtype)
     meta = replace(meta, prompts=source, weights={"policy": settings.weights_policy, "files": {}})
     remarks = [
         *remarks_of(settings),
+        *_unknown_scenes(geometry, prompts),
         f"the weights of {settings.model} were not loaded: computing in {dtype} is assumed",
     ]
     sparse = settings.text_tokens != "all" or settings.budget is not None or settings.scale is not None
@@ -151,6 +153,7 @@ def make_plan(settings: HarvestSettings, accept: Callable[[Outline], object] | N
 
     With `--text-encoders first`, `accept` is shown what is known before the prompts are encoded, and may refuse it.
     """
+    asked_layers(settings)  # which refuses what needs no model
     device = _device(settings)
     threads = cpu_threads(settings.threads)
     torch.set_num_threads(threads)
@@ -179,7 +182,7 @@ def make_plan(settings: HarvestSettings, accept: Callable[[Outline], object] | N
         weights={"policy": settings.weights_policy, "files": {}},
         versions=library_versions(),
     )
-    remarks = remarks_of(settings) + _cuts(geometry, prompts, tokenized, length)
+    remarks = remarks_of(settings) + _unknown_scenes(geometry, prompts) + _cuts(geometry, prompts, tokenized, length)
     if accept is not None and settings.text_encoders == "first":
         accept(Outline(settings, meta, geometry, prompts, longest, remarks))
     first = encode_first(settings, frame, meta, texts, alone, device) if settings.text_encoders == "first" else None
@@ -241,7 +244,7 @@ def _meta(
         chunk_images=1,
         sites=tuple(str(site) for site in sites),
         points=points,
-        steps=parse_numbers(settings.steps, steps_of(settings), "step"),
+        steps=asked_numbers("--steps", settings.steps, steps_of(settings), "step"),
         d_model=geometry.d_model,
         store_dtype=_store_dtype(settings, dtype),
         codec=settings.codec,
@@ -293,15 +296,25 @@ def _check_guidance(settings: HarvestSettings, takes_guidance: bool) -> None:
 def _longest(
     pipe: "FluxPipeline", settings: HarvestSettings, prompts: PromptSet, tokenized: list[Tokenized], length: int
 ) -> int:
-    """Text tokens of the longest prompt: of those used, and where slots depend on it of all that the source has.
+    """Real text tokens of the prompt with the most: of those used, and where slots depend on it of all that the source has.
 
     So a store of more images of the same source has the same slots, and a store can be extended.
     """
-    longest = max(len(t.ids) for t in tokenized)
+    longest = max(t.real for t in tokenized)
     if settings.text_tokens == "all" or not reads_text(settings):
         return longest
     texts = prompts.candidates_for_longest()
     return max(longest, longest_of(pipe, texts, length))
+
+
+def _unknown_scenes(geometry: Geometry, prompts: PromptSet | None) -> tuple[str, ...]:
+    """That what our captions ask for is not looked for in pictures of another size than the judge reads."""
+    known = prompts is not None and prompts.prompts[0].scene is not None
+    if not known or (geometry.height, geometry.width) == (PIXELS, PIXELS):
+        return ()
+    return (
+        f"no column truth (for python -m analyze truth): scenes are read from pictures of {PIXELS} x {PIXELS} pixels alone",
+    )
 
 
 def _cuts(geometry: Geometry, prompts: PromptSet, tokenized: list[Tokenized], length: int) -> tuple[str, ...]:

@@ -22,4 +22,4 @@ def rehearse(asked: HarvestSettings, settings: HarvestSettings) -> None:
         return
     chosen = settings.parts_of(plan.meta.n_parts)
     missing = [part for part in missing_parts(plan, is_extension(asked, plan)) if part in chosen]
-    announce(plan, settings.out, worker_of(settings, {}).share(missing) or missing)
+    announce(plan, settings.out, missing, worker_of(settings, {}).share(missing))

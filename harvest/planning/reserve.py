@@ -7,8 +7,8 @@ import numpy as np
 
 from harvest.planning.estimate import volume_of
 from harvest.planning.plan import Outline
-from harvest.planning.volume import Volume, part_bytes
-from harvest.staging import slot_bytes, slots_of, stored_in
+from harvest.planning.volume import Volume, part_bytes, pinned_bytes
+from harvest.staging import batch_of, slot_bytes, slots_of, stored_in
 from store.format import StoreMeta, array_specs
 from store.packing.budget import COMMIT_ENTRY
 from store.packing.shard import row_bytes
@@ -132,8 +132,14 @@ def staging_on_device(meta: StoreMeta) -> int:
 
 
 def staging_on_host(meta: StoreMeta, cuda: bool) -> int:
-    """Bytes of the slots on the host: pinned, in the store's dtype, for CUDA; as computed on a CPU."""
-    return slots_of(meta) * (_stored(meta) if cuda else slot_bytes(meta))
+    """Bytes on the host: for CUDA the slots, pinned, in the store's dtype; on a CPU rows of one site that are chosen and converted."""
+    return pinned_bytes(meta) if cuda else converting_bytes(meta)
+
+
+def converting_bytes(meta: StoreMeta) -> int:
+    """Bytes that a hook holds on a CPU: the kept rows of the largest site, as computed, and in float32 for the rounding errors."""
+    rows = max(meta.tokens[site.stream].kept for site in meta.site_objects) * batch_of(meta)
+    return rows * meta.d_model * (np.dtype(_carried(meta.dtype)).itemsize + 4)
 
 
 def _converts(meta: StoreMeta) -> bool:

@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 
+from harvest.staging import batch_of, slots_of, stored_in
 from store.chunks import TRAILER
 from store.format import StoreMeta, array_specs, metadata_files, numbered_files
 from store.traces import TRACE_DTYPES, trace_shapes
@@ -137,6 +138,18 @@ def part_bytes(meta: StoreMeta) -> int:
     """Bytes of the activations of a part in memory, in the dtype that a reader hands out."""
     rows = meta.chunk_images * sum(meta.tokens[site.stream].kept for site in meta.site_objects) * len(meta.steps)
     return rows * len(meta.points) * meta.d_model * np.dtype(meta.carrier.logical).itemsize
+
+
+def pinned_bytes(meta: StoreMeta) -> int:
+    """Bytes of pinned memory that values land in on their way from a device: a buffer a slot, stream and point, in the store's dtype."""
+    streams, size = Counter(site.stream for site in meta.site_objects), stored_in(meta).itemsize
+    buffers = [sites * batch_of(meta) * meta.tokens[s].kept * meta.d_model * size for s, sites in streams.items()]
+    return slots_of(meta) * len(meta.points) * sum(map(as_pinned, buffers))
+
+
+def as_pinned(size: int) -> int:
+    """Bytes that torch takes for a pinned buffer of so many: the next power of two."""
+    return 1 << (size - 1).bit_length() if size else 0
 
 
 def _one(size: float | int) -> Counter[int]:
