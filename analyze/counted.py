@@ -9,26 +9,21 @@ from jaxtyping import Bool, Int
 
 from store import Store
 from store.sites import Stream
-from store.strata import Group, StreamTokens, kinds_of
-
-
-def text_lengths(store: Store) -> Int[np.ndarray, " image"]:
-    """How many tokens of each prompt are real; positions from there on are padding."""
-    return np.asarray(store.prompts()["text_length"].to_numpy(), np.int64)
+from store.strata import Group, RealText, StreamTokens, kinds_of
 
 
 def counted_rows(
     positions: Int[np.ndarray, "image token"],
     stream: Stream,
-    lengths: Int[np.ndarray, " image"],
+    text: RealText,
     text_total: int,
     padding: bool,
 ) -> Bool[np.ndarray, "image token"]:
-    """True for rows that count.  `text_total` is the length of the padded text, which the `joint` stream starts with."""
+    """True for rows that count; `text` is of these images; `text_total` is the length of the padded text, with which `joint` starts."""
     kept = positions >= 0
     if padding or stream == "img":
         return kept
-    real = positions < lengths[:, None]
+    real = text.at(np.arange(len(positions))[:, None], positions)
     return kept & (real | (positions >= text_total) if stream == "joint" else real)
 
 
@@ -66,11 +61,11 @@ def counted_chunks(
     store: Store, stream: Stream, step: int, images: Int[np.ndarray, " image"], padding: bool
 ) -> Iterator[CountedChunk]:
     """The chunks that hold some of the images, in order; only positions are read."""
-    lengths = text_lengths(store)
+    text = RealText.of(store.prompts())
     for start in (np.unique(images // store.chunk_images) * store.chunk_images).tolist():
         stop = min(start + store.chunk_images, store.n_images)
         positions = store.tokens(stream, step, start, stop)
-        counted = counted_rows(positions, stream, lengths[start:stop], store.meta.text_tokens, padding)
+        counted = counted_rows(positions, stream, text[start:stop], store.meta.text_tokens, padding)
         counted[~np.isin(np.arange(start, stop), images)] = False
         yield CountedChunk(start, stop, positions, counted)
 

@@ -25,6 +25,7 @@ from analyze.scoring.scores import ScoresSummary
 from analyze.scoring.settings import ScoresSettings
 from analyze.settings import AllSettings, Inputs
 from analyze.truth import judging as truth
+from analyze.truth.attributes import why_unknown
 from analyze.truth.settings import TruthSettings
 from analyze.truth.table import verdict_line
 from store.errors import UsageError
@@ -94,7 +95,7 @@ def _left_out(analysis: Analysis, comparing: CoherenceSettings, judging: TruthSe
         "truth": (
             _reason(lambda: truth.choose_judges(analysis, judging))
             if "truth" in analysis.store.prompts().column_names
-            else "what is in the pictures is known only in stores of --prompts builtin:shapes"
+            else why_unknown(analysis.store)
         ),
     }
     return {part: reason for part, reason in found.items() if reason is not None}

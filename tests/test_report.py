@@ -87,7 +87,7 @@ def made_with(settings: ReportSettings) -> Made:
 def test_the_report_says_what_was_run_and_escapes_what_it_is_given(made: Made) -> None:
     page = made.report.index.read_text()
     assert "What &lt;b&gt;planted&lt;/b&gt; features see" in page
-    assert "120 of 72 × 48 pixels, 6 × 9 image tokens" in page
+    assert "120 of 72 × 48 pixels (width × height), 9 × 6 image tokens" in page
     assert "0.080" in page  # FVU of the dictionaries
     assert re.search(r"img: \d+ of \d+ attributes have a feature", page)
 

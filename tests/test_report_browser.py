@@ -9,11 +9,14 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from analyze.labels.command import books_of, parse_transported
+from analyze.pictures.heat import Heat
 from analyze.report import building as report
 from analyze.report.building import Report
+from analyze.report.heat_pass import spooled
 from analyze.report.settings import ReportSettings
 from tests.analyze_planted import Plan
 from tests.chromium import Page, complaints, contrast, wait
@@ -227,6 +230,26 @@ def test_heat_is_drawn_smooth_in_patches_or_not_at_all(pages: Pages) -> None:
     assert set(pages.js(sizes)) == {9}  # one pixel a token, enlarged by the style
     pages.press("h")
     assert pages.js(sizes) == []
+
+
+ONE = """
+    const { one, unpacked } = granary.examples;
+    const example = {image: 0, maxValue: 2, maxValueTokenIndex: 4, prompt: 'a red', pieces: ['a', ' red'], seed: 0};
+    example.values = unpacked(arguments[0], 57, 3);
+    const report = granary.features.report();
+    const made = one(example, {stream: 'joint', report, first: 3, hottest: {picture: 2, words: 20}}, 'smooth', 0);
+    const data = (c) => c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
+    const strong = [...made.querySelectorAll('canvas')].some(c => data(c).some((v, i) => i % 4 === 3 && v > 200));
+    return [made.querySelector('b').textContent, strong, made.querySelectorAll('.heated').length, made.querySelectorAll('mark').length];
+"""
+
+
+def test_a_joint_feature_has_heat_of_its_own_on_pictures_and_on_words(pages: Pages) -> None:
+    pages.open("#/features?dictionary=img_0&step=0")
+    heat = Heat(0, np.asarray([1, 4, 9]), np.asarray([20, 2, 1], np.float32))
+    assert pages.js(ONE, spooled(heat, 57, 3)) == ["2 on image tokens, 20 on text tokens", True, 1, 1]
+    words = Heat(0, heat.positions[:1], heat.values[:1])  # nothing over the picture, which stays as it is
+    assert pages.js(ONE, spooled(words, 57, 3)) == ["0 on image tokens, 20 on text tokens", False, 0, 1]
 
 
 def test_a_label_is_kept_shown_in_the_table_and_exported_for_the_command(

@@ -67,7 +67,7 @@ def test_a_spatial_scan_finds_the_feature_of_objects_in_that_place(planted_scan:
     images = [scene.image for scene in scenes if scene.things[0].position == place]
     object_tokens = np.flatnonzero(scenes[images[0]].things[0].coverage > 0.5)
     r, c = np.unravel_index(object_tokens, PLAN.grid)
-    region = f"{r.min()}-{r.max()}:{c.min()}-{c.max()}"
+    region = f"{r.min() + 1}-{r.max() + 1}:{c.min() + 1}-{c.max() + 1}"
     chosen = ",".join(map(str, images))
     rows = scan(planted_scan, kind="spatial", region=region, images=chosen, per_image=True)
     assert rows[0]["feature"] == number("position", place)
@@ -84,10 +84,10 @@ def test_a_spatial_scan_finds_the_feature_of_objects_in_that_place(planted_scan:
 
 def test_a_mask_of_another_size_says_the_same_as_the_rectangle(planted_scan: Path, tmp_path: Path) -> None:
     mask = np.zeros((60, 180), np.uint8)
-    mask[20:40, 60:120] = 255  # rows 2 and 3 of 6, columns 3 to 5 of 9
+    mask[20:40, 60:120] = 255  # rows 3 and 4 of 6, columns 4 to 6 of 9
     Image.fromarray(mask).save(tmp_path / "mask.png")
     by_mask = scan(planted_scan, kind="spatial", mask=tmp_path / "mask.png", images="0-30")
-    by_tokens = scan(planted_scan, kind="spatial", region="2-3:3-5", images="0-30")
+    by_tokens = scan(planted_scan, kind="spatial", region="3-4:4-6", images="0-30")
     by_share = scan(planted_scan, kind="spatial", region="0.334-0.666:0.334-0.666", images="0-30")
     assert by_mask == by_tokens == by_share
     assert by_mask
@@ -196,7 +196,7 @@ def test_a_plan_says_what_would_be_read_and_writes_nothing(
 
 
 def test_a_share_counts_where_a_feature_is_active_on_enough_images(planted_scan: Path) -> None:
-    asked = {"kind": "spatial", "region": "0-1:0-4", "sites": "img_0", "best": 96, "every_step": True, "rank": "share"}
+    asked = {"kind": "spatial", "region": "1-2:1-5", "sites": "img_0", "best": 96, "every_step": True, "rank": "share"}
     few, more = scan(planted_scan, **asked, min_images=1), scan(planted_scan, **asked, min_images=30)
     assert 0 < len(more) < len(few)
     assert more == [
@@ -217,7 +217,7 @@ def test_a_store_of_sampled_tokens_is_looked_at_where_they_were_kept(tmp_path: P
     store = planted_store(tmp_path / "store", plan)
     planted_dictionaries(tmp_path / "dictionaries", plan)
     scores.run(ScoresSettings(**where(tmp_path)))
-    rows = scan(tmp_path, kind="spatial", region="0-1:0-4", best=48)
+    rows = scan(tmp_path, kind="spatial", region="1-2:1-5", best=48)
     subject = open_analysis(Inputs(**where(tmp_path))).subjects[0]
     weight = subject.dictionary.encoder.weight.detach().numpy().astype(np.float64)
     slow: dict[str, list[np.ndarray]] = {}  # by prompt
@@ -247,6 +247,6 @@ def test_in_a_joint_stream_the_text_comes_first(tmp_path: Path) -> None:
     rows = scan(tmp_path, kind="top", words="^(red|blue|green)$", best=1)
     assert rows[0]["at"] in ("red", "blue", "green")
     assert rows[0]["token"] < 24
-    scan(tmp_path, kind="spatial", region="0:0-1", name="corner")
+    scan(tmp_path, kind="spatial", region="1:1-2", name="corner")
     record = json.loads((tmp_path / "out" / "scan" / "corner.json").read_text())
     assert record["inside"] == {"joint": [24, 25]}

@@ -95,17 +95,18 @@ def test_a_mask_of_other_proportions_than_the_picture_is_noted(
 
 
 def test_rectangles_in_tokens_shares_and_names() -> None:
-    assert rectangle("1-2:0", (4, 3)).reshape(4, 3).tolist() == [[0, 0, 0], [1, 0, 0], [1, 0, 0], [0, 0, 0]]
+    assert rectangle("2-3:1", (4, 3)).reshape(4, 3).tolist() == [[0, 0, 0], [1, 0, 0], [1, 0, 0], [0, 0, 0]]
     assert rectangle("0.0-0.5:0.5-1.0", (2, 3)).reshape(2, 3).tolist() == [[0, 0.5, 1], [0, 0, 0]]
-    np.testing.assert_array_equal(rectangle("top", (4, 2)), rectangle("0-1:0-1", (4, 2)))
+    np.testing.assert_array_equal(rectangle("top", (4, 2)), rectangle("1-2:1-2", (4, 2)))
 
 
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
         ({"kind": "spatial", "region": "moon"}, "is no region: write rows:columns"),
-        ({"kind": "spatial", "region": "2-6:0-3"}, "leaves the picture, which has tokens 0 to 5"),
-        ({"kind": "spatial", "region": "3-2:0-3"}, "is empty"),
+        ({"kind": "spatial", "region": "3-7:1-4"}, "leaves the picture, which has tokens 1 to 6"),
+        ({"kind": "spatial", "region": "2-3:0-3"}, "'0-3' in .* leaves the picture, which has tokens 1 to 9"),
+        ({"kind": "spatial", "region": "4-3:1-4"}, "is empty"),
         ({"kind": "spatial", "region": "0.2-1.4:0.0-1.0"}, "leaves the picture"),
         ({"kind": "spatial", "region": "0.0-1.0:0.0-1.0"}, "nothing is outside"),
         ({"kind": "spatial", "region": "0.40-0.42:0.0-0.1"}, r"covers no token by 0\.5 or more"),

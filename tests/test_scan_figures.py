@@ -39,7 +39,7 @@ def test_spatial_figures_are_those_of_plain_loops(planted_scan: Path) -> None:
     rows = scan(
         planted_scan,
         kind="spatial",
-        region="1-3:2-7",
+        region="2-4:3-8",
         images=",".join(map(str, images)),
         sites="img_0",
         steps="1",

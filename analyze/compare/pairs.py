@@ -109,7 +109,7 @@ def shared_images(analysis: Analysis, sides: Sequence[Side], features: Sequence[
 
 
 def _top_images(side: Side, feature: int, texts: Sequence[str], top: int) -> list[int]:
-    """The images on which a feature is strongest, one a prompt, best first; the feature table knows them only over all tokens."""
+    """The images on which a feature is strongest, one a prompt, best first; the table may know other ones."""
     if side.kinds == ("all",):
         return list(side.matrix.features()["unique_image"][feature].as_py())
     scores = np.asarray(side.scores(feature))

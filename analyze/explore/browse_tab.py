@@ -6,6 +6,8 @@ from analyze.explore import html
 from analyze.explore.catalogue import ORDERS, Catalogue
 from analyze.explore.desk import Desk, rows_in, told
 from analyze.explore.steer_tab import QUIET, SteerTab, with_feature
+from store.errors import UsageError
+from store.sites import Site
 
 LISTED = 60
 ON_PRESS = """
@@ -90,21 +92,24 @@ def wire(gradio: Any, catalogue: Catalogue, desk: Desk, parts: "list[Any]", tab:
                 html.listing(found, total, listing, chosen),
                 *shown_feature(catalogue, name, step, chosen),
                 chosen,
+                "",
             ]
 
-        return told(act, lambda message: [gradio.skip(), message, "", "", None])  # type: ignore[no-any-return]
+        return told(act, lambda message: [gradio.skip(), message, "", "", None, ""])  # type: ignore[no-any-return]
 
     def pressed(name: str, step: int, order: Any, text: str | None, event: gradio.EventData) -> list[Any]:
         feature = int(event.feature)
 
         def act() -> list[Any]:
-            return [*shown_feature(catalogue, name, step, feature), listed(name, step, order, text, feature), feature]
+            rows = listed(name, step, order, text, feature)
+            return [*shown_feature(catalogue, name, step, feature), rows, feature, ""]
 
-        return told(act, lambda message: [message, "", gradio.skip(), None])  # type: ignore[no-any-return]
+        return told(act, lambda message: [message, "", gradio.skip(), None, ""])  # type: ignore[no-any-return]
 
     def steered(name: str, chosen: int | None, rows_shown: int, *values: Any) -> list[Any]:
         def act() -> list[Any]:
             subject = catalogue.subject(name)
+            refuse_single(subject.site)
             several = subject.name != str(subject.site)
             feature = f"{subject.name if several else subject.site}:{chosen}"
             rows = with_feature(rows_in(values, rows_shown), feature, desk.unit)
@@ -116,11 +121,19 @@ def wire(gradio: Any, catalogue: Catalogue, desk: Desk, parts: "list[Any]", tab:
 
     where = [dictionary, at, order, text]
     gradio.on(
-        [dictionary.input, at.input, order.input, text.change], moved, where, [at, table, shown, top, number],
+        [dictionary.input, at.input, order.input, text.change], moved, where, [at, table, shown, top, number, warned],
         trigger_mode="always_last", **QUIET,
     )  # fmt: skip
-    table.click(pressed, where, [shown, top, table, number], **QUIET)
+    table.click(pressed, where, [shown, top, table, number, warned], **QUIET)
     tab.draw(steer.click(steered, [dictionary, number, tab.shown, *tab.inputs], [tabs, warned, *tab.outputs], **QUIET))
+
+
+def refuse_single(site: Site) -> None:
+    """`UsageError` for a site whose features can be looked at here and not changed."""
+    if site.kind != "double":
+        raise UsageError(
+            f"{site}: features of single-stream blocks cannot be changed yet, only looked at: choose one of img_0, txt_0, …"
+        )
 
 
 def first_dictionary(catalogue: Catalogue) -> str:

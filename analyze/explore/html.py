@@ -13,11 +13,13 @@ from PIL import Image
 
 from analyze.explore.catalogue import Entry, Listing
 from analyze.explore.studio import Seen
+from analyze.pictures.contact import KINDS
 from analyze.pictures.drawing import png_bytes
-from analyze.pictures.examples import Example, pictures_with_heat
+from analyze.pictures.examples import Example, peak_of, pictures_with_heat, strata_of
 from analyze.pictures.words import percent
 from analyze.steering.collages import differences
 from store import Store
+from store.sites import Stream
 
 SMALL = 200
 """pixels up to which a picture is enlarged pixel by pixel"""
@@ -105,8 +107,11 @@ def _row(entry: Entry, example: str, chosen: bool) -> str:
 def feature(entry: Entry, of: Listing) -> str:
     """One feature: its name and its numbers."""
     number, name = entry.numbers, f"{of.subject.name}/{entry.feature}"
+    on = {
+        f"active on {KINDS[kind]}": percent(each["density"][entry.feature]) for kind, each in of.columns.kinds.items()
+    }
     facts = {
-        "active on tokens": percent(number["density"]), "on images": percent(number["image_share"]),
+        **(on or {"active on tokens": percent(number["density"])}), "on images": percent(number["image_share"]),
         "greatest activation": _short(number["max"]), "mean where active": _short(number["mean_active"]),
         "coherence": _short(number["coherence"]),
     }  # fmt: skip
@@ -125,15 +130,32 @@ def top_images(of: Listing, examples: Sequence[Example], store: Store) -> str:
         pictures_with_heat(store, stream, examples, SIDE) if stream != "txt" and store.meta.pictures != "none" else []
     )
     if not pairs:
-        lines = "".join(f"<li>{_words(example)} <small>{example.score:.3g}</small></li>" for example in examples)
+        lines = "".join(
+            f"<li>{_words(example)} <small>{_most(store, stream, example)}</small></li>" for example in examples
+        )
         return f'<ol class="prompts">{lines}</ol>'
-    cells = "".join(
-        f'<figure><div class="pair"><img src="{_webp(hot)}" alt="where it is active in image {example.heat.image}" loading="lazy">'
-        f'<img src="{_webp(picture)}" alt="image {example.heat.image}" loading="lazy"></div><figcaption><b>{example.score:.3g}</b> '
-        f'{escape(example.prompt)} <small>image {example.heat.image}</small></figcaption></figure>'
-        for example, (picture, hot) in zip(examples, pairs, strict=True)
-    )  # fmt: skip
+    cells = "".join(_example(store, stream, example, *pair) for example, pair in zip(examples, pairs, strict=True))
     return f'<div class="strip">{cells}</div><p class="cost">Heat: where the feature is active. Point at a picture to see it without.</p>'
+
+
+def _example(store: Store, stream: Stream, example: Example, picture: Image.Image, hot: Image.Image) -> str:
+    """One picture with its heat, and without where it is pointed at; where words alone are hot it stays as it is."""
+    image = example.heat.image
+    shown = hot if stream != "joint" or peak_of(strata_of(store, stream, example.heat)[0]) > 0 else picture
+    kinds = ' class="kinds"' if stream == "joint" else ""
+    return (
+        f'<figure><div class="pair"><img src="{_webp(shown)}" alt="where it is active in image {image}" loading="lazy">'
+        f'<img src="{_webp(picture)}" alt="image {image}" loading="lazy"></div><figcaption><b{kinds}>{_most(store, stream, example)}</b> '
+        f"{_words(example)} <small>image {image}</small></figcaption></figure>"
+    )
+
+
+def _most(store: Store, stream: Stream, example: Example) -> str:
+    """The greatest activation on the image; of a joint site, whose tokens are of two kinds, that of each."""
+    if stream != "joint":
+        return f"{example.score:.3g}"
+    image, text = (peak_of(part) for part in strata_of(store, stream, example.heat))
+    return f"{image:.3g} on image tokens, {text:.3g} on text tokens"
 
 
 def _words(example: Example) -> str:

@@ -6,7 +6,8 @@ from typing import Any
 from analyze.explore import browse_tab, html, steer_tab
 from analyze.explore.catalogue import Catalogue
 from analyze.explore.desk import Desk
-from analyze.explore.rows import spans_of
+from analyze.explore.rows import changeable, spans_of
+from store.sizes import picture_size
 
 
 def build(gradio: Any, desk: Desk, catalogue: Catalogue | None, links: Mapping[str, str]) -> Any:
@@ -31,7 +32,7 @@ def facts(desk: Desk) -> dict[str, str]:
     canvas, shelf = desk.studio.canvas, desk.studio.shelf
     return {
         "model": canvas.model_name,
-        "pictures": f"{canvas.width} × {canvas.height} pixels, {canvas.num_inference_steps} steps",
-        "dictionaries": f"{len(shelf)}: {spans_of(shelf.outlines)}",
+        "pictures": f"{picture_size(canvas.width, canvas.height, ' × ')}, {canvas.num_inference_steps} steps",
+        "dictionaries": f"{len(changeable(shelf.outlines))}: {spans_of(shelf.outlines)}",
         "store": str(desk.settings.store),
     }

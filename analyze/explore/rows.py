@@ -82,12 +82,17 @@ def _only_kind(number: int, site: Site, outlines: Mapping[Key, Dictionary]) -> K
 
 
 def spans_of(outlines: Mapping[Key, Dictionary]) -> str:
-    """The sites that have a dictionary, `img_0-4, txt_0-4`."""
+    """The sites that have a dictionary whose features can be changed, `img_0-4, txt_0-4`: those of double blocks."""
     layers: dict[str, list[int]] = {}
-    for site, _ in sorted(outlines):
+    for site, _ in sorted(changeable(outlines)):
         if site.layer not in layers.setdefault(site.stream, []):
             layers[site.stream].append(site.layer)
-    return ", ".join(f"{stream}_{spans(found)}" for stream, found in layers.items())
+    return ", ".join(f"{stream}_{spans(found)}" for stream, found in layers.items()) or "none"
+
+
+def changeable(outlines: Mapping[Key, Dictionary]) -> list[Key]:
+    """The dictionaries whose features can be changed: those of double blocks."""
+    return [(site, kind) for site, kind in outlines if site.kind == "double"]
 
 
 def rows_of(intervention: Intervention, outlines: Mapping[Key, Dictionary]) -> list[EditRow]:

@@ -35,7 +35,7 @@ from store.errors import UsageError
 from store.files import write_json
 from store.layout import runs_folder
 from store.sites import Site, parse_numbers, spans
-from store.sizes import human_size, many
+from store.sizes import human_size, many, picture_size
 from store.tables import write_table
 from train import Dictionary
 from train.claim import claimed, refuse_place
@@ -242,7 +242,7 @@ def _facts(inquiry: Inquiry) -> list[str]:
     """What made the tables, for their head."""
     canvas = inquiry.canvas
     return [
-        f"model: {model_name(inquiry.store.meta.model)}, {canvas.dtype}, {canvas.height}x{canvas.width} pixels, "
+        f"model: {model_name(inquiry.store.meta.model)}, {canvas.dtype}, {picture_size(canvas.width, canvas.height)}, "
         f"{canvas.num_inference_steps} steps",
         f"store: {inquiry.store.id}, images {spans(inquiry.images)}",
         f"spliced at {steps_text(inquiry.steps)}",

@@ -43,8 +43,17 @@ class Labelled:
 
 
 def transcoders(analysis: Analysis) -> dict[Site, Subject]:
-    """The analysis's transcoders by site."""
-    return {subject.site: subject for subject in analysis.subjects if subject.outline.config.kind == "transcoder"}
+    """The analysis's transcoders of double blocks by site: those whose features can be changed."""
+    return {
+        subject.site: subject
+        for subject in analysis.subjects
+        if subject.outline.config.kind == "transcoder" and subject.site.kind == "double"
+    }
+
+
+def left_out(analysis: Analysis) -> list[Site]:
+    """The sites of single-stream blocks whose dictionaries lie beside the others."""
+    return sorted({subject.site for subject in analysis.subjects if subject.site.kind != "double"})
 
 
 def contrasts(analysis: Analysis, sites: Collection[Site], labelled: Labelled) -> dict[Feature, float]:

@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 from tqdm import tqdm
 
+from analyze.guided.arms import left_out
 from analyze.guided.planning import FEW_TUNING, Case, GuidedPlan, open_plan
 from analyze.guided.results import edges_said, goals_of, lines_of, rates_table, verdict_of
 from analyze.guided.session import Session, names_of, place_of
@@ -27,6 +28,7 @@ from analyze.steering.comparing import aligned, markdown
 from analyze.steering.drawing import open_painter
 from store.files import read_json, write_bytes, write_json
 from store.layout import runs_folder
+from store.sites import spans
 from store.sizes import many
 from store.tables import read_table, write_table
 from train.claim import claimed, refuse_place
@@ -132,6 +134,9 @@ def record(plan: GuidedPlan) -> dict[str, Any]:
 def announce(plan: GuidedPlan) -> None:
     """Print the circuits, and what drawing costs."""
     settings, steps = plan.settings, plan.canvas.num_inference_steps
+    if single := left_out(plan.analysis):
+        layers = spans([site.layer for site in single])
+        print(f"note: joint_{layers} left out: single-stream blocks cannot be changed yet")
     if plan.left_out:
         print(
             f"note: {many(plan.left_out, 'graph')} left out, of images that show several values of {settings.attribute}"

@@ -43,6 +43,7 @@ from analyze.truth.judges import Judges
 from store import Store, open_store
 from store.errors import MismatchError, UsageError
 from store.sites import parse_numbers
+from store.sizes import picture_size
 
 LEAST_TUNING = 3
 """pictures without which no strength is chosen"""
@@ -135,7 +136,7 @@ def check_readable(canvas: Canvas) -> None:
 
     if (canvas.height, canvas.width) != (PIXELS, PIXELS):
         raise UsageError(
-            f"{canvas.model} draws {canvas.width}x{canvas.height} pixels here, the judge reads tiny-flux's {PIXELS}x{PIXELS}: steer "
+            f"{canvas.model} draws {picture_size(canvas.width, canvas.height)} here, the judge reads tiny-flux's {PIXELS}x{PIXELS}: steer "
             "other models with python -m analyze steer --edit, with the features that a graph names"
         )
 

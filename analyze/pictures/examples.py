@@ -17,6 +17,7 @@ from analyze.prompts import prompt_text
 from store import Store
 from store.errors import UsageError
 from store.sites import Stream, parse_numbers
+from store.strata import RealText
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ def example_of(store: Store, subject: Subject, heat: Heat, score: float, scale: 
     prompts = store.prompts()
     pieces = None
     if subject.site.stream != "img" and "text_pieces" in prompts.column_names:
-        pieces = tuple(highlighted(prompts["text_pieces"][heat.image].as_py(), heat, scale))
+        _, padding = RealText.of(prompts.slice(heat.image, 1)).of_image(0)
+        pieces = tuple(highlighted(prompts["text_pieces"][heat.image].as_py(), heat, scale, padding))
     return Example(heat, float(score), prompt_text(store, heat.image), pieces)
 
 

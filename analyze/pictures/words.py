@@ -1,6 +1,6 @@
 """Prompts and their tokens as people read them, and short names of things, the same in pictures, tables and the report."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,8 +23,11 @@ class Piece:
     """Whether a space stands before it."""
 
 
-def highlighted(pieces: Sequence[str], heat: Heat, scale: float) -> list[Piece]:
-    """The real tokens of a prompt with the heat on each; tokens that the store did not keep are cold."""
+def highlighted(pieces: Sequence[str], heat: Heat, scale: float, padding: Collection[int] = ()) -> list[Piece]:
+    """The real tokens of a prompt with the heat on each; tokens that the store did not keep are cold.
+
+    `padding` are the places of `pieces` that hold none.
+    """
     values: Float[np.ndarray, " token"] = np.zeros(len(pieces), np.float32)
     real = heat.positions < len(pieces)
     values[heat.positions[real]] = heat.values[real]
@@ -35,6 +38,7 @@ def highlighted(pieces: Sequence[str], heat: Heat, scale: float) -> list[Piece]:
             place > 0 and (piece == END or piece.startswith(WORD_START)),
         )
         for place, (piece, value) in enumerate(zip(pieces, values, strict=True))
+        if place not in padding
     ]
 
 

@@ -86,6 +86,10 @@ def examples_chunk(
     if columns.words:
         value["words"] = columns.words[features]
         value["word_values"] = [[rounded(score) for score in group] for group in columns.word_scores[features]]
+    if columns.kinds:
+        value["kinds"] = {
+            kind: {name: _row(each[features]) for name, each in group.items()} for kind, group in columns.kinds.items()
+        }
     if found := {str(f): list(judged[f]) for f in range(features.start, features.stop) if f in judged}:
         value["stands_for"] = found
     if heat is not None and (packed := _heat(features, columns, *heat)):
@@ -106,7 +110,7 @@ def _activations(features: slice, columns: FeatureColumns) -> dict[str, list[Any
 def _heat(
     features: slice, columns: FeatureColumns, spool: Spool, rows: Mapping[int, int]
 ) -> dict[str, list[str | None]]:
-    """Of the features that have heat: for each example `PEAK LEVELS` (see `packed_heat`)."""
+    """Of the features that have heat: for each example `PEAK LEVELS`, of a joint site twice (see `spooled`)."""
     width = columns.images.shape[1]
     return {
         str(feature): [spool.get(rows[feature], place) for place in range(width) if columns.images[feature, place] >= 0]

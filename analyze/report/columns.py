@@ -13,10 +13,14 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float, Int
 
+from analyze.pictures.contact import KINDS
 from analyze.pictures.words import END, WORD_START
 from analyze.report.packing import packed
+from store.strata import Group
 
 NUMBERS = ("interest", "density", "image_share", "mean_active", "deviation_active", "max")
+OF_KIND = ("density", "images_active", "mean_active", "max")
+"""figures of each kind of token"""
 SMALL = 65_535
 """image numbers below it are kept in two bytes, and it stands for none"""
 
@@ -37,6 +41,8 @@ class FeatureColumns:
     words: list[list[str]]
     """of text: the pieces with the highest activations"""
     word_scores: list[list[float]]
+    kinds: dict[Group, dict[str, Float[np.ndarray, " feature"]]]
+    """of a joint site, `OF_KIND` for each kind of its tokens that was counted (image, real, padding); otherwise empty"""
 
     @property
     def n_features(self) -> int:
@@ -63,6 +69,11 @@ class FeatureColumns:
             histogram_edges(metadata.get("histogram_edges", "[]")),
             [[readable(word).strip() for word in group] for group in table["word"].to_pylist()] if words else [],
             table["word_score"].to_pylist() if words else [],
+            {
+                kind: {name: table[f"{name}_{kind}"].to_numpy().astype(np.float64) for name in OF_KIND}
+                for kind in KINDS
+                if f"density_{kind}" in names
+            },
         )
 
 

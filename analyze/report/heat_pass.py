@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from analyze.inputs import Analysis
-from analyze.pictures.heat import each_heat
+from analyze.pictures.heat import Heat, each_heat
 from analyze.report.chosen import Round
 from analyze.report.packing import packed_heat
 from analyze.report.spool import Spool
@@ -64,14 +64,26 @@ def covered(scene: Scene, attribute: Attribute) -> np.ndarray:
     return share
 
 
+def spooled(heat: Heat, total: int, first: int) -> str:
+    """`PEAK LEVELS` of all tokens; of a joint site (`first` > 0: its text tokens) of the image tokens, then of the text tokens.
+
+    Each kind has levels of its own peak: beside a strong word a weak picture would be rounded to nothing.
+    """
+    shown = heat.positions >= first
+    parts = [packed_heat(heat.values[shown], heat.positions[shown] - first, total - first)]
+    if first:
+        parts.append(packed_heat(heat.values[~shown], heat.positions[~shown], first))
+    return " ".join(f"{peak:.6g} {levels}" for peak, levels in parts)
+
+
 def spool_heat(analysis: Analysis, this: Round, spool: Spool, inside: HeatInside) -> dict[int, int]:
     """Pack the heat of the round's chosen features into the spool; the spool's row of each feature."""
     rows = {int(feature): row for row, feature in enumerate(this.heated)}
     total = stream_tokens(analysis, this.subject.site.stream)
+    first = analysis.store.meta.text_tokens if this.subject.site.stream == "joint" else 0
     images = {feature: [int(i) for i in this.columns.images[feature] if i >= 0] for feature in rows}
     column = {(feature, image): place for feature, group in images.items() for place, image in enumerate(group)}
     for feature, heat in each_heat(analysis, this.subject, this.step, images):
-        peak, text = packed_heat(heat.values, heat.positions, total)
-        spool.add(rows[feature], column[feature, heat.image], f"{peak:.6g} {text}")
+        spool.add(rows[feature], column[feature, heat.image], spooled(heat, total, first))
         inside.add(feature, heat.image, heat.positions, heat.values)
     return rows

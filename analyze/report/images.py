@@ -9,6 +9,7 @@ from analyze.inputs import Analysis
 from analyze.report.columns import readable
 from analyze.report.folder import ReportFolder
 from analyze.report.picture_files import FOLDER_IMAGES, write_pictures
+from store.strata import RealText
 
 BLOCK = 1024
 """images whose prompts are in a file"""
@@ -23,9 +24,14 @@ def write_images(folder: ReportFolder, analysis: Analysis, images: Iterable[int]
         folder.script(f"prompts/{number}", {"first": start, **table.slice(start, BLOCK).to_pydict()})
     pieces = set(analysis.streams()) != {"img"} and "text_pieces" in store.prompts().column_names
     if pieces:
-        column = store.prompts()["text_pieces"]
+        table = store.prompts()
         for number, start in enumerate(starts):
-            texts = [[readable(piece) for piece in group] for group in column.slice(start, BLOCK).to_pylist()]
+            some = table.slice(start, BLOCK)
+            texts = [[readable(piece) for piece in group] for group in some["text_pieces"].to_pylist()]
+            text = RealText.of(some)
+            for row, words in enumerate(texts):
+                for place in text.of_image(row)[1]:
+                    words[place] = ""  # the page finds words by their places
             folder.script(f"pieces/{number}", {"first": start, "pieces": texts})
     there = store.meta.pictures != "none" and set(analysis.streams()) != {"txt"}
     same = write_pictures(folder, store, images, side) if there else {}

@@ -15,6 +15,7 @@ from analyze.prompts import prompt_texts
 from analyze.report.findings import Truth, feature_link, figures
 from analyze.truth.attributes import VALUES, Attribute
 from analyze.truth.table import verdict_line
+from store.sizes import picture_size
 
 GROUPS = {"colour": "Colour", "shape": "Shape", "position": "Position", "background": "Background"}
 MARKS = {
@@ -48,7 +49,7 @@ def facts(analysis: Analysis, padding: bool) -> list[tuple[str, str]]:
         ("Store", f"{store.id[:23]}…" + ("; mlp_out recomputed from mlp_in" if store.recomputed else "")),
         (
             "Images",
-            f"{store.n_images:,} of {meta.width} × {meta.height} pixels, {meta.grid[0]} × {meta.grid[1]} image tokens",
+            f"{store.n_images:,} of {picture_size(meta.width, meta.height, ' × ')}, {meta.grid[1]} × {meta.grid[0]} image tokens",
         ),
         ("Prompts", f"{n_prompts:,} different; {held_out:,} images of held-out prompts"),
         ("Sampling", f"{meta.num_inference_steps} steps, guidance {meta.guidance:g}, seed {meta.seed}"),
@@ -73,24 +74,28 @@ def tiles(analysis: Analysis, truth: Truth | None, overview: Sequence[dict[str, 
         {"value": str(len(overview)), "name": "dictionaries", "more": f"{n_features:,} features"},
     ]
     for stream in analysis.streams():
-        measured = [row for row in overview if row["stream"] == stream and row["fvu_value"] is not None]
+        measured = [row for row in overview if row["stream"] == stream and row["fvu_tile"] is not None]
         for kind in sorted({row["kind"] for row in measured}, reverse=True)[:1]:  # transcoders where there are any
-            values = [row["fvu_value"] for row in measured if row["kind"] == kind]
+            values = [row["fvu_tile"] for row in measured if row["kind"] == kind]
             spread = (
                 f"{len(values)} {kind}s, {min(values):.3f} to {max(values):.3f}" if len(values) > 1 else f"1 {kind}"
             )
             more = f"{spread} on held-out rows"
-            name = f"median FVU, {STREAM_NAMES[stream]}"
+            name = f"median FVU, {stream_words(stream)}"
             found.append({"value": f"{statistics.median(values):.3f}", "name": name, "more": more})
     for stream, verdict in truth.table["verdict"].items() if truth else []:
         judged = len({row["dictionary"] for row in truth.table["by_dictionary"]}) if truth else 0
         more = f"have a feature with AUROC ≥ {truth.threshold:g}" if truth else ""
         if judged > len(overview):  # the truth table is of more dictionaries than this report shows
             more += f" in all {judged} dictionaries judged"
-        more += ", by image tokens" if stream == "joint" else ""
         count = f"{verdict['with_feature']} of {verdict['of']}"
-        found.append({"value": count, "name": f"attributes, {STREAM_NAMES[stream]}", "more": more})
+        found.append({"value": count, "name": f"attributes, {stream_words(stream)}", "more": more})
     return found
+
+
+def stream_words(stream: str) -> str:
+    """What figures of a stream are of: those of joint sites are of image tokens alone, for how much text there is the store decides."""
+    return STREAM_NAMES[stream] + (", image tokens" if stream == "joint" else "")
 
 
 def dictionary_rows(analysis: Analysis) -> list[dict[str, Any]]:
@@ -133,6 +138,7 @@ def _overview_row(analysis: Analysis, subject: Subject) -> dict[str, Any]:
         "n_features": config.n_features,
         "alive": percent(int(alive.sum()) / config.n_features),
         "fvu_value": main.get("fvu"),
+        "fvu_tile": (measured.get("image") or {}).get("fvu") if joint else main.get("fvu"),
         "fvu": _shown(main.get("fvu"), "{:.3f}"),
         "l0_value": main.get("l0"),
         "l0": _shown(main.get("l0"), "{:.1f}"),
@@ -185,7 +191,7 @@ def truth_view(truth: Truth) -> dict[str, Any]:
     without = {STREAM_NAMES[s]: v["without"] for s, v in truth.table["verdict"].items() if v["without"]}
     untested = {STREAM_NAMES[s]: v["untested"] for s, v in truth.table["verdict"].items() if v["untested"]}
     return {
-        "streams": [{"key": s, "name": STREAM_NAMES[s] + (", image tokens" if s == "joint" else "")} for s in streams],
+        "streams": [{"key": s, "name": STREAM_NAMES[s]} for s in streams],
         "groups": groups,
         "without": without,
         "untested": untested,
@@ -213,7 +219,7 @@ def _truth_row(entry: dict[str, Any], streams: Sequence[str], threshold: float) 
             found["images"], threshold, found.get("images_floor"), found.get("images_ceiling")
         )
     told = [entry["streams"].get(stream, {}).get("tokens") for stream in ("img", "joint")]
-    tokens = next((each for each in told if each), None)
+    tokens = max(filter(None, told), key=lambda each: each["chosen_by_tokens"]["selection"], default=None)
     if tokens:
         row["tokens"] = {
             **_bar(tokens["chosen_by_tokens"], threshold, tokens["floor"], tokens["ceiling"]),

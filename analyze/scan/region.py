@@ -23,14 +23,15 @@ ASPECT = 0.05
 
 
 def rectangle(text: str, grid: tuple[int, int]) -> Float[np.ndarray, " token"]:
-    """How much of every token of the grid (rows, columns) `2-5:0-3`, `0.25-0.75:0.0-0.5` or a name covers, row by row.
+    """How much of every token of the grid (rows, columns) `3-6:1-4`, `0.25-0.75:0.0-0.5` or a name covers, row by row.
 
-    Ranges of tokens include their last one; ranges of shares run from edge to edge.  `UsageError` for anything else.
+    Rows and columns of tokens count from 1, and their ranges include the last one; ranges of shares run from edge to edge.
+    `UsageError` for anything else.
     """
     parts = NAMED.get(text.strip(), text).split(":")
     if len(parts) != 2:
         raise UsageError(
-            f"--region {text!r} is no region: write rows:columns, 2-5:0-3 in tokens, 0.25-0.75:0.0-0.5 in shares of the picture, "
+            f"--region {text!r} is no region: write rows:columns, 3-6:1-4 in tokens, 0.25-0.75:0.0-0.5 in shares of the picture, "
             f"or {', '.join(NAMED)}"
         )
     shares = "." in text or text.strip() in NAMED
@@ -45,12 +46,12 @@ def _side(part: str, size: int, shares: bool, text: str) -> Float[np.ndarray, " 
     if match is None or (shares and match[2] is None):
         kind = "shares of the picture such as 0.25-0.75" if shares else "tokens such as 2-5 or 3"
         raise UsageError(f"{part!r} in --region {text!r} is no range of {kind}")
-    low = float(match[1]) * (size if shares else 1)
-    high = float(match[2]) * size if shares else int(match[2] or match[1]) + 1
+    low = float(match[1]) * size if shares else float(match[1]) - 1
+    high = float(match[2]) * size if shares else float(match[2] or match[1])
     if high <= low:
         raise UsageError(f"{part!r} in --region {text!r} is empty: its end must lie beyond its beginning")
-    if high > size * (1 + 1e-9):
-        what = "0.0 to 1.0" if shares else f"tokens 0 to {size - 1}"
+    if low < 0 or high > size * (1 + 1e-9):
+        what = "0.0 to 1.0" if shares else f"tokens 1 to {size}"
         raise UsageError(f"{part!r} in --region {text!r} leaves the picture, which has {what} there")
     edges = np.arange(size + 1)
     return np.asarray(np.clip(np.minimum(edges[1:], high) - np.maximum(edges[:-1], low), 0, 1))

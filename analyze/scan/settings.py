@@ -76,7 +76,7 @@ class ScanSettings(Inputs):
     """Contrastive: compare images of equal seed (seed), or sides as they are (none); auto: seed where sides share half of them."""
 
     region: str | None = None
-    """A rectangle of image tokens, rows:columns, 2-5:0-3 in tokens, 0.25-0.75:0.0-0.5 in shares, or centre, top, left, …"""
+    """A rectangle of image tokens, rows:columns, 3-6:1-4 in tokens counted from 1, 0.25-0.75:0.0-0.5 in shares, or centre, top, …"""
     mask: Path | None = None
     """A picture of any size: its bright half is the region, as far as it is opaque."""
     covered: float = COVERED

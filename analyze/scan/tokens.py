@@ -9,6 +9,7 @@ from analyze.scan.region import inside_of, mask_cover, rectangle
 from analyze.scan.settings import ScanSettings
 from store.errors import UsageError
 from store.sites import Stream, parse_numbers
+from store.strata import RealText
 
 
 def token_choices(analysis: Analysis, settings: ScanSettings) -> dict[Stream, TokenChoice] | None:
@@ -31,7 +32,7 @@ def _of_region(analysis: Analysis, settings: ScanSettings, streams: list[Stream]
     compares = settings.kind == "spatial"
     if compares and inside.all():
         raise UsageError(
-            f"{what} covers every token of the {grid[0]} x {grid[1]} grid: nothing is outside to compare with"
+            f"{what} covers every token of the grid of {grid[0]} rows and {grid[1]} columns: nothing is outside to compare with"
         )
     found: dict[Stream, TokenChoice] = {}
     for stream in streams:
@@ -67,6 +68,7 @@ def _of_words(analysis: Analysis, pattern: str, streams: list[Stream]) -> dict[S
     for image, row in enumerate(pieces):
         for place, piece in enumerate(row[:length]):
             inside[image, place] = expression.search(piece.replace("▁", " ").strip()) is not None
+    inside &= RealText.of(table).at(np.arange(len(pieces))[:, None], np.arange(length))
     if not inside.any():
         raise UsageError(
             f"no piece of any prompt matches --words {pattern!r}; the first prompt's are {' '.join(pieces[0])}"
@@ -84,11 +86,12 @@ def _of_words(analysis: Analysis, pattern: str, streams: list[Stream]) -> dict[S
 
 
 def place_of(analysis: Analysis, stream: Stream, image: int, token: int) -> str:
-    """Where a token is, for people: `row 3, column 5` of the picture, or the piece of the prompt."""
+    """Where a token is, for people: `row 3, column 5` of the picture, counted from 1, or the piece of the prompt."""
     length = int(analysis.store.meta.text_tokens)
     if stream == "img" or (stream == "joint" and token >= length):
         row, column = divmod(token - (length if stream == "joint" else 0), analysis.store.meta.grid[1])
-        return f"row {row}, column {column}"
+        return f"row {row + 1}, column {column + 1}"
     table = analysis.store.prompts()
     pieces = table["text_pieces"][image].as_py() if "text_pieces" in table.column_names else []
-    return str(pieces[token]).replace("▁", " ").strip() if token < len(pieces) else "padding"
+    padding = {*RealText.of(table.slice(image, 1)).of_image(0)[1]}
+    return str(pieces[token]).replace("▁", " ").strip() if token < len(pieces) and token not in padding else "padding"

@@ -94,6 +94,7 @@ class ScoreCluster(ClusterCrew):
 
     work: Callable[..., Any] = staticmethod(work)
     end: Callable[..., None] = staticmethod(end)
+    shared = "store, dictionaries and --out must lie"
 
     def __init__(self, plan: ScorePlan, progress: Progress) -> None:
         super().__init__(job_of(plan), progress, lambda task: len(plan.images(task.block)))

@@ -37,6 +37,8 @@ class Findings:
         self.unique = TopImages(n_features, top, facts.groups, above)
         self.words = TopWords(n_features, top) if words else None
         self.kinds = KindStatistics(kinds, n_features) if len(kinds) > 1 else None
+        self.pictured = TopImages(n_features, top, facts.groups, above) if len(kinds) > 1 else None
+        """of a joint site the images with the highest scores of image tokens, one of a prompt"""
 
     def take(self, pane: Pane, first_image: int) -> None:
         """Take in a finished pane of a block of images."""
@@ -48,6 +50,8 @@ class Findings:
             self.words.merge(pane.words)
         if self.kinds is not None and pane.kinds is not None:
             self.kinds.merge(pane.kinds)
+        if self.pictured is not None and pane.image_tokens is not None:
+            self.pictured.add(first_image, pane.by_kind["image"], pane.image_tokens)
 
     def _take_images(self, scores: Float[np.ndarray, "image feature"]) -> None:
         self.images_active += count_above(scores, self.above)
@@ -64,6 +68,30 @@ class Findings:
             self.words.merge(other.words)
         if self.kinds is not None and other.kinds is not None:
             self.kinds.merge(other.kinds)
+        if self.pictured is not None and other.pictured is not None:
+            self.pictured.merge(other.pictured)
+
+    def examples(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Images, tokens and scores (rank, feature) that a feature is shown on, one of a prompt; -1 where there are no more.
+
+        Best first; of a joint site first those whose image tokens it is active on, by these, then those of its words alone, by
+        these: where words are strongest there may be nothing to see.
+        """
+        every = self.unique.result()
+        if self.pictured is None:
+            return every
+        seen, groups = self.pictured.result(), self.unique.groups
+        assert groups is not None
+        known, other = (np.where(images >= 0, groups[images], -1) for images in (seen[0], every[0]))
+        more = (every[0] >= 0) & ~(other[:, None] == known[None]).any(axis=1)
+        there = np.concatenate([seen[0] >= 0, more])
+        order = np.argsort(~there, axis=0, kind="stable")[: len(known)]
+        listed = np.take_along_axis(there, order, axis=0)
+        images, tokens, scores = (
+            np.where(listed, np.take_along_axis(np.concatenate(pair), order, axis=0), -1)
+            for pair in zip(seen, every, strict=True)
+        )
+        return images, tokens, scores
 
     def save(self, path: Path) -> None:
         """Publish as a file."""
@@ -94,10 +122,12 @@ class Findings:
         }  # fmt: skip
         if self.words is not None:
             found["words"] = self.words.keys
+        if self.pictured is not None:
+            found |= {"pictured": self.pictured.keys, "pictured_token": self.pictured.where}
         return found if self.kinds is None else {**found, **self.kinds.arrays()}
 
 
 def bytes_of_feature(top: int, words: bool, kinds: int = 1) -> int:
     """What `Findings` hold of one feature; `kinds` of tokens told apart."""
-    of_kinds = 28 * kinds if kinds > 1 else 0
+    of_kinds = 28 * kinds + top * 12 if kinds > 1 else 0
     return HISTOGRAM_BINS * 8 + 8 + 8 + 8 + 4 + 2 * top * 12 + (top * 8 if words else 0) + of_kinds

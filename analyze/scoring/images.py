@@ -7,6 +7,7 @@ from jaxtyping import Int
 
 from analyze.scoring.top import prompt_groups
 from store import Store
+from store.strata import TEXT_COLUMNS, RealText
 
 
 class Pieces:
@@ -27,11 +28,11 @@ class Pieces:
         self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
     def at(
-        self, image: Int[np.ndarray, " row"], position: Int[np.ndarray, " row"], lengths: Int[np.ndarray, " image"]
+        self, image: Int[np.ndarray, " row"], position: Int[np.ndarray, " row"], text: RealText
     ) -> Int[np.ndarray, " row"]:
         """The piece at each position of each image; -1 for padding, and where the text has none."""
         start, stop = self._starts[image], self._starts[image + 1]
-        there = (position < stop - start) & (position < lengths[image])
+        there = (position < stop - start) & text.at(image, position)
         place = np.where(there, start + position, 0)
         return np.where(there, self._numbers[place] if len(self._numbers) else -1, -1).astype(np.int32)
 
@@ -40,10 +41,10 @@ class ImageFacts:
     """The facts of one store; the tables of its parts are read once, and their texts not kept."""
 
     def __init__(self, store: Store) -> None:
-        names = ("text_length", "sigma", "prompt", "text_pieces")
+        names = (*TEXT_COLUMNS, "sigma", "prompt", "text_pieces")
         table = store.prompt_columns(*names, if_there=True)
-        self.lengths: Int[np.ndarray, " image"] = np.asarray(table["text_length"].to_numpy(), np.int64)
-        """how many tokens of each prompt are real"""
+        self.text = RealText.of(table)
+        """which tokens of each prompt are real"""
         self.sigmas = {
             step: np.asarray(pc.list_element(table["sigma"], step).to_numpy(), np.float32) for step in store.steps
         }

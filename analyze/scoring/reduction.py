@@ -93,6 +93,8 @@ class Pane:
         self.kinds = KindStatistics(kinds, n_features) if len(kinds) > 1 else None
         self.by_kind: dict[Group, np.ndarray] = {}
         """kind -> its maxima (image, feature), when all is done; empty where no kinds are told apart"""
+        self.image_tokens: np.ndarray | None = None
+        """(image, feature) the tokens of the maxima among image tokens, likewise; None where no kinds are told apart"""
         self.rows = RowStatistics(n_features)
         self.words = None if words is None else TopWords(n_features, words)
 
@@ -207,6 +209,7 @@ class Pane:
             self.kinds.take_images(found, self.above)
             count = len(self.kinds.kinds)
             self.by_kind = {kind: found[place::count] for place, kind in enumerate(self.kinds.kinds)}
+            self.image_tokens = self.tokens[self.kinds.kinds.index("image") :: count]
             self.scores, self.tokens = overall(self.scores, self.tokens, len(self.kinds.kinds))
         self.scores[np.isneginf(self.scores)] = 0
         self.scores += 0

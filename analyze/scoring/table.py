@@ -19,7 +19,9 @@ def feature_table(panes: Sequence[Findings], n_images: int, above: float, pieces
 
     `top_*` are the images of the highest scores, `unique_*` those with one image a prompt (equal but for case, spaces and
     flags); only images where the feature is active stand there.  `word` are the text pieces with the highest activations.
-    A joint site has `density_real`, `density_image` and so on as well: the figures of each kind of token alone.
+    A joint site has `density_real`, `density_image` and so on as well: the figures of each kind of token alone.  Its `unique_*` are
+    first the images on whose image tokens a feature is active, with their tokens and scores (`scores_image`), then those of its
+    words alone: so sheets, report and coherence show it where there is something to see.
     """
     rows = max(findings.rows.rows for findings in panes)
     active = np.concatenate([findings.rows.active for findings in panes])
@@ -42,7 +44,7 @@ def feature_table(panes: Sequence[Findings], n_images: int, above: float, pieces
         "histogram": pa.chunked_array([_histograms(findings) for findings in panes]),
     }
     for name in ("top", "unique"):
-        results = [(findings.top if name == "top" else findings.unique).result() for findings in panes]
+        results = [findings.top.result() if name == "top" else findings.examples() for findings in panes]
         for place, (what, kind) in enumerate(LISTS.items()):
             columns[f"{name}_{what}"] = pa.chunked_array([_lists(each[0], each[place], kind) for each in results])
     if panes[0].words is not None:

@@ -80,16 +80,16 @@ class Hands:
             stop = min(start + size, images.stop)
             positions = store.tokens(site.stream, task.step, start, stop)
             counted = counted_rows(
-                positions, site.stream, facts.lengths[start:stop], store.meta.text_tokens, self.settings.padding
+                positions, site.stream, facts.text[start:stop], store.meta.text_tokens, self.settings.padding
             )
             rows = self.analysis.rows.read(site, task.step, points, start, stop, counted)
             image, position = np.nonzero(counted)[0] + start, positions[counted].astype(np.int32)
             piece = None
             if site.stream != "img" and facts.pieces is not None:
-                piece = facts.pieces.at(image, position, facts.lengths)
+                piece = facts.pieces.at(image, position, facts.text)
             owner, kinds = image - images.start, self._kinds(site)
             if len(kinds) > 1:
-                codes = codes_of(site.stream, position, facts.lengths[image], store.meta.text_tokens)
+                codes = codes_of(site.stream, position, facts.text.at(image, position), store.meta.text_tokens)
                 owner = owner * len(kinds) + kind_numbers(codes, kinds)
             blocks = row_blocks(owner, position, piece, rows_at_once(self.plan.device))
             yield Span(

@@ -32,7 +32,7 @@ from store.errors import MismatchError
 from store.files import read_json, write_bytes, write_json
 from store.layout import runs_folder
 from store.sites import spans
-from store.sizes import human_size, many
+from store.sizes import human_size, many, picture_size
 from store.tables import write_table
 from train.claim import claimed
 
@@ -147,7 +147,7 @@ def _announce(results: Results, resolved: Resolved) -> None:
     latent_bytes = 4 * tokens * _latent_channels(canvas.pixels_per_token)
     most = left * (3 * canvas.height * canvas.width + latent_bytes)
     print(
-        f"plan: {many(experiment.pictures, 'picture')} of {canvas.width} x {canvas.height} pixels by {canvas.model_name}: "
+        f"plan: {many(experiment.pictures, 'picture')} of {picture_size(canvas.width, canvas.height, ' x ')} by {canvas.model_name}: "
         f"{many(len(experiment.shots), 'shot')}, plain and {many(len(experiment.variants), 'variant')}{there}\n"
         f"  {many(forwards, 'transformer run')} ({canvas.num_inference_steps} steps a picture, {experiment.batch_size} pictures at once), "
         f"{duration}; at most {human_size(most)} written",

@@ -107,7 +107,7 @@ class TokenChoice:
         positions = np.flatnonzero(mask_on_grid(self.mask, grid))
         if not len(positions):
             raise UsageError(
-                f"{self}: no token of the {grid[0]}x{grid[1]} grid is half covered by the mask: there is nothing to change"
+                f"{self}: no token of the {grid[0]} rows and {grid[1]} columns is half covered by the mask: there is nothing to change"
             )
         return TokenChoice(positions=tuple(map(int, positions)))
 

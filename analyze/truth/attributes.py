@@ -17,10 +17,13 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from store import Store
+from store.card import has_prompts
 from store.errors import ForeignError, UsageError
 
 Group = Literal["colour", "shape", "position", "background"]
 Population = Literal["object", "placed", "background"]
+SHAPES = "builtin:shapes"
+"""the source whose prompts say what is in the picture"""
 
 VALUES: dict[Group, tuple[str, ...]] = {
     "colour": ("red", "yellow", "green", "cyan", "blue", "purple", "pink", "white"),
@@ -92,13 +95,21 @@ class Scene:
                 return None
 
 
+def why_unknown(store: Store) -> str:
+    """Why a store without the column `truth` has none: another source of prompts, or pictures of another size than the judge reads."""
+    meta, only = store.meta, f"stores of --prompts {SHAPES}"
+    if meta.prompts.get("source") != SHAPES or not has_prompts(meta):
+        return f"what is in the pictures is known only in {only}"
+    size = f"{meta.width} wide and {meta.height} high"
+    return f"what is in the pictures is known only in {only} at tiny-flux's own size, 64 x 64 pixels; these are {size}"
+
+
 def read_scenes(store: Store) -> list[Scene]:
     """The scene of every image; `UsageError` for a store without the column `truth`, `ForeignError` for a malformed one."""
     table = store.prompts()
     if "truth" not in table.column_names:
         raise UsageError(
-            "this store does not know what its pictures show: the truth table needs a store harvested with --prompts builtin:shapes, "
-            "or a truth of your own: --attributes FILE.csv"
+            f"this store does not know what its pictures show: {why_unknown(store)}; or give a truth of your own: --attributes FILE.csv"
         )
     rows, columns = store.meta.grid
     return [_scene(image, text, rows * columns) for image, text in enumerate(table["truth"].to_pylist())]

@@ -69,10 +69,10 @@ class Columns:
 
 
 def place_of(stream: str, token: int, facts: Mapping[str, Any]) -> str:
-    """What a token is called: `img 2,5` (row, column) where the grid is known, `txt 3`, with its piece of the text where that is."""
+    """What a token is called: `img 2,5` (row, column, from 1) where the grid is known; `txt 3`, with its piece of the text where known."""
     grid, pieces = facts.get("grid"), facts.get("pieces")
     if stream == "img" and grid:
-        return f"img {token // grid[1]},{token % grid[1]}"
+        return f"img {token // grid[1] + 1},{token % grid[1] + 1}"
     if stream == "txt" and pieces and token < len(pieces):
         return f"txt {token} {pieces[token]!r}"
     return f"{stream} {token}"

@@ -8,11 +8,11 @@ granary.exports = (() => {
     setTimeout(() => URL.revokeObjectURL(url), 10000);
   }
 
-  // The names of the tokens of a stream on one image: words of a prompt, row and column of a picture.
+  // The names of the tokens of a stream on one image: words of a prompt, row and column of a picture, from 1.
   function tokens(example, { stream, report, first }) {
     const words = stream === "img" ? [] : (example.pieces || []).map((piece) => piece.trim());
     if (stream === "txt") return words;
-    const names = Array.from({ length: report.grid[0] * report.grid[1] }, (_, i) => `${Math.floor(i / report.grid[1])},${i % report.grid[1]}`);
+    const names = Array.from({ length: report.grid[0] * report.grid[1] }, (_, i) => `${Math.floor(i / report.grid[1]) + 1},${(i % report.grid[1]) + 1}`);
     return stream === "img" ? names : [...Array.from({ length: first }, (_, i) => words[i] || ""), ...names];
   }
 

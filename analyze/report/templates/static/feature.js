@@ -4,6 +4,7 @@ granary.feature = (() => {
   const { h, show } = granary;
   const GRAPHS = 8; // of those that it stands in, the others on demand
   const LOOKS = [["smooth", "smooth"], ["patches", "patches"], ["none", "none"]];
+  const KINDS = { image: "image tokens", real: "text tokens", padding: "padding" };
   let here = null; // {dictionary, step, feature, filters, found, prepared}
   let look = "smooth";
   let asked = 0;
@@ -108,18 +109,32 @@ granary.feature = (() => {
     return h("p", { class: "words-top" }, h("span", {}, "Top words "), ...found.words.flatMap((word, i) => [h("mark", { style: { "--heat": (found.word_values[i] / most).toFixed(2) }, title: `z ${show.number(found.word_values[i])}` }, word), " "]));
   }
 
+  // What is measured of one kind of a joint site's tokens, a row a figure: image tokens, text tokens, padding.
+  function by_kind(kinds) {
+    const each = (of) => Object.entries(KINDS).filter(([kind]) => kinds[kind]).map(([kind, name]) => h("span", {}, `${of(kinds[kind])} `, h("small", {}, name)));
+    const { images } = granary.features.report();
+    return [
+      ["Density", each((kind) => show.percent(kind.density)), "share of the tokens of each kind on which it is active"],
+      ["Images", each((kind) => show.percent(kind.images_active / images)), "share of the images on which such tokens make it active"],
+      ["Max", each((kind) => show.number(kind.max)), "largest activation on any image"],
+      ["Mean when active", each((kind) => show.number(kind.mean_active)), "over the tokens where it is active"],
+    ];
+  }
+
   function figures() {
     const { found } = here;
     const rows = [
-      ["Density", show.percent(found.frac_nonzero), `share of tokens on which it is active: ${granary.features.category(found.frac_nonzero)}`],
-      ["Images", `${show.percent(found.image_share)}`, `active on ${show.whole(found.images_active)} images: ${granary.features.category(found.image_share)}`],
-      ["Max", show.number(found.maxActApprox), "largest activation on any image"],
-      ["Mean when active", show.number(found.mean_active), "over the tokens where it is active"],
-      ["Deviation", show.number(found.deviation_active), "of the activation over the tokens where it is active"],
+      ...(found.kinds ? by_kind(found.kinds) : [
+        ["Density", show.percent(found.frac_nonzero), `share of tokens on which it is active: ${granary.features.category(found.frac_nonzero)}`],
+        ["Images", `${show.percent(found.image_share)}`, `active on ${show.whole(found.images_active)} images: ${granary.features.category(found.image_share)}`],
+        ["Max", show.number(found.maxActApprox), "largest activation on any image"],
+        ["Mean when active", show.number(found.mean_active), "over the tokens where it is active"],
+      ]),
+      ["Deviation", show.number(found.deviation_active), `of the activation over ${found.kinds ? "all " : ""}the tokens where it is active`],
       ["Interest", show.number(found.interest), "z-score of the mean activation, times root of the share of images"],
     ];
     if (found.coherence !== undefined) rows.push(["Coherence", show.number(found.coherence), "mean cosine of its top images' embeddings, one image a prompt"]);
-    return h("section", { class: "box" }, h("h3", {}, "Figures"), h("dl", { class: "rows" }, ...rows.map(([name, value, meaning]) => h("div", {}, h("dt", {}, name), h("dd", {}, value), h("dd", { class: "meaning" }, meaning)))),
+    return h("section", { class: "box" }, h("h3", {}, "Figures"), h("dl", { class: "rows" }, ...rows.map(([name, value, meaning]) => h("div", {}, h("dt", {}, name), h("dd", Array.isArray(value) ? { class: "kinds" } : {}, ...[value].flat()), h("dd", { class: "meaning" }, meaning)))),
       h("p", {}, h("button", { type: "button", on: { click: () => granary.exports.feature(here) } }, "Export as JSON")));
   }
 
@@ -129,10 +144,11 @@ granary.feature = (() => {
     const known = (value) => value !== null && value !== undefined;
     const item = (each) => {
       const compared = [["ridge probe", each.ceiling], ["raw channel", each.floor]].filter(([, value]) => known(value));
-      const words = [`AUROC ${show.number(each.image_auroc)} over images`];
+      const joint = here.known.stream === "joint"; // judged by its image tokens alone
+      const words = [`AUROC ${show.number(each.image_auroc)} over images${joint ? ", by its image tokens" : ""}`];
       if (compared.length) words.push(` (${compared.map(([name, value]) => `${name} ${show.number(value)}`).join(", ")})`);
-      if (known(each.token_auroc)) words.push(`, ${show.number(each.token_auroc)} over tokens`);
-      if (known(each.image_f1)) words.push(`; F1 ${show.number(each.image_f1)} where z > ${show.number(each.image_threshold)}`);
+      if (known(each.token_auroc)) words.push(`, ${show.number(each.token_auroc)} over ${joint ? "image " : ""}tokens`);
+      if (known(each.image_f1)) words.push(`; F1 ${show.number(each.image_f1)} where z ${joint ? "on image tokens " : ""}> ${show.number(each.image_threshold)}`);
       if (known(each.heat_inside)) words.push(`; ${show.percent(each.heat_inside)} of its heat lies there`);
       return h("li", { class: each.stands ? "stands" : "" }, h("b", {}, `${each.group} ${each.value}`), ` ${words.join("")}`);
     };
@@ -255,8 +271,9 @@ granary.feature = (() => {
   };
   function other_step(by) {
     const { steps } = granary.features.report();
-    const place = steps.indexOf(here?.step) + by;
-    if (here && place >= 0 && place < steps.length) granary.place.go(granary.place.feature(here.dictionary, steps[place], here.feature, here.filters));
+    const now = granary.place.now(); // the address, which is ahead of a page that is still being loaded
+    const place = steps.indexOf(now.step) + by;
+    if (here && now.view === "feature" && place >= 0 && place < steps.length) granary.place.go(granary.place.feature(now.dictionary, steps[place], now.feature, now.filters));
   }
 
   const back = () => document.getElementById("back") && granary.place.go(document.getElementById("back").getAttribute("href"));
