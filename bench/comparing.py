@@ -14,7 +14,7 @@ from typing import Annotated
 import tyro
 
 from bench.lines import Line, Peer, spread
-from bench.running import Run, run_of, whole
+from bench.running import Run, doubts, run_of, whole
 from bench.table import ratio_text, seconds_text
 from store.errors import UsageError
 
@@ -110,6 +110,9 @@ def compare(settings: CompareSettings) -> list[Change]:
         "rates of the machine, new over old: "
         + ", ".join(f"{n} {new.rates[n] / rate:.2f}" for n, rate in old.rates.items())
     )
+    for name, each in (("old", old), ("new", new)):
+        if said := doubts(each):
+            print(f"the {name} run is doubtful: {'; '.join(said)}. What follows says little")
     print("\n".join(change.text() for change in found))
     verdicts = [change.verdict for change in found]
     print(", ".join(f"{verdicts.count(word)} {word}" for word in ("faster", "slower", "as before")))

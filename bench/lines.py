@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 from store.errors import DamagedError
 
 Size = Literal["tiny", "quick", "full"]
-"""how much is measured: tiny for tests (a moment a group), quick for the table (one to two minutes a group), full for a long look"""
+"""how much is measured: tiny for tests (a moment a group), quick for the table (three minutes a group at most), full for a long look"""
 Rate = Literal["write", "read", "cached", "copy", "crc32c", "sha256", "float32", "bfloat16"]
 Seconds = tuple[float, ...]
 OF_THE_DISK: tuple[Rate, ...] = ("write", "read")

@@ -7,7 +7,6 @@ explains all but the noise.
 
 import contextlib
 import io
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,25 +27,23 @@ TOKENS = 64
 """rows an image"""
 
 
-def planted_store(path: Path, rows: int, d_model: int, sites: Sequence[str] = ("img_0",), **changes: Any) -> Path:
-    """A finished store of one step and so many rows a site; the same each time.  `changes` are to its metadata."""
+def planted_store(path: Path, rows: int, d_model: int, **changes: Any) -> Path:
+    """A finished store of one site and step and so many rows; the same each time.  `changes` are to its metadata."""
     tokens = StreamTokens("all", TOKENS, TOKENS)
-    meta = small_meta(rows // TOKENS, sites, (0,), d_model, "bfloat16", tokens, chunk_images=64, pictures="none")
+    meta = small_meta(rows // TOKENS, (str(SITE),), (0,), d_model, "bfloat16", tokens, chunk_images=64, pictures="none")
     meta = replace(meta, height=64, width=64, num_inference_steps=1, **changes)
     writer = StoreWriter.open_or_create(path, meta)
-    values: dict[Key, np.ndarray] = {}
-    for number, site in enumerate(meta.site_objects):
-        values |= {(site, 0, point): planted_rows(meta, number, point) for point in meta.points}
+    values: dict[Key, np.ndarray] = {(SITE, 0, point): planted_rows(meta, point) for point in meta.points}
     for part in writer.missing():
         writer.write_part(part, small_part(meta, part, values, [f"prompt {i}" for i in range(meta.n_images)]))
     assert writer.seal()
     return path
 
 
-def planted_rows(meta: StoreMeta, site: int, point: Point) -> np.ndarray:
-    """The rows of a point of the site of that number, (image, token, d_model), bfloat16."""
-    chance = np.random.default_rng((site, 0))  # the same causes at both points
-    noise, fixed = (np.random.default_rng((site, draw, point == "mlp_in")) for draw in (1, 2))
+def planted_rows(meta: StoreMeta, point: Point) -> np.ndarray:
+    """The rows of a point, (image, token, d_model), bfloat16."""
+    chance = np.random.default_rng((0, 0))  # the same causes at both points
+    noise, fixed = (np.random.default_rng((0, draw, point == "mlp_in")) for draw in (1, 2))
     directions = fixed.standard_normal((CAUSES, meta.d_model), np.float32)
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     rows = np.empty((meta.n_images, TOKENS, meta.d_model), meta.carrier.logical)
@@ -58,11 +55,11 @@ def planted_rows(meta: StoreMeta, site: int, point: Point) -> np.ndarray:
     return rows
 
 
-def packs_of(store: Path, folder: Path, points: str = "all", memory: str = "2GB") -> tuple[Pack, Pack]:
+def packs_of(store: Path, folder: Path) -> tuple[Pack, Pack]:
     """The training pack and the held-out pack of a store, below `folder`."""
     packs = []
     for split in ("train", "val"):
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            make_pack(PackSettings(store=store, out=folder / split, split=split, points=points, memory=memory))  # type: ignore[arg-type]
+            make_pack(PackSettings(store=store, out=folder / split, split=split))
         packs.append(open_pack(folder / split))
     return packs[0], packs[1]

@@ -34,7 +34,7 @@ class BenchSettings:
     """groups to measure: harvest, store, pack, loader, step, trainers, shared, scores, features, coherence, circuits;
     default: all but shared"""
     size: Size = "quick"
-    """quick: the table, a quarter of an hour on 2 cores; full: larger and more cases; tiny: only to see that all of it runs"""
+    """quick: the table, some twenty minutes on 2 cores; full: larger and more cases; tiny: only to see that all of it runs"""
     out: Path = Path("build/bench.json")
     """where every sample is kept, for `python -m bench compare` and `show`"""
     markdown: Path | None = None
@@ -70,6 +70,10 @@ class Run:
 
 def run_of(path: Path) -> Run:
     """The run that was kept in a file; `UsageError` where there is none, `DamagedError` for anything else."""
+    if path.is_dir():
+        raise UsageError(
+            f"{path} is a folder: name the file that `python -m bench --out FILE` kept, such as build/bench.json"
+        )
     if not path.is_file():
         raise UsageError(f"{path} is not there: `python -m bench --out {path}` measures and keeps a run")
     try:
@@ -172,6 +176,22 @@ def _busy(machine: Machine) -> bool:
     return machine.load > machine.cores / 2
 
 
+def doubts(found: Run) -> list[str]:
+    """What makes a run's figures worth little, in words."""
+    said = ["size tiny, whose times and goals mean nothing"] if found.size == "tiny" else []
+    if _busy(found.machine):
+        said.append(f"not idle at the start (load {found.machine.load:g} on {found.machine.cores} cores)")
+    if found.rates_at_end is None:
+        said.append("it was not finished")
+    elif not _steady(drifted := drift(found.rates, found.rates_at_end)):
+        said.append(f"not steady ({drifted[0]} at the end {drifted[1]:.2f} times its rate of the beginning)")
+    return said
+
+
+def _steady(drifted: tuple[str, float]) -> bool:
+    return 1 / DRIFT < drifted[1] < DRIFT
+
+
 def opening(found: Run) -> list[str]:
     """The machine, its rates, what is left out, and the head of the table."""
     return [
@@ -193,11 +213,10 @@ def closing(found: Run) -> list[str]:
     """What stands below the table."""
     lines = ["", *table.notes(found.groups)]
     if found.rates_at_end is not None:
-        name, factor = drift(found.rates, found.rates_at_end)
-        steady = 1 / DRIFT < factor < DRIFT
+        name, factor = drifted = drift(found.rates, found.rates_at_end)
         lines.append(
             f"- the machine at the end: {name} {factor:.2f} times its rate of the beginning, the others changed less"
-            + ("" if steady else "; something else was running: measure again when it is not")
+            + ("" if _steady(drifted) else "; something else was running: measure again when it is not")
         )
     minutes = sum(found.seconds.values()) / 60
     groups = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in found.seconds.items())
