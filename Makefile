@@ -90,7 +90,8 @@ harvest: .venv/installed ## run FLUX over prompts: make harvest LAYERS=0-15 [STR
 	  $(if $(PROMPTS),--prompts "$(PROMPTS)") $(if $(IMAGES),--images $(IMAGES)) $(if $(RESOLUTION),--resolution $(RESOLUTION)) $(FLAGS)
 
 # Files of tests are shared out among JOBS processes, each with one thread: two of them are half again as fast as one with two.
-PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses $(JOBS) --dist loadfile
+# Where Python was told to keep no bytecode, every process of theirs would compile all of it again.
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses $(JOBS) --dist loadfile
 
 test: .venv/installed ## the tests that need no GPU and no network [JOBS=2]
 	$(PYTEST) -m "not slow and not gpu"

@@ -1,13 +1,17 @@
-"""What all tests share: shapes and types checked while they run, one CPU thread count, a small store."""
+"""What all tests share: shapes and types checked while they run, no waiting for a disk, a small store."""
 
+import gc
+import importlib
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
-from jaxtyping import install_import_hook
+gc.disable()  # until `pytest_collection_finish`: a tenth of the time of importing is spent looking for garbage that is not there
 
-install_import_hook(["store", "harvest", "train", "analyze"], "beartype.beartype")
+from tests.runtime_types import check_while_running  # noqa: E402
+
+check_while_running()
 
 from collections.abc import Callable, Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -17,6 +21,21 @@ import pytest  # noqa: E402
 
 from tests.object_server import bucket, hub, s3_server, session  # noqa: E402, F401
 from tests.small_store import SmallStore, make_store  # noqa: E402
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage from now on, and never look through the million objects that imports and tests are."""
+    importlib.import_module("hypothesis")  # later, it would count references to what it does not see any more, and warn
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_disk_is_waited_for() -> Iterator[None]:
+    """What fsync promises shows when the power goes, which no test does; a test that wants to see it called replaces it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _descriptor: None)
+        yield
 
 
 @pytest.fixture

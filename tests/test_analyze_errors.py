@@ -324,7 +324,7 @@ CASES: list[tuple[str, Prepare, str, int, str]] = [
     ("a scan of images that are not there", nothing, "scan IN --kind top --images 99", 2, "there is no image 99: there are 24"),
     ("a scan by no expression", nothing, "scan IN --kind top --prompts (", 2, "--prompts '.' is no regular expression: missing"),
     ("a region outside of the picture", nothing, "scan IN --kind spatial --region 0-99:0-3 --sites img_0",
-     2, "'0-99' in --region .* leaves the picture, which has tokens 0 to 5"),
+     2, "'0-99' in --region .* leaves the picture, which has tokens 1 to 6"),
     ("a mask that is not there", nothing, "scan IN --kind spatial --mask HERE/no.png --sites img_0",
      2, "no.png cannot be read as a picture: .*No such file"),
     ("a mask that is no picture", file("m.png"), "scan IN --kind spatial --mask HERE/m.png --sites img_0",

@@ -184,6 +184,26 @@ def test_compare_lists_the_greatest_gain_first_warns_of_another_machine_and_name
     assert "not the same work in both: step, gone" in said
 
 
+def test_compare_repeats_what_each_run_found_doubtful_about_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steady = kept(tmp_path / "steady.json", run_with((2.0,), rates_at_end=RATES))
+    changed = {
+        "size": "tiny",
+        "machine": replace(HERE, load=4.0),
+        "rates_at_end": {**RATES, "read": RATES["read"] / 43},
+    }
+    odd = kept(tmp_path / "odd.json", run_with((2.0,), **changed))
+    compare(CompareSettings(steady, odd))
+    said = capsys.readouterr().out
+    assert "the old run is doubtful" not in said
+    assert (
+        "the new run is doubtful: size tiny, whose times and goals mean nothing; not idle at the start (load 4 on 2 cores)"
+        in said
+    )
+    assert "not steady (read at the end 0.02 times its rate of the beginning)" in said
+
+
 def test_runs_without_a_line_in_common_are_not_compared(tmp_path: Path) -> None:
     old, new = run_with((1.0,)), run_with((1.0,))
     new.groups["store"] = [replace(WRITE, needs=(Need("write", 5.0),))]
@@ -192,6 +212,8 @@ def test_runs_without_a_line_in_common_are_not_compared(tmp_path: Path) -> None:
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is a folder: name the file that"):
+        run_of(tmp_path)
     with pytest.raises(UsageError, match="is not there: `python -m bench --out"):
         run_of(tmp_path / "none.json")
     for content in ("no JSON", "[1, 2]", '{"format": "another"}'):
@@ -279,6 +301,9 @@ def test_every_harvest_beside_which_overhead_is_measured_has_parts_that_are_writ
         cases, rounds = harvest_overhead.SIZES[size]
         assert rounds > 1 and all(case.images > CHUNK_IMAGES_MAX for case in cases)
         assert [case.tokens[-1] for case in cases if case.goal is not None] == ["all"]
+        assert all(case.images >= 6 * CHUNK_IMAGES_MAX for case in cases if case.goal is not None)
+    text, small = (Path(groups.__file__).parent / "README.md").read_text(), harvest_overhead.SMALL
+    assert f"`{small.images} pictures of {small.pixels} px, 64 of 64 tokens`" in text
 
 
 def test_a_harvest_to_be_timed_is_asked_for_as_users_do(tmp_path: Path) -> None:

@@ -116,14 +116,14 @@ def test_a_click_on_a_node_shows_what_leads_to_it_and_its_page(page: Any) -> Non
         chosen["x"], chosen["y"],
     )  # fmt: skip
     detail = "return document.querySelector('.feature-detail').innerText"
-    wait(lambda: "warm edges · img_0/84 at img 3,0" in page.execute_script(detail))
+    wait(lambda: "warm edges · img_0/84 at img 4,1" in page.execute_script(detail))
     assert "Feature L0/84" in page.execute_script(detail).replace("\xa0", " ")
     graph, _ = golden()
     feeding = sum(graph.names[target] == "feature_L0_img_p12_f84" for target in graph.targets)
     rows = "return document.querySelectorAll('.node-connections .input .feature-row').length"
     assert wait(lambda: page.execute_script(rows)) == feeding > 20
     examples = "return document.querySelector('.feature-example-list')?.innerText || ''"
-    assert "img 3,0: 1" in wait(lambda: page.execute_script(examples)), "the page of the feature names its tokens"
+    assert "img 4,1: 1" in wait(lambda: page.execute_script(examples)), "the page of the feature names its tokens"
     assert complaints(page) == []
 
 
@@ -131,5 +131,5 @@ def test_pseudo_tokens_name_stream_place_and_step(page: Any) -> None:
     words = page.execute_script("return [...document.querySelectorAll('.prompt-token text')].map(e => e.textContent)")
     assert words[0] == "const @1"
     assert "txt 3 @1" in words
-    assert "img 3,0 @1" in words
+    assert "img 4,1 @1" in words
     assert len(words) == 1 + 16 + 16

@@ -37,7 +37,7 @@ from train.dictionaries.checkpoint import load_dictionary
 
 STEPS, KEPT, GUIDANCE = 20, (3, 13, 19), 3.5
 DRAW: dict[str, Any] = {
-    "prompts": "builtin:shapes", "images": 40, "resolution": 32, "max_sequence_length": 16, "threads": 1, "batch_size": 20,
+    "prompts": "builtin:shapes", "images": 24, "resolution": 32, "max_sequence_length": 16, "threads": 1, "batch_size": 12,
     "num_inference_steps": STEPS, "steps": "3,13,19", "guidance": GUIDANCE,
 }  # fmt: skip
 
@@ -49,7 +49,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def store(model: Path) -> Store:
-    """40 images at 32 pixels, of which two are traced."""
+    """24 images at 32 pixels, of which two are traced."""
     out = model.parent / "store"
     harvest(HarvestSettings(out=out, model=str(model), **DRAW, trace=True, trace_images="1-2"))
     return open_store(out)
@@ -102,7 +102,7 @@ def test_in_bfloat16_sigma_is_what_the_rounded_timestep_gave(model: Path, tmp_pa
 
 def test_chosen_steps_alone_are_kept_and_the_store_is_whole(store: Store) -> None:
     assert (store.steps, store.meta.num_inference_steps, store.meta.guidance) == (KEPT, STEPS, GUIDANCE)
-    assert sigmas(store).shape == (40, STEPS)
+    assert sigmas(store).shape == (24, STEPS)
     assert verify(store.path).ok
     folders = {path.name for path in (Path(store.path) / "activations/double.00/img").iterdir() if path.is_dir()}
     assert folders == {f"step.{step}" for step in KEPT}

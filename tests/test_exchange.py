@@ -210,8 +210,8 @@ def test_pseudo_tokens_encode_stream_place_and_step(small: Graph, tmp_path: Path
         "const @2",
         "txt 1 @2",
         "txt 2 @2",
-        "img 1,1 @2",
-        "img 1,2 @2",
+        "img 2,2 @2",
+        "img 2,3 @2",
     ]
 
 
@@ -228,7 +228,7 @@ def test_circuit_tracer_gets_every_edge_and_features_of_both_streams_apart(small
     image, text = by_name["feature_L1_img_p4_f7"], by_name["feature_L1_txt_p1_f7"]
     assert image["feature"] != text["feature"], "they would share a page"
     assert unpaired(image["feature"])[1] == unpaired(text["feature"])[1] == 7, "the number that its page shows"
-    assert image["clerp"] == "warm edges · img_1/7 at img 1,1"
+    assert image["clerp"] == "warm edges · img_1/7 at img 2,2"
     assert by_name[TARGET]["node_id"] == said["qParams"]["clickedId"]
 
 

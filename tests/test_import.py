@@ -292,7 +292,7 @@ def test_an_import_that_is_killed_goes_on_and_ends_in_the_same_bytes(tmp_path: P
         put = StoreWriter._put
         def dies(self, name, pieces, lease):
             if name == "statistics/part-00001.safetensors":
-                temporary_of(self.path / name, str(lease.generation)).write_bytes(b"torn")
+                temporary_of(self.path / name, lease.tag).write_bytes(b"torn")
                 os.kill(os.getpid(), signal.SIGKILL)
             return put(self, name, pieces, lease)
         StoreWriter._put = dies

@@ -50,6 +50,7 @@ from train.results.evaluate import evaluate
 from train.results.sweep import table
 from train.rows.means import TrainingMeans
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
 DRAW: dict[str, Any] = {
     "prompts": "builtin:shapes", "images": 24, "resolution": 32, "max_sequence_length": 16, "threads": 1, "batch_size": 24,
     "num_inference_steps": 2, "guidance": 3.5, "layers": "double:1,single:all", "tokens": "6", "text_tokens": "real+2",
@@ -128,6 +129,10 @@ def test_scores_and_tables_have_each_kind_of_token_apart(
         np.testing.assert_array_equal(rows[f"images_active_{kind}"], (best > 0).sum(0))
         expected = z[mine].sum(0) / np.maximum((z[mine] > 0).sum(0), 1)
         np.testing.assert_allclose(rows[f"mean_active_{kind}"], expected, rtol=1e-4, atol=1e-5)
+    of_image = matrix.scores(kind="image")
+    for feature, images in enumerate(rows["unique_image"]):  # where there is something to see
+        if (seen := of_image[:, feature]).max() > 0:
+            assert images[0] == seen.argmax() and rows["unique_score"][feature][0] == pytest.approx(seen.max())
     shown = np.where(np.isin(kinds, counted)[..., None], z, 0)
     np.testing.assert_allclose(matrix.scores(), shown.max(1), atol=1e-5)
     where = np.take_along_axis(store.tokens("joint", 1), shown.argmax(1), 1)

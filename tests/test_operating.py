@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from torch import nn
 from harvest import HarvestSettings
 from harvest.__main__ import COMMANDS
 from harvest.planning.budget import policies_of
-from harvest.planning.device_memory import Way, device_bytes, weights_on_device
+from harvest.planning.device_memory import HostWeights, Way, device_bytes, weights_on_device, weights_on_host
 from harvest.planning.live_memory import META, peak_bytes
-from harvest.planning.operating import columns_of, operating_text, time_table
-from harvest.planning.parameters import Held, held_by_a_batch, in_dtype, parts_of_model, shortened
+from harvest.planning.operating import PYTHON, _disk, _host, columns_of, operating_text, time_table
+from harvest.planning.parameters import Held, Part, file_dtypes, held_by_a_batch, in_dtype, parts_of_model, shortened
 from harvest.planning.plan import Outline, Plan, make_outline, make_plan
 from harvest.planning.rates import rates_of
 from harvest.planning.reserve import (
@@ -33,14 +34,15 @@ from harvest.planning.reserve import (
     staging_on_host,
     training_bytes,
 )
-from harvest.planning.volume import part_bytes
-from harvest.settings import DEV, SCHNELL
+from harvest.planning.volume import as_pinned, part_bytes
+from harvest.settings import DEV, SCHNELL, SD3_MEDIUM, SD35_MEDIUM
 from store import UsageError, open_store
 from store.command import program
 from store.pack import PackSettings
 from store.packing.budget import Budget
 from store.packing.plan import PackPlan
 from store.sites import Site
+from store.sizes import human_size
 from store.split import Split
 from tests import small_models
 from tests.small_store import small_meta
@@ -66,6 +68,11 @@ def tiny() -> Plan:
     return make_plan(HarvestSettings(plan=True, scale="1000", images_per_second=2.0, threads=1, images=64))
 
 
+@pytest.fixture(scope="module")
+def schnell() -> tuple[Part, ...]:
+    return parts_of_model(outline().settings)
+
+
 @pytest.mark.parametrize(("command", "shown"), BLOCKS, ids=[command.split()[4] for command, _ in BLOCKS])
 def test_the_tables_of_the_document_are_what_the_command_prints(
     command: str, shown: str, capsys: pytest.CaptureFixture[str]
@@ -83,13 +90,35 @@ def test_the_figures_of_the_summary_stand_in_the_tables() -> None:
     assert all(re.search(rf"\s{re.escape(figure)}\b", tables) for figure in figures), figures
 
 
-def test_parameters_are_those_that_are_known_and_those_that_are_loaded(tiny: Plan) -> None:
+def test_the_figures_of_the_readme_stand_in_the_tables() -> None:
+    command, shown = BLOCKS[0]
+    assert SCHNELL in command
+
+    def cell(after: str, row: str) -> str:
+        line = next(line for line in shown.partition(after)[2].splitlines() if line.strip().startswith(row))
+        return re.split(r"  +", line.strip())[-2]  # of column B: 64 image tokens, and what else is usual
+
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    said = re.search(
+        r"60,000 prompts at 64 image tokens: ([\d.]+ TB) with packs and dictionaries, ([\d.]+ GB) of RAM a worker, "
+        r"a GPU of ([\d.]+ GB), or ([\d.]+ GB) with `--text-encoders first`",
+        readme,
+    )
+    assert said is not None and said.groups() == (
+        cell("  60,000 prompts\n", "all but embeddings"),
+        cell("memory of a worker", "in all"),
+        cell("memory of a GPU", "as it is"),
+        cell("memory of a GPU", "--text-encoders first"),
+    )
+
+
+def test_parameters_are_those_that_are_known_and_those_that_are_loaded(tiny: Plan, schnell: tuple[Part, ...]) -> None:
     known = {"transformer": 11.90e9, "text_encoder": 123.06e6, "text_encoder_2": 4.762e9, "vae": 83.82e6}
     found = {part.name: part for part in parts_of_model(outline(DEV).settings)}
     assert {name: part.parameters for name, part in found.items()} == pytest.approx(known, rel=2e-4)
-    schnell = next(part for part in parts_of_model(outline().settings) if part.name == "transformer")
+    smaller = next(part for part in schnell if part.name == "transformer")
     embedder = 256 * 3072 + 3072 + 3072 * 3072 + 3072  # of guidance, which schnell has not
-    assert found["transformer"].parameters - schnell.parameters == embedder
+    assert found["transformer"].parameters - smaller.parameters == embedder
     for part in parts_of_model(tiny.settings):
         loaded = getattr(tiny.sampler.pipe, part.name)
         assert part.parameters == sum(parameter.numel() for parameter in loaded.parameters())
@@ -130,9 +159,8 @@ class _Nothing:
     def __exit__(self, *_: object) -> None: ...
 
 
-def test_weights_on_a_gpu_follow_from_the_way_that_is_chosen() -> None:
-    plan = outline()
-    parts = parts_of_model(plan.settings)
+def test_weights_on_a_gpu_follow_from_the_way_that_is_chosen(schnell: tuple[Part, ...]) -> None:
+    parts = schnell
     sizes = {part.name: part.parameters for part in parts}
     transformer, encoders = sizes["transformer"], sizes["text_encoder"] + sizes["text_encoder_2"]
     everything = weights_on_device(Way(), parts, "bfloat16")
@@ -151,6 +179,58 @@ def test_weights_on_a_gpu_follow_from_the_way_that_is_chosen() -> None:
     needed = [device_bytes(way, parts, "bfloat16", held, 10**6) or 0 for way in ways]
     assert needed == sorted(needed, reverse=True)
     assert device_bytes(Way(), parts, "bfloat16", Held(1, None, 3), 0) is None
+
+
+def test_what_is_pinned_is_rounded_up_to_a_power_of_two_and_counted_so() -> None:
+    assert [as_pinned(size) for size in (0, 1, 2**20, 2**20 + 1, 456 * 2**20)] == [0, 1, 2**20, 2**21, 2**29]
+    meta = outline(DEV, layers="single:all").meta  # 38 sites x 4 images x 1,536 tokens: 1,368 MiB a point
+    assert staging_on_host(meta, True) == 2 * 2 * 2**31
+    assert staging_on_host(outline(layers="0-15", streams="img").meta, True) == 2 * 2 * 2**29  # 384 MiB each
+
+
+def test_weights_lie_in_ram_while_they_are_converted_and_where_they_are_offloaded(schnell: tuple[Part, ...]) -> None:
+    sizes = {part.name: part.weights("bfloat16") for part in schnell}
+    encoders, every = sizes["text_encoder"] + sizes["text_encoder_2"], sum(sizes.values())
+    ram = partial(weights_on_host, parts=schnell, dtype="bfloat16")
+    assert ram(Way(), mapped=sizes) == HostWeights(0, 0)
+    assert ram(Way(), mapped=()) == HostWeights(every, 0)
+    assert ram(Way(text_encoders="first"), mapped=()).loading == every - encoders
+    assert ram(Way("model"), mapped=sizes) == HostWeights(0, every)
+    assert ram(Way("model", text_encoders="first"), mapped=()).drawing == every - encoders
+    assert 0 < ram(Way(quantize="nf4"), mapped=sizes).loading < sizes["transformer"] / 3
+    group = ram(Way("group"), mapped=())
+    assert group.drawing - every == pytest.approx((35.3 - 22.6) * 2**30, rel=0.1)  # blocks, matrix by matrix, by hand
+    assert group.loading > group.drawing + sizes["transformer"] / 2  # all is pinned before what was loaded goes
+
+
+def test_what_is_loaded_is_said_by_the_dtype_of_the_files(schnell: tuple[Part, ...]) -> None:
+    for model, said in (
+        (SCHNELL, "the files are in bfloat16, and mapped"),
+        (SD3_MEDIUM, "the files are in float16, and converted to bfloat16"),
+        (SD35_MEDIUM, "not known from here; counted as if it were another than bfloat16"),
+    ):
+        plan = outline(model, layers="0", tokens="64")
+        shown = _host(
+            [[Reserve(plan, 1000)]], schnell, [Held(1, 2, 3)], True
+        ).text()  # its dtypes are those of the model
+        assert said in " ".join(shown.split())
+        converted = sum(part.weights("bfloat16") for part in schnell) if model != SCHNELL else 0
+        rows = dict(re.findall(r"^  (drawing|loading|in all) +(.*)$", shown, re.MULTILINE))
+        assert rows["loading"] == human_size(converted + PYTHON)
+        assert (
+            rows["in all"] == rows["loading" if converted else "drawing"] != rows["drawing" if converted else "loading"]
+        )
+
+
+def test_pictures_compression_and_traces_of_the_disk_table_are_those_asked_for(schnell: tuple[Part, ...]) -> None:
+    def shown(**options: Any) -> str:
+        return " ".join(_disk([[Reserve(outline(layers="0-1", **options), 1000)]], schnell).text().split())
+
+    usual, other = shown(), shown(pictures="png", codec="zstd", trace=True)
+    assert "pictures at 0.35 B a pixel (webp), prompts" in usual and "zstd" not in usual and "trace" not in usual
+    assert "pictures at 1.5 B a pixel (png), prompts" in other and "sizes are before it" in other
+    assert "store, traces: images 0-9 at steps 0-3, blocks 0-1, bfloat16, however many" in other
+    assert "pictures at" not in shown(pictures="none")
 
 
 def test_packs_are_as_large_as_was_said(pack_store: Path, tiny: Plan, tmp_path: Path) -> None:
@@ -236,6 +316,7 @@ def test_every_family_is_counted_from_a_folder(make: Callable[[Path], Path], tmp
     folder = make(tmp_path / "m")
     parts = parts_of_model(HarvestSettings(plan=True, model=str(folder)))
     files = sum(file.stat().st_size for part in parts for file in (folder / part.name).glob("*.safetensors"))
+    assert set(file_dtypes(HarvestSettings(plan=True, model=str(folder)), parts).values()) == {"float32"}
     assert sum(part.weights("float32") for part in parts) == pytest.approx(
         files, rel=0.2
     )  # headers, and what is saved twice

@@ -69,7 +69,7 @@ def test_pictures_are_encoded_by_a_thread_of_the_writer(tmp_path: Path, monkeypa
     (record,) = [file for file in (tmp_path / "store.runs").glob("*.json") if file.name != "settings.json"]
     waited = json.loads(record.read_text())["waiting"]
     assert waited == done.waiting.facts()
-    assert waited["model"] > 0 and set(waited["threads"]) == {"copy", "encode", "disk"}
+    assert waited["model"] > 0 and set(waited["threads"]) == {"encode", "disk"}  # on a CPU nothing is copied beside
 
 
 def test_the_script_for_a_gpu_runs_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

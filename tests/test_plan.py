@@ -180,8 +180,28 @@ def test_a_batch_that_the_device_cannot_hold_is_one_message(plan: Plan, monkeypa
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
 
     monkeypatch.setattr("harvest.drawing.fill_part", full)
-    with pytest.raises(GranaryError, match=r"a batch of 4 images does not fit on cpu: CUDA out .*smaller --batch-size"):
+    with pytest.raises(
+        GranaryError, match=r"a batch of 4 images does not fit on cpu: CUDA out .* 2.00 GiB\. Use a smaller --batch-"
+    ):
         announce(plan, None, [0])
+
+
+def test_all_that_is_missing_has_to_fit_whatever_a_workers_share_is(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    volume, block = volume_of(plan), Disk.of(tmp_path).block
+    one, both = (volume.on_disk(parts, True, block) for parts in (1, 2))
+    assert one < both
+    free = [both]
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=free[0]))
+    announce(plan, tmp_path / "store", [0, 1], [1], measure=False)
+    shown = capsys.readouterr().out
+    assert "6 images in 1 part; the other parts" in shown
+    assert f"all 2 missing parts, of all workers, take {human_size(both)}" in shown
+    free[0] = both - 1
+    with pytest.raises(GranaryError, match=f"for all 2 missing parts, {human_size(one)} of it in the 1 part that this"):
+        announce(plan, tmp_path / "store", [0, 1], [1], measure=False)
 
 
 def test_compression_is_not_foreseen_and_the_plan_says_so(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,6 +39,7 @@ from train.rows.loader import Loader
 from train.rows.means import TrainingMeans
 from train.rows.recompute import SiteMLP
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
 IMG, TXT = Site.parse("img_0"), Site.parse("txt_0")
 BFLOAT16 = 2.0**-8
 """largest relative rounding of bfloat16"""

@@ -20,8 +20,11 @@ from store import Site, Store, open_store
 from store.care.verify import verify
 from store.command import program
 from store.errors import UsageError
+from store.info import describe
 from store.pack import PackSettings
 from store.pack import run as pack
+from store.shards import open_pack
+from store.strata import RealText
 from tests import small_models
 from tests.sd3_by_hand import sd3_mlps
 from tests.test_store import tree
@@ -107,21 +110,27 @@ def test_the_store_holds_the_picture_that_the_plain_pipeline_draws(models: Path,
     assert np.abs(np.asarray(drawn, int) - np.asarray(picture, int)).max() <= 1
 
 
-def test_the_text_has_clips_places_and_after_them_t5s_real_tokens(
+def test_the_text_has_clips_places_and_after_them_t5s_real_tokens_and_knows_the_padding_among_them(
     models: Path, tmp_path: Path, stored: Store, without: Store
 ) -> None:
     store = harvest(models, tmp_path / "store", text_tokens="real", steps="1", streams="txt", store_dtype="float32")
     rows, policy, txt = store.prompts(), store.meta.tokens["txt"], Site.parse("txt_1")
-    assert policy.total == 77 + LENGTH > policy.kept >= max(rows.column("text_length").to_pylist())
+    assert policy.total == 77 + LENGTH > 2 * policy.kept
     for image in range(6):
         pieces, length = rows.column("text_pieces")[image].as_py(), rows.column("text_length")[image].as_py()
         first = f"▁{rows.column('prompt')[image].as_py().split()[0].strip(':')}"
         assert pieces[0] == "⟨start⟩" and pieces[1] == pieces[77] == first
         assert pieces[76] == "·" and pieces[-1] == "</s>" and len(pieces) == length > 78
+        real = [place for place, piece in enumerate(pieces) if piece != "·"]
+        assert rows.column("text_padding")[image].as_py() == [place for place in range(length) if place not in real]
+        assert [place for place in store.tokens("txt", 1)[image] if place >= 0] == real
         kept = store.read(txt, 1, "mlp_in")[image]
-        np.testing.assert_array_equal(kept[:length], stored.read(txt, 1, "mlp_in")[image][:length])
-    assert without.prompts().column("text_length").to_pylist() == [77, 77]
-    assert (without.meta.tokens["txt"].kept, without.meta.tokens["txt"].total) == (77, 77 + LENGTH)
+        np.testing.assert_array_equal(kept[: len(real)], stored.read(txt, 1, "mlp_in")[image][real])
+    found = without.prompts()
+    of_clip = [77 - len(padding) for padding in found.column("text_padding").to_pylist()]
+    assert found.column("text_length").to_pylist() == [77, 77] and without.meta.tokens["txt"].total == 77 + LENGTH
+    assert (without.tokens("txt", 1) >= 0).sum(axis=1).tolist() == of_clip
+    assert f"kept at a step: {sum(of_clip)} real, 0 padding" in describe(without)
 
 
 def test_sites_sizes_and_components_are_the_models(stored: Store, without: Store) -> None:
@@ -164,11 +173,20 @@ def test_the_whole_line_runs(models: Path, tmp_path: Path) -> None:
         )
     )  # fmt: skip
     assert [str(dictionary.config.site) for dictionary in learned] == ["img_2", "txt_1"]
+    real = RealText.of(store.prompts()).count(store.meta.text_tokens)
+    for split in ("train", "val"):
+        here = real[np.array(store.prompts()["split"].to_pylist()) == split].sum() * STEPS
+        assert open_pack(tmp_path / split).group_rows(Site.parse("txt_1"))["real"] == here
     found = everything.run(
         AllSettings(store=Path(store.path), dictionaries=tmp_path / "d", out=tmp_path / "a", images="all")
     )
     assert found.scores.computed == 2 * STEPS
     assert found.report is not None and found.report.index.exists()
+    assert "tiny-flux's own size, 64 x 64 pixels; these are 32 wide and 32 high" in found.left_out["truth"]
+    report = "".join(
+        file.read_text() for file in (tmp_path / "a" / "report").rglob("*.js") if "static" not in file.parts
+    )
+    assert "⟨start⟩" in report and '"·"' not in report
     sheets.run(
         SheetSettings(
             store=Path(store.path),
@@ -231,7 +249,8 @@ def test_a_plan_of_published_models_needs_no_weights() -> None:
     )
     assert (medium.meta.d_model, medium.meta.grid, medium.meta.pixels_per_token) == (1536, (64, 64), 16)
     assert (medium.meta.num_inference_steps, medium.meta.guidance) == (40, 2.0)
-    assert medium.meta.tokens["txt"].total == 77 + 256
+    assert medium.meta.tokens["txt"].total == 77 + 256 > 2 * medium.longest
+    assert any("no column truth" in remark and "64 x 64 pixels alone" in remark for remark in medium.remarks)
     assert [sum(site.startswith(stream) for site in medium.meta.sites) for stream in ("img", "txt")] == [24, 23]
     large = make_outline(HarvestSettings(plan=True, model=SD35_LARGE, prompts="builtin:shapes", images=10, layers="37"))
     assert large.meta.sites == ("img_37",) and large.meta.d_model == 2432 and large.meta.guidance == 3.5

@@ -104,5 +104,5 @@ def test_masks_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"text\.png is no picture that can be read"):
         TokenChoice(mask=tmp_path / "text.png").resolved((4, 4))
     Image.new("L", (8, 8), 100).save(tmp_path / "dark.png")
-    with pytest.raises(UsageError, match="no token of the 4x4 grid is half covered by the mask"):
+    with pytest.raises(UsageError, match="no token of the 4 rows and 4 columns is half covered"):
         TokenChoice(mask=tmp_path / "dark.png").resolved((4, 4))
