@@ -34,7 +34,7 @@ class BenchSettings:
     """groups to measure: harvest, store, pack, loader, step, trainers, shared, scores, features, coherence, circuits;
     default: all but shared"""
     size: Size = "quick"
-    """quick: the table, some twenty minutes on 2 cores; full: larger and more cases; tiny: only to see that all of it runs"""
+    """quick: the table, about ten minutes on 2 cores; full: larger and more cases; tiny: only to see that all of it runs"""
     out: Path = Path("build/bench.json")
     """where every sample is kept, for `python -m bench compare` and `show`"""
     markdown: Path | None = None
