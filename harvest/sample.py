@@ -70,6 +70,12 @@ class Sampler:
         """Whether the pipeline is offloaded: a sampler is made when that is settled."""
         return moves_weights(self.pipe)
 
+    @cached_property
+    def _device(self) -> torch.device:
+        """Where the pipeline computes, which it finds by a look at every module."""
+        device: torch.device = self.pipe._execution_device
+        return device
+
     def draw(
         self,
         prompts: Sequence[str],
@@ -153,12 +159,12 @@ class Sampler:
         return given
 
     def _encoded(self, prompts: Sequence[str]) -> Embedded:
-        return encode(self.pipe, prompts, self.max_sequence_length, self._moved)
+        return encode(self.pipe, prompts, self.max_sequence_length, self._moved, self._device)
 
     def _unconditional(self) -> Embedded:
         """The empty prompt, encoded by itself and once, so that it does not depend on the batch."""
         if not self._empty:
             source = self.embeddings
             made = self._encoded([UNCONDITIONAL]) if source is None else source.source((UNCONDITIONAL,))
-            self._empty.append(tuple(part.to(self.pipe._execution_device) for part in made))
+            self._empty.append(tuple(part.to(self._device) for part in made))
         return self._empty[0]

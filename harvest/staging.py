@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from harvest.arenas import Arenas
 from harvest.capture import Rows
 from harvest.lanes import Direct, Ring, Slot, Traffic, chosen, lane_of, select_into
 from harvest.models.model import DTYPES, first_line
@@ -78,7 +79,7 @@ class Staging:
         self._sites = {s: tuple(site for site in meta.site_objects if site.stream == s) for s in meta.streams}
         self._place = {site: place for sites in self._sites.values() for place, site in enumerate(sites)}
         self._stored = stored_in(meta)
-        self._lane = lane
+        self._lane, self._arenas = lane, Arenas()
         self._part = _Gathered({}, {}, {})
         self._slot: Slot | None = None
         self._seen: set[tuple[Site, Point]] = set()
@@ -109,13 +110,17 @@ class Staging:
             self._traffic.give_back(self._slot)
             self._slot = None
         self._seen.clear()
-        meta, logical = self.meta, self.meta.carrier.logical
-        arrays: dict[tuple[Stream, int, Point], np.ndarray] = {
-            (stream, step, point): np.empty((len(sites), images, meta.tokens[stream].kept, meta.d_model), logical)
+        meta = self.meta
+        shapes = {
+            (stream, step, point): (len(sites), images, meta.tokens[stream].kept, meta.d_model)
             for stream, sites in self._sites.items()
             for step in meta.steps
             for point in meta.points
         }
+        self._part = _Gathered({}, {}, {})  # what it held is free for this one
+        arrays = dict(
+            zip(shapes, self._arenas.arrays(list(shapes.values()), np.dtype(meta.carrier.logical)), strict=True)
+        )
         self._part = _Gathered(positions, arrays, {key: as_tensor(array) for key, array in arrays.items()})
 
     def batch(self, first: int, count: int) -> None:
@@ -138,7 +143,7 @@ class Staging:
         if isinstance(self._lane, Direct):
             values = chosen(source, index, rows.then)
             values = values if empty is None else values.masked_fill(empty, float("nan"))
-            self._convert(self._lane, site, point, values, empty is not None)
+            self._convert(self._lane, site, point, values)
         else:
             self._slot = self._slot or self._traffic.take()
             target = self._target(self._lane, self._slot, site, point, source.dtype)
@@ -179,10 +184,10 @@ class Staging:
                     errors[site, step, point] = lost[key][place] if key in lost else 0.0
         return arrays, errors
 
-    def _convert(self, lane: Direct, site: Site, point: Point, values: Tensor, some_empty: bool) -> None:
+    def _convert(self, lane: Direct, site: Site, point: Point, values: Tensor) -> None:
         """Put the kept rows of a site (image, kept token, d_model) where they stay."""
         key, place, part = (site.stream, self._step, point), self._place[site], self._part
-        lost = lane.put(part.tensors[key][place, self._first : self._first + self._count], values, some_empty)
+        lost = lane.put(part.tensors[key][place, self._first : self._first + self._count], values)
         if lost is not None:
             if key not in part.errors:
                 part.errors[key] = np.zeros(len(self._sites[site.stream]))

@@ -4,6 +4,7 @@ Nothing here knows what the bytes mean.  The order matters: the data is on the d
 is, and the name is on the disk before anything that trusts it is written.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -26,6 +27,17 @@ def fsync_file(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def forget_cached(descriptor: int) -> None:
+    """Let the system drop a file that is on the disk from its page cache, where it can.
+
+    A store is read again when it is finished, and is larger than the memory as a rule: what is cached of it meanwhile costs a
+    page of memory for each of its own, and pushes out what others read.
+    """
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):  # a hint, which not every file system takes
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 fsync_folder = fsync_file  # a folder is opened and synced like a file: its names are its content

@@ -28,6 +28,7 @@ from store import layout
 from store.chunks import encode, from_e4m3, padded, to_e4m3
 from store.errors import DamagedError, LostLeaseError, MismatchError, NonFiniteError
 from store.files import (
+    forget_cached,
     fsync_folder,
     json_bytes,
     parse_self_checked,
@@ -56,6 +57,8 @@ from store.statistics import Statistics, array_statistics, joint_statistics, sta
 from store.tables import table_bytes
 
 WRITING_THREADS = 4
+FORGOTTEN = 2**18
+"""bytes of a file that is not kept in the page cache; smaller ones are soon read again, or not worth it"""
 Key = tuple[Site, int, Point]
 Pieces = Sequence[memoryview | bytes]
 
@@ -350,6 +353,8 @@ class StoreWriter:
                         while view:
                             view = view[file.write(view) :]
                     os.fsync(file.fileno())
+                    if length >= FORGOTTEN:
+                        forget_cached(file.fileno())
                 lease.check()
                 temporary.replace(path)
         except BaseException as error:

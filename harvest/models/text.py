@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from harvest.models.architectures import ARCHITECTURES, FLUX, FLUX2, SD3, Architecture, architecture_of_pipeline
@@ -182,16 +183,21 @@ def apart(architecture: Architecture, guidance: float) -> tuple[tuple[str, ...],
 
 
 def encode(
-    pipe: Any, prompts: Sequence[str], max_sequence_length: int, moved: bool | None = None
+    pipe: Any,
+    prompts: Sequence[str],
+    max_sequence_length: int,
+    moved: bool | None = None,
+    device: torch.device | None = None,
 ) -> tuple[Tensor, ...]:
     """What the pipeline takes of the prompts, in the order of `Architecture.embeddings`; a row a prompt.
 
-    FLUX.1 and SD3: (prompt_embeds, pooled_prompt_embeds).  FLUX.2: (prompt_embeds,).  `moved`: as `without_gradients` takes it.
+    FLUX.1 and SD3: (prompt_embeds, pooled_prompt_embeds).  FLUX.2: (prompt_embeds,).  `moved`: as `without_gradients` takes it;
+    `device`: where the pipeline computes, where that is known: it is found by a look at every module.
     The pipeline would log a warning for each prompt that CLIP cuts at 77 tokens; we count those once, in `tokenize`, and the
     summary says how many there were.
     """
     row = family_of(pipe)
-    asked: dict[str, Any] = {"device": pipe._execution_device, "max_sequence_length": max_sequence_length}
+    asked: dict[str, Any] = {"device": device or pipe._execution_device, "max_sequence_length": max_sequence_length}
     with quiet(), without_gradients(pipe, moved):
         if row is SD3:
             embeds, _, pooled, _ = pipe.encode_prompt(
