@@ -37,7 +37,7 @@ class Arenas:
         if block is None or block.nbytes < size + ALIGNED:
             block = np.empty(size + ALIGNED, np.uint8)
         arena = np.frombuffer(block.data, np.uint8)
-        held = weakref.finalize(arena.base, self._free.append, block)  # every array in it refers to this very object
+        held = weakref.finalize(arena.base, self._free.append, block)  # which every array in it leads to
         held.atexit = False
         first = -arena.ctypes.data % ALIGNED
         return arena[first : first + size]

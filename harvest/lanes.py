@@ -139,8 +139,8 @@ class Direct:
     """Within a CPU's memory."""
 
     def __init__(self) -> None:
-        self._lost: dict[torch.Size, Tensor] = {}
-        """memory for differences, by shape: fresh memory is slower than arithmetic"""
+        self._lost = torch.empty(0)
+        """memory for the differences of a site, as large as the largest so far: fresh memory is slower than arithmetic"""
 
     def put(self, into: Tensor, values: Tensor) -> float | None:
         """Convert a site's `values` (image, kept token, d_model) into the part's array.
@@ -150,10 +150,10 @@ class Direct:
         into.copy_(values)
         if into.dtype == values.dtype:
             return None
-        lost = self._lost.get(values.shape)
-        if lost is None:
+        if self._lost.numel() < values.numel():
             with torch.inference_mode(False):
-                lost = self._lost[values.shape] = torch.empty(values.shape)
+                self._lost = torch.empty(values.numel(), dtype=torch.float32, device=values.device)
+        lost = self._lost[: values.numel()].view(values.shape)
         return float(_squares(lost.copy_(into).sub_(values)))
 
 

@@ -58,7 +58,7 @@ from store.tables import table_bytes
 
 WRITING_THREADS = 4
 FORGOTTEN = 2**18
-"""bytes of a file that is not kept in the page cache; smaller ones are soon read again, or not worth it"""
+"""bytes from which on a file is not kept in the page cache"""
 Key = tuple[Site, int, Point]
 Pieces = Sequence[memoryview | bytes]
 
@@ -353,7 +353,7 @@ class StoreWriter:
                         while view:
                             view = view[file.write(view) :]
                     os.fsync(file.fileno())
-                    if length >= FORGOTTEN:
+                    if length >= FORGOTTEN and path.suffix != ".json":  # commits and metadata are read again soon
                         forget_cached(file.fileno())
                 lease.check()
                 temporary.replace(path)
