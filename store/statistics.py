@@ -26,8 +26,8 @@ from store.strata import STRATA, STRATA_STREAMS
 BINS_PER_OCTAVE = 32
 LOWEST, HIGHEST = -40 * BINS_PER_OCTAVE, 72 * BINS_PER_OCTAVE
 """bins of norms from 2^-40 (zero as well) to 2^72; a bin is 2.2 % wide"""
-BLOCK = 2**18
-"""values that are summed at once: smaller blocks fit better into a cache, and stop the thread that runs the model more often"""
+BLOCK = 2**16
+"""values that are summed at once: few enough for the cache of a core, in float64 too"""
 GREATEST = 1e120
 """which no sum of squares of float32 reaches"""
 
