@@ -26,8 +26,7 @@ from store.strata import STRATA, STRATA_STREAMS
 BINS_PER_OCTAVE = 32
 LOWEST, HIGHEST = -40 * BINS_PER_OCTAVE, 72 * BINS_PER_OCTAVE
 """bins of norms from 2^-40 (zero as well) to 2^72; a bin is 2.2 % wide"""
-BLOCK = 2**16
-"""values that are summed at once: few enough for the cache of a core, in float64 too"""
+BLOCK = 2**20
 GREATEST = 1e120
 """which no sum of squares of float32 reaches"""
 
@@ -148,32 +147,45 @@ def joint_statistics(
 def array_statistics(values: np.ndarray, kept: np.ndarray | None, error: float = 0.0) -> Statistics | int:
     """The statistics of (image, token, d_model), or the number of the first image with a NaN or an infinity.
 
-    `kept` (image, token) masks empty slots.  Everything is summed in float64, in which squares are exact, a block of rows at a time.
+    `kept` (image, token) masks empty slots.  Squares are exact: those of 16-bit values in float32, of others in float64.
     """
     images, tokens, d_model = values.shape
     total, squares = np.zeros(d_model), np.zeros(d_model)
-    there = np.arange(images * tokens) if kept is None else np.flatnonzero(kept)
-    norms, peak = np.empty(len(there)), 0.0
-    rows, at_once = values.reshape(-1, d_model), max(BLOCK // d_model, 1)
-    for first in range(0, len(there), at_once):
-        chosen = slice(first, first + at_once)
-        exact = to_float32(rows[chosen] if kept is None else rows[there[chosen]])
-        wide = exact.astype(np.float64)
-        norms[chosen] = np.einsum("ij,ij->i", wide, wide)
-        total += np.einsum("ij->j", wide)
-        squares += np.einsum("ij,ij->j", wide, wide)
-        peak = max(peak, float(exact.max()), -float(exact.min()))
-    finite = np.isfinite(norms)
-    if not finite.all():
-        return int(there[np.argmin(finite)] // tokens)
-    counts = np.bincount(_bins(norms), minlength=HIGHEST - LOWEST)
-    return Statistics(len(there), total, squares, counts, peak, error)
+    counts = np.zeros(HIGHEST - LOWEST, np.int64)
+    rows, peak = 0, 0.0
+    at_once = max(BLOCK // (tokens * d_model), 1)
+    for first in range(0, images, at_once):
+        block = values[first : first + at_once].reshape(-1, d_model)
+        mask = None if kept is None else kept[first : first + at_once].reshape(-1)
+        exact = to_float32(block if mask is None else block[mask])
+        square = np.square(exact, dtype=np.float64 if values.dtype == np.float32 else np.float32)
+        norms = square.sum(axis=1, dtype=np.float64)
+        if not np.isfinite(norms).all():
+            bad = _first_bad(values[first : first + at_once], kept, first)
+            if bad is not None:
+                return first + bad
+            square = np.square(exact, dtype=np.float64)  # finite values whose squares are beyond float32
+            norms = square.sum(axis=1, dtype=np.float64)
+        rows += len(exact)
+        total += np.add.reduce(exact, axis=0, dtype=np.float64)
+        squares += np.add.reduce(square, axis=0, dtype=np.float64)
+        peak = max(peak, float(square.max(initial=0.0)))
+        counts += np.bincount(_bins(norms), minlength=len(counts))
+    return Statistics(rows, total, squares, counts, float(np.sqrt(peak)), error)
 
 
 def _bins(square_norms: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore"):
         exponent = np.floor(0.5 * BINS_PER_OCTAVE * np.log2(square_norms))
     return np.asarray(np.clip(exponent, LOWEST, HIGHEST - 1).astype(np.int64) - LOWEST)
+
+
+def _first_bad(values: np.ndarray, kept: np.ndarray | None, first: int) -> int | None:
+    for index, image in enumerate(values):
+        exact = to_float32(image if kept is None else image[kept[first + index]])
+        if not np.isfinite(exact).all():
+            return index
+    return None
 
 
 def statistics_bytes(statistics: Mapping[tuple[Site, int, Point], Statistics]) -> bytes:
