@@ -26,7 +26,7 @@ DEMO_TRAINING ?= --activation topk --k 64 --expansion 8 --batch 1024 --epochs 2 
   --schedule cosine --decoder-bias mean --autocast auto
 DEMO_ANALYSIS = --store "$(DEMO)/store-val" --dictionaries "$(DEMO)/dictionaries"
 
-.PHONY: help setup demo test test-all check format bench bench-store bench-train bench-analyze bench-circuits steer-demo explore faithfulness-demo validate-demo notebooks test-exchange torture torture-training torture-workers harvest tiny-flux clean
+.PHONY: help setup demo test test-all test-gpu check format bench bench-store bench-train bench-analyze bench-circuits steer-demo explore faithfulness-demo validate-demo notebooks test-exchange torture torture-training torture-workers harvest tiny-flux clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 19
@@ -98,6 +98,9 @@ test: .venv/installed ## the tests that need no GPU and no network [JOBS=2]
 
 test-all: .venv/installed ## the slow tests as well
 	$(PYTEST) -m "not gpu"
+
+test-gpu: .venv/installed ## the tests that need a GPU [CUDA_VISIBLE_DEVICES=0]
+	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} $(PY) -m pytest -m gpu
 
 check: .venv/installed ## format, lint, types
 	$(PY) -m ruff format --check .

@@ -138,23 +138,17 @@ class Traffic:
 class Direct:
     """Within a CPU's memory."""
 
-    def __init__(self) -> None:
-        self._lost = torch.empty(0)
-        """memory for the differences of a site, as large as the largest so far: fresh memory is slower than arithmetic"""
-
-    def put(self, into: Tensor, values: Tensor) -> float | None:
+    def put(self, into: Tensor, values: Tensor, some_empty: bool = True) -> float | None:
         """Convert a site's `values` (image, kept token, d_model) into the part's array.
 
-        The sum of squared rounding errors, of which `squared_errors` says more; None for equal dtypes.
+        The sum of squared rounding errors, of which `squared_errors` says more; None for equal dtypes.  `some_empty`: there may be
+        slots of NaN, which count nothing; without any, a plain sum gives the same bits sooner.
         """
         into.copy_(values)
         if into.dtype == values.dtype:
             return None
-        if self._lost.numel() < values.numel():
-            with torch.inference_mode(False):
-                self._lost = torch.empty(values.numel(), dtype=torch.float32, device=values.device)
-        lost = self._lost[: values.numel()].view(values.shape)
-        return float(_squares(lost.copy_(into).sub_(values)))
+        lost = into.to(torch.float32, copy=True).sub_(values).square_()
+        return float(lost.nansum(dtype=torch.float64) if some_empty else lost.sum(dtype=torch.float64))
 
 
 @runtime_checkable
@@ -287,21 +281,14 @@ def lane_of(device: torch.device) -> Direct | Ring:
 def squared_errors(stored: Tensor, exact: Tensor) -> Tensor | None:
     """(site,) float64 sums of the squared differences between what is stored and what was computed; None for equal dtypes.
 
-    Empty slots are rows of NaN and count nothing.  Each site is summed by itself, a row in float32 and the rows in float64: the order
-    of a sum decides its last bits, and those are in the commits.  So no more than a site is held in float32; nothing is fetched
-    from the device.
+    Empty slots are NaN and count nothing.  Each site is summed by itself, as harvests always did: the order of a sum decides its
+    last bits, and those are in the commits.  So no more than a site is held in float32; nothing is fetched from the device.
     """
     if stored.dtype == exact.dtype:
         return None
     sums = torch.empty(len(stored), dtype=torch.float64, device=stored.device)
     lost = torch.empty_like(stored[0], dtype=torch.float32)  # one for all: fresh memory is slower than arithmetic
     for place, (rounded, whole) in enumerate(zip(stored, exact, strict=True)):
-        sums[place] = _squares(
-            lost.copy_(rounded).sub_(whole)
-        )  # both exact, and faster than a difference of two dtypes
+        lost.copy_(rounded).sub_(whole)  # both exact, and faster than a difference of two dtypes
+        sums[place] = lost.square_().nansum(dtype=torch.float64)
     return sums
-
-
-def _squares(lost: Tensor) -> Tensor:
-    """The sum of squares of (image, kept token, d_model) float32, which are lost; rows of NaN count nothing."""
-    return lost.square_().sum(dim=-1).nansum(dtype=torch.float64)

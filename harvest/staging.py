@@ -143,7 +143,7 @@ class Staging:
         if isinstance(self._lane, Direct):
             values = chosen(source, index, rows.then)
             values = values if empty is None else values.masked_fill(empty, float("nan"))
-            self._convert(self._lane, site, point, values)
+            self._convert(self._lane, site, point, values, empty is not None)
         else:
             self._slot = self._slot or self._traffic.take()
             target = self._target(self._lane, self._slot, site, point, source.dtype)
@@ -184,10 +184,10 @@ class Staging:
                     errors[site, step, point] = lost[key][place] if key in lost else 0.0
         return arrays, errors
 
-    def _convert(self, lane: Direct, site: Site, point: Point, values: Tensor) -> None:
+    def _convert(self, lane: Direct, site: Site, point: Point, values: Tensor, some_empty: bool) -> None:
         """Put the kept rows of a site (image, kept token, d_model) where they stay."""
         key, place, part = (site.stream, self._step, point), self._place[site], self._part
-        lost = lane.put(part.tensors[key][place, self._first : self._first + self._count], values)
+        lost = lane.put(part.tensors[key][place, self._first : self._first + self._count], values, some_empty)
         if lost is not None:
             if key not in part.errors:
                 part.errors[key] = np.zeros(len(self._sites[site.stream]))

@@ -36,10 +36,20 @@ def chromium(downloads: Path | None = None) -> Iterator[Any]:
 
 
 def wait(what: Callable[[], Any], seconds: float = 15.0) -> Any:
-    """What `what` returns as soon as it is true; fails when it never is."""
+    """What `what` returns as soon as it is true; fails when it never is.
+
+    A script may fail meanwhile, at an element that the page has not made yet; one that still does at the end is raised.
+    """
+    from selenium.common.exceptions import JavascriptException
+
     until = time.monotonic() + seconds
     while True:
-        found = what()
+        try:
+            found = what()
+        except JavascriptException:
+            if time.monotonic() >= until:
+                raise
+            found = None
         if found:
             return found
         assert time.monotonic() < until, "waited in vain"

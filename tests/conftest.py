@@ -23,6 +23,19 @@ from tests.object_server import bucket, hub, s3_server, session  # noqa: E402, F
 from tests.small_store import SmallStore, make_store  # noqa: E402
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a CUDA device where none is to be seen, and say how it is seen."""
+    needing = [item for item in items if item.get_closest_marker("gpu")]
+    if not needing:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        why = f"needs a CUDA device; CUDA_VISIBLE_DEVICES is '{os.environ['CUDA_VISIBLE_DEVICES']}': make test-gpu"
+        for item in needing:
+            item.add_marker(pytest.mark.skip(why))
+
+
 def pytest_collection_finish() -> None:
     """Collect garbage from now on, and never look through the million objects that imports and tests are."""
     importlib.import_module("hypothesis")  # later, it would count references to what it does not see any more, and warn

@@ -275,7 +275,6 @@ def test_a_val_pack_of_another_schedule_width_or_split_is_refused(packs: Packs, 
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_figures_on_a_gpu_are_those_of_the_cpu_to_rounding_and_the_same_again(packs: Packs) -> None:
     means = means_of(packs[0], TXT)
     slow, fast, again = (evaluate(mixed(TXT), means, packs[1], device) for device in ("cpu", "cuda", "cuda"))

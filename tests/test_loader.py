@@ -299,7 +299,6 @@ def batches_of(pack: Pack, device: str) -> Iterator[Batch]:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["pack", "recomputed"])
 def test_batches_on_a_cuda_device_are_those_on_the_cpu(name: str, request: pytest.FixtureRequest) -> None:
     pack = request.getfixturevalue(name)
