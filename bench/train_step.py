@@ -26,7 +26,7 @@ from train.dictionaries.config import DictionaryConfig
 from train.dictionaries.dictionary import build
 from train.distributed import Ranks
 from train.learning.learner import Course, Learner
-from train.models import Model
+from train.models import Model, autocast_on
 from train.recipe import Recipe
 from train.rows.loader import Batch
 
@@ -71,10 +71,11 @@ def _line(case: Case, rows: "Rows", ours: Seconds, its: Seconds) -> Line:
     name = "recipe of record" if case.k is None else f"TopK {case.k}"
     alternative = "the reference's loop, float32" if case.k is None else f"dense products, {precision}"
     operations = least_work(rows.d_model, n_features, case.k, True) * rows.batch_rows
+    note = f"{rows.batch_rows / min(ours) / 1e3:.1f} k rows/s against {rows.batch_rows / min(its) / 1e3:.1f} k"
+    if case.bfloat16 and autocast_on(torch.device("cpu"), "auto") == "none":
+        note += "; this processor has no matrix units for bfloat16, so `--autocast auto` stays with float32 here"
     return Line(
-        f"{name}, {n_features:,} features, {precision}", ours, (Peer(alternative, its, case.goal),),
-        (Need("bfloat16" if case.bfloat16 else "float32", operations),),
-        f"{rows.batch_rows / min(ours) / 1e3:.1f} k rows/s against {rows.batch_rows / min(its) / 1e3:.1f} k",
+        f"{name}, {n_features:,} features, {precision}", ours, (Peer(alternative, its, case.goal),), (Need(precision, operations),), note,
     )  # fmt: skip
 
 

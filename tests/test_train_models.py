@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import train.plan
 import train.trainer
@@ -86,6 +87,22 @@ def test_a_recipe_gives_defaults_and_flags_go_before_it(packs: Packs) -> None:
     assert (model.config.family, model.config.activation, model.recipe.loss) == ("flux-sae", "relu", "record")
     with pytest.raises(UsageError, match="flux-sae family has only SAEs"):
         models(packs, recipe="flux-sae", k=8, time_embed_dim=64)
+
+
+@pytest.mark.parametrize(
+    ("units", "expected"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": True}, "bfloat16"),
+        ({"amx_bf16": False, "avx512_bf16": True}, "none"),
+        ({}, "none"),
+    ],
+)
+def test_auto_rounds_products_only_where_a_cpu_has_matrix_units(
+    packs: Packs, units: dict[str, object], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
+    assert [model.recipe.autocast for model in models(packs, autocast="auto")] == [expected]
+    assert [model.recipe.autocast for model in models(packs, autocast="bfloat16")] == ["bfloat16"]
 
 
 def test_numbers_words_and_tuples_are_the_same_settings() -> None:

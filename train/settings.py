@@ -124,8 +124,8 @@ class TrainSettings:
     resample_rows: int | None = None
     """with resample, flux-sae: rows between two resamplings; default 10000000 (difract), 10240000 (flux-sae)"""
     autocast: Literal["none", "bfloat16", "auto"] | None = None
-    """bfloat16 for matrix products, while weights, loss and statistics stay float32; auto: where the device has units for
-    it; default none"""
+    """bfloat16 for matrix products, while weights, loss and statistics stay float32; auto: where the device has matrix
+    units for it (GPUs; CPUs with AMX); default none"""
     epochs: int = 1
     """passes over the pack"""
     rows: int | None = None
