@@ -23,7 +23,7 @@ from analyze.scoring.matrices import UNFINISHED, ScoreMatrix, step_folder
 from analyze.settings import Inputs
 from store import Store, open_store
 from store.errors import ForeignError, MismatchError, UsageError
-from store.files import is_temporary, json_bytes, read_json, write_json
+from store.files import is_temporary, json_bytes, read_json, remove_leftovers, write_json
 from store.sites import Point, Site, choose_sites, parse_numbers, parse_sites
 from store.tables import write_table
 from train import Dictionary
@@ -255,8 +255,7 @@ def claim_output(analysis: Analysis, choices: dict[str, Any]) -> None:
     check_claim(analysis, choices)
     record, images = analysis.out / "run.json", analysis.out / "images.parquet"
     for path in (record, images):
-        for leftover in analysis.out.glob(f".{path.name}.*.tmp"):  # of a process that was killed
-            leftover.unlink()
+        remove_leftovers(path)
     if not record.exists():
         write_json(record, _record(analysis, choices))
     if not images.exists():

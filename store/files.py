@@ -5,6 +5,7 @@ is, and the name is on the disk before anything that trusts it is written.
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -66,6 +67,12 @@ def publish(path: Path, write: Callable[[Path], None]) -> None:
 def temporary_of(path: Path, tag: str) -> Path:
     """The name beside `path` under which it is written before it is renamed."""
     return path.with_name(f".{path.name}.{tag}.tmp")
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what processes that were killed left of `path` half written.  Only for who alone writes it: others may be at work."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 def is_temporary(path: Path) -> bool:

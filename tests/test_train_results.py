@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train.results.plots
 import train.results.sweep
 from store.errors import DamagedError
-from store.files import read_self_checked, sha256_file
+from store.files import read_self_checked, sha256_file, temporary_of
 from store.sites import Site
 from tests.object_server import fetched, sent
 from train import load_dictionaries
@@ -364,7 +364,15 @@ def test_a_sweep_forgets_what_is_gone_and_leaves_out_what_is_not_finished_or_not
     (tmp_path / "plots" / "mine.png").touch()
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "config.json").write_text("{}")
+    plots = [
+        tmp_path / "plots" / f"{name}.png" for name in ("mine", "transcoder_img_0-curves", "transcoder_img_10-curves")
+    ]
+    kept, *left = (temporary_of(path, "0badf00d") for path in (*plots, tmp_path / "sweep.json"))
+    for path in (kept, *left):
+        path.touch()
     assert [each.folder for each in save(tmp_path)] == ["transcoder_img_10"]
+    assert kept.exists() and not any(path.exists() for path in left)  # of a run that was killed while it wrote
+    kept.unlink()
     assert "note: left out of the table:" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == ["mine.png", "transcoder_img_10-curves.png"]
     assert not (tmp_path / "pareto.png").exists()  # nothing that is left was measured

@@ -18,7 +18,15 @@ from typing import Any, get_args
 from tqdm import tqdm
 
 from store.errors import ForeignError
-from store.files import is_temporary, json_bytes, read_self_checked, self_checked, sha256_bytes, write_bytes
+from store.files import (
+    is_temporary,
+    json_bytes,
+    read_self_checked,
+    remove_leftovers,
+    self_checked,
+    sha256_bytes,
+    write_bytes,
+)
 from store.strata import GROUPS, Group
 from train.dictionaries.checkpoint import CONFIG, LogLine, outline, read_log
 from train.dictionaries.dictionary import Dictionary
@@ -161,8 +169,11 @@ def save(out: Path) -> list[Trained]:
             title = f"{each.what} · feature densities on held-out rows"
             files[f"{PLOTS}/{each.folder}-density.png"] = density(each.dictionary.metrics or {}, title)
     files[PAGE] = page(trained, files).encode()
-    for name in _written_before(out) - set(files):
+    before = _written_before(out)
+    for name in before - set(files):
         (out / name).unlink(missing_ok=True)
+    for name in {SWEEP, *before, *files}:
+        remove_leftovers(out / name)
     for name, content in files.items():
         write_bytes(out / name, content)
     write_bytes(out / SWEEP, json_bytes(self_checked(content_of(trained, files))))
