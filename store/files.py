@@ -30,6 +30,9 @@ def fsync_file(path: Path) -> None:
         os.close(descriptor)
 
 
+fsync_folder = fsync_file  # a folder is opened and synced like a file: its names are its content
+
+
 def forget_cached(descriptor: int) -> None:
     """Let the system drop a file that is on the disk from its page cache, where it can.
 
@@ -39,9 +42,6 @@ def forget_cached(descriptor: int) -> None:
     if hasattr(os, "posix_fadvise"):
         with contextlib.suppress(OSError):  # a hint, which not every file system takes
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-fsync_folder = fsync_file  # a folder is opened and synced like a file: its names are its content
 
 
 def publish(path: Path, write: Callable[[Path], None]) -> None:

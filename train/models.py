@@ -155,8 +155,8 @@ def recipe_of(entry: Mapping[str, Any], stream: Stream, device: torch.device) ->
 def autocast_on(device: torch.device, asked: str) -> Autocast:
     """What `none`, `bfloat16` or `auto` is on a device.
 
-    With the matrix units of a CPU (AMX) bfloat16 is three times as fast; with vector instructions alone (avx512_bf16) it is slower
-    than float32, 153 beside 266 GFLOP/s, and rounds for nothing.
+    With the matrix units of a CPU (AMX) bfloat16 is three times as fast; with vector instructions alone (avx512_bf16, on a Xeon
+    whose AMX is hidden) it was slower than float32, 153 beside 266 GFLOP/s, and rounded for nothing.
     """
     if asked != "auto":
         return "bfloat16" if asked == "bfloat16" else "none"
