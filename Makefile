@@ -111,7 +111,7 @@ format: .venv/installed ## put the code into shape
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
-bench: .venv/installed ## one table: Granary beside its peers, and beside what this machine could do at best (about ten minutes)
+bench: .venv/installed ## one table: Granary beside its peers, and beside what this machine could do at best (about twelve minutes)
 	$(PY) -m bench --markdown build/bench.md
 
 bench-store: .venv/installed .bench-peers/installed ## the store against raw files, memory maps, zarr-python and tensorstore

@@ -8,7 +8,7 @@ model loaded.  It drops them: that is the plain generation which the goal is abo
 keeps them as the same WebP bytes, as whoever generates pictures does.
 
 Ours writes one part while it draws the next, and only the last one's writing is waited for.  A part is 64 pictures at the most: the
-640 pictures of the line with the goal are ten parts, over which this wait is spread, so that it weighs little, as it does in longer
+384 pictures of the line with the goal are six parts, over which this wait is spread, so that it weighs little, as it does in longer
 harvests.
 
 Least work: the operations of the generation, counted by `torch.utils.flop_counter`, and the bytes of the kept rows onto the disk.
@@ -53,13 +53,13 @@ class Case:
     """whether the pipeline alone is timed keeping its pictures as well"""
 
 
-SMALL, LARGE = Case(64, 640, ("all",), GOAL, kept_too=True), Case(128, 128, ("64", "all"))
+SMALL, LARGE = Case(64, 384, ("all",), GOAL, kept_too=True), Case(128, 128, ("64", "all"))
 SIZES: dict[Size, tuple[tuple[Case, ...], int]] = {
     "tiny": ((Case(64, 2, ("4",), kept_too=True),), 1),
     "quick": ((SMALL, LARGE), 2),
     "full": ((replace(SMALL, tokens=("16", "all")), LARGE), 5),
 }  # fmt: skip
-"""cases and rounds; the cases have ten parts and two"""
+"""cases and rounds; the cases have six parts and two"""
 
 
 def lines(size: Size) -> Iterator[Line]:
