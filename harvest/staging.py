@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harvest.arenas import Arenas
 from harvest.capture import Rows
 from harvest.lanes import Direct, Ring, Slot, Traffic, chosen, lane_of, select_into
 from harvest.models.model import DTYPES, first_line
@@ -79,7 +78,7 @@ class Staging:
         self._sites = {s: tuple(site for site in meta.site_objects if site.stream == s) for s in meta.streams}
         self._place = {site: place for sites in self._sites.values() for place, site in enumerate(sites)}
         self._stored = stored_in(meta)
-        self._lane, self._arenas = lane, Arenas()
+        self._lane = lane
         self._part = _Gathered({}, {}, {})
         self._slot: Slot | None = None
         self._seen: set[tuple[Site, Point]] = set()
@@ -110,17 +109,13 @@ class Staging:
             self._traffic.give_back(self._slot)
             self._slot = None
         self._seen.clear()
-        meta = self.meta
-        shapes = {
-            (stream, step, point): (len(sites), images, meta.tokens[stream].kept, meta.d_model)
+        meta, logical = self.meta, self.meta.carrier.logical
+        arrays: dict[tuple[Stream, int, Point], np.ndarray] = {
+            (stream, step, point): np.empty((len(sites), images, meta.tokens[stream].kept, meta.d_model), logical)
             for stream, sites in self._sites.items()
             for step in meta.steps
             for point in meta.points
         }
-        self._part = _Gathered({}, {}, {})  # what it held is free for this one
-        arrays = dict(
-            zip(shapes, self._arenas.arrays(list(shapes.values()), np.dtype(meta.carrier.logical)), strict=True)
-        )
         self._part = _Gathered(positions, arrays, {key: as_tensor(array) for key, array in arrays.items()})
 
     def batch(self, first: int, count: int) -> None:
